@@ -1,0 +1,160 @@
+"""A Problem: the shapes and dtypes of one FC1 or FC2 call, its tensors by role, and the names that launch recipes may use.
+
+Shapes, dtypes and alignments are those of the contract's sections 2–4 and 8. Sizes are in elements, alignments and byte counts in bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from densemoe.runtime.errors import ProblemError
+from densemoe.runtime.variant import A_DTYPES, C_DTYPES, OPS
+
+__all__ = ["ELEMENT_BITS", "Problem", "TensorSpec"]
+
+ELEMENT_BITS: Final = {"nvfp4": 4, "e4m3": 8, "e5m2": 8, "u8": 8, "bf16": 16, "f16": 16, "f32": 32, "u32": 32, "i32": 32}
+#: Contract section 8: any dimension of 2**31 or more is refused; byte offsets are 64-bit.
+LARGEST_DIMENSION: Final = 2**31 - 1
+SCALE_ROWS: Final = 128  # rows of one scale tile (contract section 2)
+GROUP: Final = 16  # consecutive k that share one e4m3 scale
+CODES_ALIGNMENT: Final = 32
+OTHER_ALIGNMENT: Final = 16
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What the contract says of one tensor of a problem.
+
+    Attributes:
+        role: for example ``a.codes``; see ``Problem.tensors``.
+        dtype: ``u8``, ``bf16``, ``f16``, ``f32``, ``e4m3``, ``e5m2``.
+        shape: in elements of ``dtype``, the last dimension contiguous.
+        alignment: of the base address, in bytes.
+        output: the kernel writes it.
+        optional: may be absent.
+    """
+
+    role: str
+    dtype: str
+    shape: tuple[int, ...]
+    alignment: int
+    output: bool = False
+    optional: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole tensor in bytes."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * ELEMENT_BITS[self.dtype] // 8
+
+
+def _ceil_to(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One FC1 or FC2 call.
+
+    Attributes:
+        op: ``fc1`` or ``fc2``.
+        m: tokens. 0 is legal: nothing is launched.
+        experts: E.
+        hidden: H, a multiple of 64.
+        intermediate: I held by this rank, a multiple of 64.
+        a_dtype: ``nvfp4`` or ``bf16``.
+        c_dtype: an output dtype that the contract allows for the op.
+        alpha_post: FC1 multiplies by a per-token-per-expert scale after SwiGLU.
+        scalar_alpha: FC2's alpha is one f32 scalar instead of ``[M, E]``.
+
+    Raises:
+        ProblemError: a value that the contract's section 8 refuses.
+    """
+
+    op: str
+    m: int
+    experts: int
+    hidden: int
+    intermediate: int
+    a_dtype: str = "bf16"
+    c_dtype: str = "bf16"
+    alpha_post: bool = False
+    scalar_alpha: bool = False
+
+    def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise ProblemError(f"op={self.op!r}: use one of {', '.join(OPS)}")
+        for name, least in (("m", 0), ("experts", 1), ("hidden", 1), ("intermediate", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_DIMENSION:
+                raise ProblemError(f"{name}={value!r}: use an integer from {least} to {LARGEST_DIMENSION}")
+        for name in ("hidden", "intermediate"):
+            value = getattr(self, name)
+            if value % 64:
+                raise ProblemError(f"{name}={value}: use a multiple of 64 (whole columns of the 128x4 scale tiles, contract section 8)")
+        for name, value in (("E*2I", self.experts * 2 * self.intermediate), ("E*I", self.experts * self.intermediate)):
+            if value > LARGEST_DIMENSION:
+                raise ProblemError(f"{name}={value}: dimensions of 2**31 or more are refused (contract section 8)")
+        if self.a_dtype not in A_DTYPES:
+            raise ProblemError(f"a_dtype={self.a_dtype!r}: use one of {', '.join(A_DTYPES)}")
+        if self.c_dtype not in C_DTYPES[self.op]:
+            raise ProblemError(f"c_dtype={self.c_dtype!r} for {self.op}: use one of {', '.join(C_DTYPES[self.op])}")
+        if self.alpha_post and self.op != "fc1":
+            raise ProblemError("alpha_post=True for fc2: only FC1 has alpha_post (contract section 3)")
+        if self.scalar_alpha and self.op != "fc2":
+            raise ProblemError("scalar_alpha=True for fc1: only FC2 has a scalar alpha (contract section 4)")
+
+    @property
+    def k(self) -> int:
+        """Length of the reduction: H for FC1, E·I for FC2."""
+        return self.hidden if self.op == "fc1" else self.experts * self.intermediate
+
+    @property
+    def n_out(self) -> int:
+        """Columns of the output: E·I for FC1, H for FC2."""
+        return self.experts * self.intermediate if self.op == "fc1" else self.hidden
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Every tensor of the problem but the packed weights (whose layout belongs to the architecture), by role.
+
+        Roles: ``a`` or ``a.codes`` + ``a.scales``; ``alpha``; ``alpha_post``; ``output_multiplier``; ``c`` or ``c.codes`` + ``c.scales``.
+        """
+        rows = _ceil_to(self.m, SCALE_ROWS)
+        specs: list[TensorSpec] = []
+        if self.a_dtype == "nvfp4":
+            specs.append(TensorSpec("a.codes", "u8", (self.m, self.k // 2), CODES_ALIGNMENT))
+            specs.append(TensorSpec("a.scales", "u8", (rows, self.k // GROUP), OTHER_ALIGNMENT))
+        else:
+            specs.append(TensorSpec("a", self.a_dtype, (self.m, self.k), OTHER_ALIGNMENT))
+        if self.op == "fc1":
+            specs.append(TensorSpec("alpha", "f32", (self.experts,), 4))
+            if self.alpha_post:
+                specs.append(TensorSpec("alpha_post", "f32", (self.m, self.experts), 4))
+        else:
+            specs.append(TensorSpec("alpha", "f32", (1,) if self.scalar_alpha else (self.m, self.experts), 4))
+        if self.c_dtype == "nvfp4":
+            specs.append(TensorSpec("output_multiplier", "f32", (1,), 4))
+            specs.append(TensorSpec("c.codes", "u8", (self.m, self.n_out // 2), CODES_ALIGNMENT, output=True))
+            specs.append(TensorSpec("c.scales", "u8", (rows, self.n_out // GROUP), OTHER_ALIGNMENT, output=True))
+        else:
+            specs.append(TensorSpec("c", self.c_dtype, (self.m, self.n_out), OTHER_ALIGNMENT, output=True))
+        return {spec.role: spec for spec in specs}
+
+    def names(self) -> dict[str, int]:
+        """The integer names that a launch recipe's expressions may use, without the device's (``sm_count``)."""
+        return {
+            "M": self.m,
+            "E": self.experts,
+            "H": self.hidden,
+            "I": self.intermediate,
+            "K": self.k,
+            "N_out": self.n_out,
+            "has_alpha_post": int(self.alpha_post),
+            "scalar_alpha": int(self.scalar_alpha),
+            # strides of FC2's alpha in elements: 0 makes one scalar serve every token and expert
+            "alpha_stride_m": 0 if self.op == "fc1" or self.scalar_alpha else self.experts,
+            "alpha_stride_e": 0 if self.scalar_alpha else 1,
+        }
