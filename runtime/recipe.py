@@ -5,7 +5,7 @@ it instead: each kernel parameter in order, the grid and workspace as expression
 against the compiler's own host code.
 
 Expressions are strings over integers: names (``M``, ``E``, ``H``, ``I``, ``K``, ``N_out``, ``sm_count``, the recipe's own ``let`` names),
-``+ - * // %``, comparisons, ``a if condition else b``, ``min``, ``max``, ``ceil_div``. Nothing else parses: a hostile manifest runs no code.
+``+ - * // %``, comparisons, ``a if condition else b``, ``min``, ``max``, ``ceil_div``. Nothing else parses: hostile text runs no code.
 """
 
 from __future__ import annotations
@@ -192,6 +192,8 @@ class Recipe:
         let: (name, expression) pairs, evaluated in order before everything else.
         workspaces: device memory that the Plan owns.
         programmatic_launch: the kernel calls griddepcontrol and may be launched with programmatic stream serialisation.
+        smem_carveout: percent of the L1 to prefer as shared memory (the driver attribute of that name); -1 leaves it to the
+            driver, which may then give fewer CTAs an SM than the shared memory allows.
     """
 
     parameters: tuple[Parameter, ...]
@@ -202,6 +204,7 @@ class Recipe:
     let: tuple[tuple[str, str], ...] = ()
     workspaces: tuple[Workspace, ...] = ()
     programmatic_launch: bool = False
+    smem_carveout: int = -1
 
     def bind(self, names: Mapping[str, int]) -> dict[str, int]:
         """``names`` with the recipe's ``let`` names added."""
@@ -235,6 +238,8 @@ class Recipe:
             document["workspaces"] = [{"role": w.role, "nbytes": w.nbytes, "zeroed": w.zeroed} for w in self.workspaces]
         if self.programmatic_launch:
             document["programmatic_launch"] = True
+        if self.smem_carveout != -1:
+            document["smem_carveout"] = self.smem_carveout
         return document
 
     @classmethod
@@ -254,6 +259,7 @@ class Recipe:
                 let=tuple((name, expression) for name, expression in document.get("let", ())),
                 workspaces=tuple(Workspace(w["role"], w["nbytes"], w["zeroed"]) for w in document.get("workspaces", ())),
                 programmatic_launch=document.get("programmatic_launch", False),
+                smem_carveout=document.get("smem_carveout", -1),
             )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, RecipeError):
