@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from densemoe.runtime.errors import RecipeError
 
-__all__ = ["Parameter", "Recipe", "TensorMapSpec", "Workspace", "evaluate"]
+__all__ = ["Parameter", "Recipe", "TensorMapSpec", "Workspace", "evaluate", "pointer_or_null"]
 
 _BINARY: Final[Mapping[type, Callable[[int, int], int]]] = {
     ast.Add: operator.add,
@@ -162,6 +162,11 @@ class Parameter:
             raise RecipeError(f"parameter {self.name!r} has kind {self.kind!r}: use one of {', '.join(PARAMETER_SIZES)}")
         if (self.kind == "tensor_map") != (self.tensor_map is not None):
             raise RecipeError(f"parameter {self.name!r} of kind {self.kind!r}: a tensor_map is described exactly for kind tensor_map")
+
+
+def pointer_or_null(name: str, role: str, present: bool) -> Parameter:
+    """A pointer to ``role``, or a parameter that is always 0 where the variant has no such tensor."""
+    return Parameter(name, "pointer", role) if present else Parameter(name, "u64", "0")
 
 
 @dataclass(frozen=True)

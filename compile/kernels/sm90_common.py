@@ -1,0 +1,327 @@
+"""What the sm_90a kernels share: the weight ring, decoding NVFP4 to bf16, activation fragments, the tensor-core step.
+
+One warp is a worker of its own. It streams its weights through a private ring of superblocks in shared memory, each superblock one bulk copy
+that completes on an mbarrier, and keeps activations and accumulators in registers; warps never wait for one another.
+
+    global ──cp.async.bulk──► ring[stage] ──ld.shared──► codes, scales ──and/shift, mul.bf16x2──► A fragment ┐
+    global ──ld.global (predicated)──► activations ─────────────────────────────────────────► B fragment ┴─► mma.sync m16n8k16
+
+Weights are the 16-row operand, tokens the 8 columns. A superblock is 64 weight rows x K 128 in the layout ``sm90a-superblock/1``
+(docs/weight_layouts.md): lane (g, t) = (lane // 4, lane % 4) owns 16 consecutive bytes of each 512-byte chunk, so every access is one
+128-bit load and K is permuted so that the lane's 16 values of a row share one scale.
+
+Scaling: a decoded operand is its value times 2**-8 (contract section 6 makes the bf16 exact; the factor keeps e2m1's exponent trick in
+range), so a product of NVFP4 weights and bf16 activations is 2**-8 of the true one, of NVFP4 and NVFP4 2**-16. Epilogues multiply back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+from cutlass import Float32, Int32, Int64, Uint32
+from cutlass.experimental import primitives as pr
+
+from densemoe.runtime.errors import VariantError
+from densemoe.runtime.variant import Variant
+
+WEIGHT_LAYOUT = "sm90a-superblock/1"
+SUPERBLOCK_ROWS = 64
+SUPERBLOCK_K = 128
+CHUNK_BYTES = 512  # 32 lanes x 16 bytes
+CODE_CHUNKS = 8  # (m16 block, K 64 half) pairs, the half fastest
+SUPERBLOCK_BYTES = (CODE_CHUNKS + 1) * CHUNK_BYTES  # the last chunk holds the scales
+M16_BLOCKS = SUPERBLOCK_ROWS // 16
+K64_HALVES = SUPERBLOCK_K // 64
+K16_STEPS = 4  # MMA steps in a K 64 half
+MMA_TOKENS = 8  # columns of one m16n8k16
+ACCUMULATORS = 4  # float32 registers a lane holds of one m16n8 tile
+WARPS = 4
+TILES_M = (8, 16, 32)
+#: CTAs that stay resident on an SM, and ring stages, by tile_m. Measured on an H200: 16 warps an SM are needed to keep enough bytes in flight
+#: at 8 tokens; more tokens need more registers (docs/h200.md).
+RESIDENT_CTAS = {8: 4, 16: 3, 32: 2}
+STAGES = {8: 2, 16: 2, 32: 3}
+
+SIGN_AND_MAGNITUDE = 0x81C081C0  # bits 15, 8, 7, 6 of both halves: an e2m1 value times 2**-126 as bf16
+SCALE_STEP = 0x00100010  # byte x 16 in both halves
+SCALE_BASE = 0x75807580  # with S0E5M3 of bias 10: the scale times 2**118 as bf16
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compile-time parameters of one sm_90a kernel.
+
+    Attributes:
+        tile_m: tokens of a tile.
+        nvfp4_activations: activations are NVFP4 codes and scales instead of bf16.
+        c_dtype: output dtype.
+    """
+
+    tile_m: int
+    nvfp4_activations: bool
+    c_dtype: str
+
+    @property
+    def token_blocks(self) -> int:
+        """MMA column blocks of a tile."""
+        return self.tile_m // MMA_TOKENS
+
+    @property
+    def stages(self) -> int:
+        """Superblocks in a warp's ring."""
+        return STAGES[self.tile_m]
+
+    @property
+    def resident_ctas(self) -> int:
+        """CTAs meant to be resident on one SM."""
+        return RESIDENT_CTAS[self.tile_m]
+
+    @property
+    def product_scale(self) -> float:
+        """What an accumulator is multiplied by to undo the factors of the decoded operands."""
+        return float(2**16 if self.nvfp4_activations else 2**8)
+
+
+def config_of(variant: Variant) -> Config:
+    """The compile-time parameters of ``variant``."""
+    return Config(variant.tile_m, variant.a_dtype == "nvfp4", variant.c_dtype)
+
+
+def check_tile(variant: Variant) -> None:
+    """Raises VariantError where the sm_90a family has no such tile, cluster or option."""
+    if variant.tile_m not in TILES_M or variant.tile_n != SUPERBLOCK_ROWS:
+        allowed = ", ".join(f"{m}x{SUPERBLOCK_ROWS}" for m in TILES_M)
+        raise VariantError(f"tile {variant.tile_m}x{variant.tile_n} of {variant.key}: the sm_90a kernels have {allowed}")
+    if (variant.cluster_m, variant.cluster_n) != (1, 1):
+        raise VariantError(f"cluster {variant.cluster_m}x{variant.cluster_n} of {variant.key}: the sm_90a kernels use no clusters; write 1x1")
+    if variant.options:
+        raise VariantError(f"options {[name for name, _ in variant.options]} of {variant.key}: this kernel has none")
+
+
+# ---- plain PTX where the primitives have no exact counterpart; outputs are write-only, which is the form that compiles right
+
+
+def load_global_v4_if(address: Any, valid: Any) -> list[Any]:
+    """Sixteen bytes as four words where ``valid`` is not 0, else zeros."""
+    return list(
+        pr.inline_ptx_hl(
+            "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; mov.b32 {$w2}, 0; mov.b32 {$w3}, 0;"
+            " @p ld.global.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}]; }",
+            write_only_types=[Uint32] * 4,
+            read_only_args=[address, valid],
+        )
+    )
+
+
+def load_global_v2_if(address: Any, valid: Any) -> list[Any]:
+    """Eight bytes as two words where ``valid`` is not 0, else zeros."""
+    return list(
+        pr.inline_ptx_hl(
+            "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; mov.b32 {$w0}, 0; mov.b32 {$w1}, 0;"
+            " @p ld.global.v2.b32 {{$w0}, {$w1}}, [{$r0}]; }",
+            write_only_types=[Uint32] * 2,
+            read_only_args=[address, valid],
+        )
+    )
+
+
+def load_global_u8_if(address: Any, valid: Any) -> Any:
+    """One byte, zero-extended, where ``valid`` is not 0, else 0."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; mov.b32 {$w0}, 0; @p ld.global.u8 {$w0}, [{$r0}]; }",
+        write_only_types=[Uint32],
+        read_only_args=[address, valid],
+    )
+
+
+def load_global_f32_if(address: Any, valid: Any) -> Any:
+    """One float32 where ``valid`` is not 0, else 0."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; mov.b32 {$w0}, 0; @p ld.global.f32 {$w0}, [{$r0}]; }",
+        write_only_types=[Float32],
+        read_only_args=[address, valid],
+    )
+
+
+def mul_bf16x2(a: Any, b: Any) -> Any:
+    """Packed product, rounded once; exact for every operand pair decoded here."""
+    return pr.inline_ptx_hl("mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
+
+
+def mma_m16n8k16(accumulators: list[Any], a: list[Any], b: list[Any]) -> list[Any]:
+    """One tensor-core step: 16 weight rows x 8 tokens x K 16, bf16 operands, float32 accumulators."""
+    return list(
+        pr.inline_ptx_hl(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, {{$r0}, {$r1}, {$r2}, {$r3}},"
+            " {{$r4}, {$r5}}, {{$r6}, {$r7}, {$r8}, {$r9}};",
+            write_only_types=[Float32] * 4,
+            read_only_args=[*a, *b, *accumulators],
+        )
+    )
+
+
+# ---- decoding
+
+
+def decode_weights(word: Any) -> list[Any]:
+    """The four bf16x2 words that one 32-bit word of a superblock's codes spells, each value times 2**-126."""
+    mask = Uint32(SIGN_AND_MAGNITUDE)
+    scattered = ((word << 1) & Uint32(0x80008000)) | ((word >> 3) & Uint32(0x01800180)) | ((word >> 7) & Uint32(0x00400040))
+    return [word & mask, (word << 3) & mask, (word << 6) & mask, scattered]
+
+
+def expand_weight_scale(byte: Any) -> Any:
+    """A S0E5M3 scale byte as bf16x2, times 2**118."""
+    return byte * Uint32(SCALE_STEP) + Uint32(SCALE_BASE)
+
+
+def decode_activation_pairs(word: Any) -> list[Any]:
+    """Eight e2m1 codes of one word, low nibble first, as four bf16x2 words, each value times 2**-126."""
+    pairs = []
+    for index in range(4):
+        byte = (word >> (8 * index)) & Uint32(0xFF) if index < 3 else word >> 24
+        halves = byte | (byte << 12)  # low nibble in the low half, high nibble in the high half
+        pairs.append(((halves << 12) & Uint32(0x80008000)) | ((halves << 6) & Uint32(0x01C001C0)))
+    return pairs
+
+
+def expand_activation_scale(byte: Any) -> Any:
+    """An e4m3 scale byte as bf16x2, times 2**118: exact, and NaN stays NaN."""
+    return pr.inline_ptx_hl(
+        "{ .reg .b16 s, l, h; .reg .b32 d; .reg .f32 f; cvt.u16.u32 s, {$r0}; cvt.rn.f16x2.e4m3x2 d, s; mov.b32 {l, h}, d;"
+        " cvt.f32.f16 f, l; mul.rn.f32 f, f, 0f7A800000; cvt.rn.bf16x2.f32 {$w0}, f, f; }",
+        write_only_types=[Uint32],
+        read_only_args=[byte],
+    )
+
+
+# ---- activations
+
+
+def scale_offset(row: Any, column: Any, columns: Any) -> Any:
+    """Byte offset of scale (row, column) in the 128x4 tiled order of contract section 2; ``columns`` is C, a multiple of 4."""
+    inside = (row % Uint32(32)) * 16 + ((row // Uint32(32)) % Uint32(4)) * 4 + column % Uint32(4)
+    tile = Int64(row // Uint32(128)) * Int64(columns // Uint32(4)) + Int64(column // Uint32(4))
+    return tile * 512 + Int64(inside)
+
+
+def load_activations(
+    config: Config, a: Any, a_scales: Any, tokens: list[Any], valid: list[Any], column: Any, k_total: Any, t: Any
+) -> list[list[Any]]:
+    """What one lane needs of the activations of one K 64 half, as stored: loads only, so that they may fly while others are used.
+
+    Args:
+        a: bf16 ``[M, k_total]``, or codes ``[M, k_total / 2]``.
+        a_scales: tiled scales of the codes; unused for bf16.
+        tokens: this lane's token in each token block.
+        valid: 1 where the token exists and the half lies inside K, else 0; what is not valid is never read and counts as 0.
+        column: first k of the half, a multiple of 64.
+        k_total: length of an activation row.
+        t: the lane's place in its quad: it owns k 16t … 16t+15 of the half.
+
+    Returns:
+        For each token block eight bf16x2 words, or two words of codes and a scale byte.
+    """
+    loaded = []
+    for token, exists in zip(tokens, valid, strict=True):
+        first = Int64(token) * Int64(k_total) + Int64(column + t * 16)
+        if config.nvfp4_activations:
+            scale = a_scales + scale_offset(Uint32(token), Uint32(column // 16 + t), Uint32(k_total // 16))
+            loaded.append([*load_global_v2_if(a + first // 2, exists), load_global_u8_if(scale, exists)])
+        else:
+            address = a + first * 2
+            loaded.append(load_global_v4_if(address, exists) + load_global_v4_if(address + 16, exists))
+    return loaded
+
+
+def activation_fragments(config: Config, loaded: list[list[Any]]) -> list[list[Any]]:
+    """B fragments of what ``load_activations`` loaded: for each token block eight bf16x2 words; step s uses words 2s and 2s+1."""
+    if not config.nvfp4_activations:
+        return loaded
+    fragments = []
+    for low, high, scale in loaded:
+        factor = expand_activation_scale(scale)
+        fragments.append([mul_bf16x2(pair, factor) for word in (low, high) for pair in decode_activation_pairs(word)])
+    return fragments
+
+
+# ---- one superblock
+
+
+def multiply_half(accumulators: list[Any], codes: list[Any], scales: Any, half: int, fragments: list[list[Any]]) -> list[Any]:
+    """``accumulators`` with one K 64 half of a superblock added: a new list, since the tracer does not see changes inside a caller's.
+
+    Args:
+        accumulators: float32 ``[token block][m16 block][4]``, flattened.
+        codes: for each m16 block the lane's four code words of this half.
+        scales: the lane's four scale words: word b holds (half 0: row g, row g+8; half 1: row g, row g+8) of m16 block b.
+        fragments: what ``load_activations`` gave for this half.
+    """
+    accumulators = list(accumulators)
+    row_scales = []
+    for block in range(M16_BLOCKS):
+        pair = scales[block] >> (16 * half)
+        row_scales.append((expand_weight_scale(pair & Uint32(0xFF)), expand_weight_scale((pair >> 8) & Uint32(0xFF))))
+    for step in range(K16_STEPS):
+        for block in range(M16_BLOCKS):
+            upper, lower = row_scales[block]
+            decoded = decode_weights(codes[block][step])
+            a = [mul_bf16x2(decoded[i], lower if i % 2 else upper) for i in range(4)]
+            for column, fragment in enumerate(fragments):
+                at = (column * M16_BLOCKS + block) * ACCUMULATORS
+                accumulators[at : at + ACCUMULATORS] = mma_m16n8k16(
+                    accumulators[at : at + ACCUMULATORS], a, fragment[2 * step : 2 * step + 2]
+                )
+    return accumulators
+
+
+def shared_words(pointer: Any) -> list[Any]:
+    """Sixteen bytes of shared memory as four words."""
+    loaded = pr.load_ext(pointer, dtype=Uint32, count=4)
+    return [loaded[i] for i in range(4)]
+
+
+def multiply_superblock(config: Config, accumulators: list[Any], stage: Any, loaded: list[list[list[Any]]]) -> list[Any]:
+    """``accumulators`` with one superblock in shared memory added.
+
+    Args:
+        stage: pointer to the lane's 16 bytes of the superblock's first chunk.
+        loaded: for each K 64 half what ``load_activations`` gave.
+    """
+    scales = shared_words(stage + CODE_CHUNKS * CHUNK_BYTES)
+    for half in range(K64_HALVES):
+        codes = [shared_words(stage + (block * K64_HALVES + half) * CHUNK_BYTES) for block in range(M16_BLOCKS)]
+        accumulators = multiply_half(accumulators, codes, scales, half, activation_fragments(config, loaded[half]))
+    return accumulators
+
+
+def start_copy(ring: Any, barriers: Any, stage: Any, source: Any) -> None:
+    """One lane: expects a superblock on the stage's mbarrier and starts its bulk copy."""
+    barrier = barriers.subview(stage)
+    pr.mbarrier_arrive_expect_tx(barrier, SUPERBLOCK_BYTES)
+    pr.cp_async_bulk_shared_cluster_global(ring.subview(stage * SUPERBLOCK_BYTES), source, barrier, SUPERBLOCK_BYTES)
+
+
+def zero_accumulators(count: int) -> list[Any]:
+    """``count`` float32 zeros."""
+    return [Float32(0.0) for _ in range(count)]
+
+
+def lane_tokens(config: Config, first: Any, row: Any, limit: Any) -> tuple[list[Any], list[Any]]:
+    """For each token block the token whose activations this lane loads, and 1 where it is below ``limit`` (else 0)."""
+    tokens = [first + (block * MMA_TOKENS + row) for block in range(config.token_blocks)]
+    return tokens, [Int32(token < limit) for token in tokens]
+
+
+def shared_memory(config: Config) -> tuple[Any, Any]:
+    """Every warp's ring and mbarriers, as two shared arrays."""
+    ring = cutlass.Array(cutlass.Uint8, WARPS * config.stages * SUPERBLOCK_BYTES, space=cutlass.AddressSpace.smem, alignment=128)
+    barriers = cutlass.Array(Int64, WARPS * config.stages, space=cutlass.AddressSpace.smem, alignment=8)
+    return ring, barriers
+
+
+def shared_memory_bytes(config: Config) -> int:
+    """Bytes that ``shared_memory`` allocates."""
+    return WARPS * config.stages * (SUPERBLOCK_BYTES + 8)

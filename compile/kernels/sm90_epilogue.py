@@ -1,0 +1,214 @@
+"""FC1's epilogue for sm_90a: alpha, SwiGLU, alpha_post, conversion or NVFP4 quantisation, stores (contract sections 2 and 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint32
+from cutlass.experimental import primitives as pr
+
+from densemoe.compile.kernels import sm90_common as common
+
+LOG2_E = 1.4426950408889634
+ONE_SIXTH = 1.0 / 6.0
+LARGEST_E2M1 = 6.0
+ROUND_TO_HALF = 1.5 * 2**22  # float32 of this size has a spacing of 0.5: adding and subtracting it rounds to halves, ties to even
+E2M1_IN_FLOAT32 = 2.0**-126  # times this, an e2m1 value's float32 bits 22–24 are its code's magnitude
+OUTPUTS = 4  # consecutive output columns that one lane holds of a token
+
+
+def exp2_approximate(x: Any) -> Any:
+    """ex2.approx.f32: allowed by contract section 3, step 3."""
+    return pr.inline_ptx_hl("ex2.approx.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
+
+
+def reciprocal_approximate(x: Any) -> Any:
+    """rcp.approx.f32: allowed by contract section 3, step 3."""
+    return pr.inline_ptx_hl("rcp.approx.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
+
+
+def multiply(a: Any, b: Any) -> Any:
+    """mul.rn.f32, which ptxas may not contract into a fused multiply-add."""
+    return pr.inline_ptx_hl("mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def swiglu(up: Any, gate: Any) -> Any:
+    """up · (gate · sigmoid(gate))."""
+    exponential = exp2_approximate(multiply(gate, Float32(-LOG2_E)))
+    return multiply(up, multiply(gate, reciprocal_approximate(Float32(1.0) + exponential)))
+
+
+def e4m3_of(x: Any) -> Any:
+    """The e4m3 byte of a float32: nearest even, saturating."""
+    return pr.inline_ptx_hl(
+        "{ .reg .b16 s; cvt.rn.satfinite.e4m3x2.f32 s, 0f00000000, {$r0}; cvt.u32.u16 {$w0}, s; }",
+        write_only_types=[Uint32],
+        read_only_args=[x],
+    )
+
+
+def float32_of_e4m3(byte: Any) -> Any:
+    """The value of an e4m3 byte."""
+    return pr.inline_ptx_hl(
+        "{ .reg .b16 s, l, h; .reg .b32 d; cvt.u16.u32 s, {$r0}; cvt.rn.f16x2.e4m3x2 d, s; mov.b32 {l, h}, d; cvt.f32.f16 {$w0}, l; }",
+        write_only_types=[Float32],
+        read_only_args=[byte],
+    )
+
+
+def e2m1_of(x: Any) -> Any:
+    """The e2m1 code (sign in bit 3) of a float32: nearest even, saturating. sm_90a has no conversion to e2m1.
+
+    The spacing of e2m1 is half the value's power of two, at least 0.5: adding 1.5·2**22 of that power rounds to it, ties to even.
+    """
+    return pr.inline_ptx_hl(
+        "{ .reg .f32 v, m, q; .reg .b32 b, s; abs.f32 v, {$r0}; min.f32 v, v, 0f40C00000; mov.b32 b, v; and.b32 b, b, 0x7F800000;"
+        " mov.b32 m, b; max.f32 m, m, 0f3F800000; mul.rn.f32 m, m, 0f4AC00000; add.rn.f32 q, v, m; sub.rn.f32 q, q, m;"
+        " mul.rn.f32 q, q, 0f00800000; mov.b32 b, q; shr.u32 b, b, 22; mov.b32 s, {$r0}; shr.u32 s, s, 28; and.b32 s, s, 8;"
+        " or.b32 {$w0}, b, s; }",
+        write_only_types=[Uint32],
+        read_only_args=[x],
+    )
+
+
+def shuffle_xor(value: Any, distance: int) -> Any:
+    """The value of the lane whose number differs by ``distance`` (exclusive or), over the whole warp."""
+    return pr.inline_ptx_hl(
+        "shfl.sync.bfly.b32 {$w0}, {$r0}, %d, 0x1f, 0xffffffff;" % distance, write_only_types=[type(value)], read_only_args=[value]
+    )
+
+
+def store_if(width: str, address: Any, valid: Any, words: list[Any]) -> None:
+    """Stores ``words`` as one access of type ``width`` (``v2.b32``, ``b32``, ``u8`` …) where ``valid`` is not 0."""
+    operands = ", ".join("{$r%d}" % (index + 2) for index in range(len(words)))
+    value = "{%s}" % operands if len(words) > 1 else operands
+    pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; @p st.global." + width + " [{$r0}], " + value + "; }",
+        read_only_args=[address, valid, *words],
+    )
+
+
+def pack_half(dtype: str, low: Any, high: Any) -> Any:
+    """Two float32 as one word of two f16 or bf16, nearest even, the first in the low half. f16 overflows to Inf."""
+    return pr.inline_ptx_hl(
+        "cvt.rn.%sx2.f32 {$w0}, {$r1}, {$r0};" % dtype, write_only_types=[Uint32], read_only_args=[low, high]
+    )
+
+
+def store_row(dtype: str, c: Any, element: Any, valid: Any, values: list[Any]) -> None:
+    """Stores consecutive float32 ``values`` (a multiple of 4) as ``dtype`` from element ``element`` of ``c`` on."""
+    for first in range(0, len(values), 4):
+        four = values[first : first + 4]
+        if dtype == "f32":
+            store_if("v4.f32", c + (element + first) * 4, valid, four)
+        else:
+            words = [pack_half(dtype, four[0], four[1]), pack_half(dtype, four[2], four[3])]
+            store_if("v2.b32", c + (element + first) * 2, valid, words)
+
+
+def quantise_group(values: list[Any], multiplier: Any) -> tuple[Any, Any]:
+    """Quantises a lane's four values with the 16-group that it shares with the lanes 4 and 8 away (contract section 2).
+
+    Returns:
+        The group's e4m3 byte, and the lane's four codes in the low 16 bits.
+    """
+    largest = Float32(0.0)
+    for value in values:
+        largest = cute.arch.fmax(largest, cute.arch.fmax(value, -value))
+    largest = cute.arch.fmax(largest, shuffle_xor(largest, 4))
+    largest = cute.arch.fmax(largest, shuffle_xor(largest, 8))
+    byte = e4m3_of(multiply(multiply(largest, Float32(ONE_SIXTH)), multiplier))
+    factor = multiply(multiplier, reciprocal_approximate(float32_of_e4m3(byte)))
+    codes = Uint32(0)
+    for index, value in enumerate(values):
+        codes = codes | (e2m1_of(multiply(value, factor)) << (4 * index))
+    return byte, codes * Uint32(byte != Uint32(0))
+
+
+def store_fc1_outputs(
+    config: common.Config,
+    accumulators: list[Any],
+    alpha: Any,
+    alpha_post: Any,
+    output_multiplier: Any,
+    c: Any,
+    c_scales: Any,
+    first_token: Any,
+    tokens_total: Any,
+    expert: Any,
+    experts: Any,
+    column: Any,
+    columns: Any,
+    g: Any,
+    t: Any,
+) -> None:
+    """Turns one unit's accumulators into 32 output columns of ``tile_m`` tokens.
+
+    Args:
+        accumulators: ``[token block][m16 block][up token 2t, up 2t+1, gate 2t, gate 2t+1]``.
+        alpha_post: float32 ``[M, E]``, or null.
+        column: first output column of the unit, of ``columns`` = E·I. This lane owns columns ``column + 4g`` … ``+ 4g + 3``.
+    """
+    scale = common.load_global_f32_if(alpha + Int64(expert) * 4, Int32(1))
+    has_post = Int32(alpha_post.toint() != 0)
+    multiplier = Float32(1.0)
+    if cutlass.const_expr(config.c_dtype == "nvfp4"):
+        multiplier = common.load_global_f32_if(output_multiplier, Int32(1))
+    for block in range(config.token_blocks):
+        rows: list[tuple[Any, Any, list[Any]]] = []
+        for pair in range(2):
+            token = first_token + (block * common.MMA_TOKENS + t * 2 + pair)
+            exists = Int32(token < tokens_total)
+            post = common.load_global_f32_if(alpha_post + (Int64(token) * Int64(experts) + Int64(expert)) * 4, exists & has_post)
+            values = []
+            for m16 in range(common.M16_BLOCKS):
+                at = (block * common.M16_BLOCKS + m16) * common.ACCUMULATORS + pair
+                up, gate = (multiply(multiply(accumulators[at + i], Float32(config.product_scale)), scale) for i in (0, 2))
+                y = swiglu(up, gate)
+                values.append(apply_alpha_post(y, post, has_post))
+            rows.append((token, exists, values))
+        if config.c_dtype == "nvfp4":
+            store_nvfp4(rows, multiplier, c, c_scales, column, columns, g)
+        else:
+            for token, exists, values in rows:
+                store_row(config.c_dtype, c, Int64(token) * Int64(columns) + Int64(column + g * OUTPUTS), exists, values)
+
+
+def apply_alpha_post(y: Any, post: Any, has_post: Any) -> Any:
+    """y · post where alpha_post is given, exactly 0 where it is exactly 0, y where there is none."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred h, z; .reg .f32 m; setp.ne.b32 h, {$r2}, 0; setp.eq.f32 z, {$r1}, 0f00000000; mul.rn.f32 m, {$r0}, {$r1};"
+        " selp.f32 m, 0f00000000, m, z; selp.f32 {$w0}, m, {$r0}, h; }",
+        write_only_types=[Float32],
+        read_only_args=[y, post, has_post],
+    )
+
+
+def store_nvfp4(
+    rows: list[tuple[Any, Any, list[Any]]], multiplier: Any, c: Any, c_scales: Any, column: Any, columns: Any, g: Any
+) -> None:
+    """Quantises and stores the lane's two tokens: codes as one word a lane after an exchange with the neighbour, one scale byte a group."""
+    quantised = [quantise_group(values, multiplier) for _, _, values in rows]
+    odd = g % 2
+    # an even lane stores the first token's eight codes, its odd neighbour the second's: each sends what the other stores
+    mine = select(odd, quantised[1][1], quantised[0][1])
+    theirs = shuffle_xor(select(odd, quantised[0][1], quantised[1][1]), 4)
+    word = select(odd, (mine << 16) | theirs, mine | (theirs << 16))
+    token = select(odd, rows[1][0], rows[0][0])
+    exists = select(odd, rows[1][1], rows[0][1])
+    store_if("b32", c + (Int64(token) * Int64(columns) + Int64(column + (g - odd) * OUTPUTS)) // 2, exists, [word])
+    group = column // 16 + g // 4
+    for (token, exists, _), (byte, _) in zip(rows, quantised, strict=True):
+        offset = common.scale_offset(Uint32(token), Uint32(group), Uint32(columns // 16))
+        store_if("u8", c_scales + offset, exists & Int32(g % 4 == 0), [byte])
+
+
+def select(condition: Any, if_true: Any, if_false: Any) -> Any:
+    """``if_true`` where ``condition`` is not 0, else ``if_false``, both 32-bit."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.b32 p, {$r0}, 0; selp.b32 {$w0}, {$r1}, {$r2}, p; }",
+        write_only_types=[type(if_true)],
+        read_only_args=[condition, if_true, if_false],
+    )
