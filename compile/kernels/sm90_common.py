@@ -16,6 +16,7 @@ range), so a product of NVFP4 weights and bf16 activations is 2**-8 of the true 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +40,7 @@ MMA_TOKENS = 8  # columns of one m16n8k16
 ACCUMULATORS = 4  # float32 registers a lane holds of one m16n8 tile
 WARPS = 4
 TILES_M = (8, 16, 32)
-#: CTAs that stay resident on an SM, and ring stages, by tile_m. Measured on an H200: 16 warps an SM are needed to keep enough bytes in flight
-#: at 8 tokens; more tokens need more registers (docs/h200.md).
-RESIDENT_CTAS = {8: 4, 16: 3, 32: 2}
+#: Superblocks in a warp's ring, by tile_m: where fewer warps are resident each keeps more bytes in flight.
 STAGES = {8: 2, 16: 2, 32: 3}
 
 SIGN_AND_MAGNITUDE = 0x81C081C0  # bits 15, 8, 7, 6 of both halves: an e2m1 value times 2**-126 as bf16
@@ -57,11 +56,15 @@ class Config:
         tile_m: tokens of a tile.
         nvfp4_activations: activations are NVFP4 codes and scales instead of bf16.
         c_dtype: output dtype.
+        prefetch: activations are loaded one superblock ahead, where registers allow.
+        resident_ctas: CTAs meant to be resident on one SM.
     """
 
     tile_m: int
     nvfp4_activations: bool
     c_dtype: str
+    prefetch: bool
+    resident_ctas: int
 
     @property
     def token_blocks(self) -> int:
@@ -74,19 +77,15 @@ class Config:
         return STAGES[self.tile_m]
 
     @property
-    def resident_ctas(self) -> int:
-        """CTAs meant to be resident on one SM."""
-        return RESIDENT_CTAS[self.tile_m]
-
-    @property
     def product_scale(self) -> float:
         """What an accumulator is multiplied by to undo the factors of the decoded operands."""
         return float(2**16 if self.nvfp4_activations else 2**8)
 
 
-def config_of(variant: Variant) -> Config:
-    """The compile-time parameters of ``variant``."""
-    return Config(variant.tile_m, variant.a_dtype == "nvfp4", variant.c_dtype)
+def config_of(variant: Variant, resident_ctas: Mapping[int, int], prefetch_up_to: int) -> Config:
+    """The compile-time parameters of ``variant``, given a kernel's residency by tile_m and the largest tile_m that prefetches activations."""
+    tile_m = variant.tile_m
+    return Config(tile_m, variant.a_dtype == "nvfp4", variant.c_dtype, tile_m <= prefetch_up_to, resident_ctas[tile_m])
 
 
 def check_tile(variant: Variant) -> None:
@@ -234,6 +233,33 @@ def load_activations(
             address = a + first * 2
             loaded.append(load_global_v4_if(address, exists) + load_global_v4_if(address + 16, exists))
     return loaded
+
+
+def load_superblock_activations(
+    config: Config,
+    a: Any,
+    a_scales: Any,
+    tokens: list[Any],
+    exists: list[Any],
+    k_block: Any,
+    base: Any,
+    k_end: Any,
+    k_total: Any,
+    t: Any,
+) -> list[list[list[Any]]]:
+    """``load_activations`` for both K 64 halves of one K 128.
+
+    Args:
+        exists: 1 where the lane's token of a block exists.
+        k_block: K 128 of the range ``[base, base + k_end)`` of an activation row; what lies behind its end counts as 0.
+        base: first k of the range: 0, or an expert's first column.
+    """
+    halves = []
+    for half in range(K64_HALVES):
+        column = k_block * SUPERBLOCK_K + half * 64
+        valid = [each & Int32(column < k_end) for each in exists]
+        halves.append(load_activations(config, a, a_scales, tokens, valid, base + column, k_total, t))
+    return halves
 
 
 def activation_fragments(config: Config, loaded: list[list[Any]]) -> list[list[Any]]:

@@ -31,6 +31,9 @@ from densemoe.runtime.variant import Variant
 OP = "fc1"
 ARCHITECTURES = ("sm_90a",)
 WEIGHT_LAYOUT = common.WEIGHT_LAYOUT
+#: By tile_m. At 8 tokens 16 warps an SM keep enough weight bytes in flight (measured on an H200); more tokens need more registers.
+RESIDENT_CTAS = {8: 4, 16: 3, 32: 2}
+PREFETCH_UP_TO = 16  # largest tile_m whose activations are loaded one superblock ahead
 OUTPUT_COLUMNS = common.SUPERBLOCK_ROWS // 2  # of one superblock row: half its rows are gates
 
 
@@ -116,21 +119,19 @@ def fc1_kernel(
     while row < rows_total:
         tokens, exists = common.lane_tokens(config, tile * config.tile_m, g, tokens_total)
         accumulators = common.zero_accumulators(config.token_blocks * common.M16_BLOCKS * common.ACCUMULATORS)
-        ahead = []
-        for half in cutlass.range_constexpr(common.K64_HALVES):
-            valid = [each & Int32(half * 64 < hidden) for each in exists]
-            ahead.append(common.load_activations(config, a, a_scales, tokens, valid, Int32(half * 64), hidden, t))
+        if cutlass.const_expr(config.prefetch):
+            loaded = common.load_superblock_activations(config, a, a_scales, tokens, exists, Int32(0), Int32(0), hidden, hidden, t)
         for k in cutlass.range(k_blocks, unroll=1):
-            loaded = ahead
-            ahead = []
-            for half in cutlass.range_constexpr(common.K64_HALVES):
-                column = (k + 1) * common.SUPERBLOCK_K + half * 64
-                valid = [each & Int32(column < hidden) for each in exists]
-                ahead.append(common.load_activations(config, a, a_scales, tokens, valid, column, hidden, t))
+            if cutlass.const_expr(config.prefetch):
+                ahead = common.load_superblock_activations(config, a, a_scales, tokens, exists, k + 1, Int32(0), hidden, hidden, t)
+            else:
+                loaded = common.load_superblock_activations(config, a, a_scales, tokens, exists, k, Int32(0), hidden, hidden, t)
             wait(barriers.subview(stage), phase)
             accumulators = common.multiply_superblock(
                 config, accumulators, ring.subview(stage * common.SUPERBLOCK_BYTES + lane * 16).data_ptr(), loaded
             )
+            if cutlass.const_expr(config.prefetch):
+                loaded = ahead
             cute.arch.sync_warp()  # every lane has read the stage
             if next_row < rows_total:
                 if lane == 0:
@@ -222,6 +223,11 @@ def fc1_host(
     )
 
 
+def config_of(variant: Variant) -> common.Config:
+    """The compile-time parameters of ``variant``."""
+    return common.config_of(variant, RESIDENT_CTAS, PREFETCH_UP_TO)
+
+
 def check(variant: Variant) -> None:
     """Raises VariantError where this kernel cannot be ``variant``."""
     common.check_tile(variant)
@@ -229,7 +235,7 @@ def check(variant: Variant) -> None:
 
 def recipe(variant: Variant) -> Recipe:
     """How the kernel of ``variant`` is launched."""
-    config = common.config_of(variant)
+    config = config_of(variant)
     nvfp4_output = config.c_dtype == "nvfp4"
     return Recipe(
         parameters=(
@@ -268,7 +274,7 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
         *(pointer(Float32, 4) for _ in range(3)),
         *(pointer(Uint8, 16) for _ in range(2)),
     )
-    return fc1_host, (*pointers, *words, symbol, common.config_of(variant), cuda.CUstream(0))
+    return fc1_host, (*pointers, *words, symbol, config_of(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
@@ -279,7 +285,7 @@ def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapp
 
 def expected(variant: Variant) -> Expected:
     """What the audit must find in the PTX of ``variant``."""
-    config = common.config_of(variant)
+    config = config_of(variant)
     steps = common.K64_HALVES * common.K16_STEPS * common.M16_BLOCKS * config.token_blocks
     return Expected(
         ptx_counts={
