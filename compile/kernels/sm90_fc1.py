@@ -120,9 +120,10 @@ def fc1_kernel(
         tokens, exists = common.lane_tokens(config, tile * config.tile_m, g, tokens_total)
         accumulators = common.zero_accumulators(config.token_blocks * common.M16_BLOCKS * common.ACCUMULATORS)
         if cutlass.const_expr(config.prefetch):
-            loaded = common.load_superblock_activations(config, a, a_scales, tokens, exists, Int32(0), Int32(0), hidden, hidden, t)
+            ahead = common.load_superblock_activations(config, a, a_scales, tokens, exists, Int32(0), Int32(0), hidden, hidden, t)
         for k in cutlass.range(k_blocks, unroll=1):
             if cutlass.const_expr(config.prefetch):
+                loaded = ahead
                 ahead = common.load_superblock_activations(config, a, a_scales, tokens, exists, k + 1, Int32(0), hidden, hidden, t)
             else:
                 loaded = common.load_superblock_activations(config, a, a_scales, tokens, exists, k, Int32(0), hidden, hidden, t)
@@ -130,8 +131,6 @@ def fc1_kernel(
             accumulators = common.multiply_superblock(
                 config, accumulators, ring.subview(stage * common.SUPERBLOCK_BYTES + lane * 16).data_ptr(), loaded
             )
-            if cutlass.const_expr(config.prefetch):
-                loaded = ahead
             cute.arch.sync_warp()  # every lane has read the stage
             if next_row < rows_total:
                 if lane == 0:

@@ -204,9 +204,10 @@ def fc2_kernel(
             accumulators = common.zero_accumulators(count)
             base = expert * intermediate
             if cutlass.const_expr(config.prefetch):
-                loaded = common.load_superblock_activations(config, a, a_scales, tokens, exists, k, base, intermediate, a_columns, t)
+                ahead = common.load_superblock_activations(config, a, a_scales, tokens, exists, k, base, intermediate, a_columns, t)
             for step in cutlass.range(run, unroll=1):
                 if cutlass.const_expr(config.prefetch):
+                    loaded = ahead
                     ahead = common.load_superblock_activations(
                         config, a, a_scales, tokens, exists, k + step + 1, base, intermediate, a_columns, t
                     )
@@ -218,8 +219,6 @@ def fc2_kernel(
                 accumulators = common.multiply_superblock(
                     config, accumulators, ring.subview(stage * superblock + lane * 16).data_ptr(), loaded
                 )
-                if cutlass.const_expr(config.prefetch):
-                    loaded = ahead
                 cute.arch.sync_warp()  # every lane has read the stage
                 if to_fetch > 0:
                     if lane == 0:
