@@ -1,0 +1,57 @@
+# Every target does its own set-up on a fresh machine with Python >= 3.10 and GNU make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BUILT := artifacts/built
+
+.PHONY: help quickstart test test-full lint typecheck wheel device-bundle clean
+
+help:
+	@echo "quickstart     build the quick profile, run a layer where a GPU is present, say what could not run where none is"
+	@echo "test           every test that needs no GPU, with lint and types"
+	@echo "test-full      the same with the long grids"
+	@echo "wheel          dist/*.whl with the full profile"
+	@echo "device-bundle  one folder for a GPU machine without registry or compiler"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: an unpinned one brings gigabytes of CUDA packages to a machine that only tests
+$(STAMP): pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet scikit-build-core==1.1.2
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	touch $@
+
+$(VENV)/.torch: $(STAMP)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/densemoe build --profile quick
+	$(BIN)/densemoe quickstart
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+typecheck: $(STAMP)
+	$(BIN)/python scripts/typecheck.py
+
+test: $(STAMP) $(VENV)/.torch lint typecheck
+	$(BIN)/densemoe build --profile full
+	$(BIN)/python -m pytest
+
+test-full: $(STAMP) $(VENV)/.torch lint typecheck
+	$(BIN)/densemoe build --profile full
+	$(BIN)/python -m pytest --full
+
+wheel: $(STAMP)
+	$(BIN)/densemoe build --profile full
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+device-bundle: wheel
+	$(BIN)/python scripts/device_bundle.py
+
+clean:
+	rm -rf $(BUILT) build dist device-bundle
