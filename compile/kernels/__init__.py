@@ -1,0 +1,69 @@
+"""Device code: one module a kernel, named after its architecture and op; docs/adding_a_kernel.md lists the names that each must have."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from densemoe.runtime.errors import VariantError
+from densemoe.runtime.recipe import Recipe
+from densemoe.runtime.variant import Variant
+
+__all__ = ["Expected", "KernelModule", "load", "names"]
+
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the audit must find.
+
+    Attributes:
+        ptx_counts: how often an opcode, with all its modifiers, stands in the PTX.
+        max_registers: registers a thread may use for the residency that the kernel is designed for.
+    """
+
+    ptx_counts: Mapping[str, int] = field(default_factory=dict)
+    max_registers: int = 255
+
+
+class KernelModule(Protocol):
+    """The names of a kernel module."""
+
+    __name__: str
+    OP: str
+    ARCHITECTURES: tuple[str, ...]
+    WEIGHT_LAYOUT: str
+
+    def check(self, variant: Variant) -> None: ...
+    def recipe(self, variant: Variant) -> Recipe: ...
+    def compile_arguments(self, variant: Variant) -> tuple[Any, tuple[Any, ...]]: ...
+    def oracle_arguments(self, variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]: ...
+    def expected(self, variant: Variant) -> Expected: ...
+
+
+def names() -> tuple[str, ...]:
+    """Names of the kernel modules: those of this folder that are called ``sm<number>_<op>``."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("sm*_fc[12]*.py")))
+
+
+def load(name: str) -> KernelModule:
+    """The kernel module called ``name``. Imports CuTe DSL.
+
+    Raises:
+        VariantError: there is no such module.
+    """
+    if name not in names():
+        raise VariantError(f"kernel {name!r}: use one of {', '.join(names())}, or add {name}.py to compile/kernels")
+    return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+
+
+def check(name: str, variant: Variant) -> None:
+    """Raises VariantError where the kernel called ``name`` cannot be ``variant``."""
+    kernel = load(name)
+    if variant.op != kernel.OP or variant.arch not in kernel.ARCHITECTURES:
+        raise VariantError(f"kernel {name} is {kernel.OP} for {', '.join(kernel.ARCHITECTURES)}, not {variant.op} for {variant.arch}")
+    kernel.check(variant)
