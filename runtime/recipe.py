@@ -229,6 +229,27 @@ class Recipe:
             end = start + size
         return tuple(result)
 
+    def check(self) -> None:
+        """Parses every expression, so that a bad one is found when a manifest is read and not at a launch.
+
+        Raises:
+            RecipeError: the first expression that does not parse, or a field of a wrong type.
+        """
+        expressions: list[object] = [*self.grid, *(text for _, text in self.let), *(each.nbytes for each in self.workspaces)]
+        for parameter in self.parameters:
+            if parameter.kind in ("u32", "u64"):
+                expressions.append(parameter.value)
+            elif parameter.tensor_map is not None:
+                expressions += [*parameter.tensor_map.sizes, *parameter.tensor_map.strides, *parameter.tensor_map.box]
+        for expression in expressions:
+            if isinstance(expression, str):
+                _compile(expression)
+            elif type(expression) is not int:
+                raise RecipeError(f"expression {expression!r}: use an integer or a string")
+        sizes = (*self.block, *self.cluster, self.dynamic_smem, self.smem_carveout)
+        if len(self.block) != 3 or len(self.cluster) != 3 or any(type(size) is not int for size in sizes):
+            raise RecipeError("block and cluster are three integers each, dynamic_smem and smem_carveout one")
+
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values, defaults left out."""
         document: dict[str, Any] = {"parameters": [_parameter_to_json(each) for each in self.parameters], "grid": list(self.grid)}

@@ -1,0 +1,406 @@
+"""Builds artifact sets: a pool of workers, incremental by content, every file written whole, the manifest last.
+
+A cubin is first staged under the digest of everything that decides its bytes; when all variants of an architecture are there, the staged files
+are renamed into place, then the manifest, then the index. A build that is killed leaves the old set (or files that its manifest's hashes refuse),
+and the next build takes up what was staged. A variant that fails or times out is named with its error, the rest still builds, and the old
+manifest stays.
+"""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from densemoe.compile import kernels, toolchain
+from densemoe.compile.audit import audit
+from densemoe.compile.matrix import Matrix, Planned
+from densemoe.runtime.errors import ArtifactError, BuildError, DensemoeError, MatrixError
+from densemoe.runtime.manifest import (
+    INDEX_NAME,
+    LARGEST_CUBIN,
+    LARGEST_MANIFEST,
+    MANIFEST_NAME,
+    Index,
+    IndexEntry,
+    Manifest,
+    ManifestVariant,
+    read_file,
+    write_atomically,
+)
+from densemoe.runtime.recipe import Recipe
+from densemoe.runtime.variant import Variant
+
+__all__ = ["BuildResult", "Failure", "build", "source_digest"]
+
+_SOURCES: Final = Path(__file__).resolve().parent
+STAGING: Final = ".staging"
+LOCK: Final = ".build.lock"
+LOG_NAME: Final = "build_log.json"
+#: CUDA 12.8 is the first whose driver loads sm_100 family cubins; sm_90a cubins of ptxas 13.4 are ELF ABI 8, which the 13.x drivers read.
+MINIMUM_DRIVER: Final = 13000
+DEFAULT_TIMEOUT: Final = 120.0  # seconds a variant; one kernel of 30 lines once took two minutes (docs/facts.md)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A variant that did not build, and why."""
+
+    key: str
+    error: str
+
+
+@dataclass
+class BuildResult:
+    """What a build did. ``built`` and ``reused`` are keys; ``removed`` are orphaned files; ``seconds`` is compile time by key."""
+
+    built: list[str] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+Progress = Callable[[str, str], None]  # (key, "built" | "reused" | "failed")
+
+
+@cache
+def _imports_of(name: str) -> tuple[Path, ...]:
+    """Files under compile/kernels that the kernel module ``name`` is made of, itself first."""
+    pending, found = [name], []
+    while pending:
+        path = _SOURCES / "kernels" / f"{pending.pop()}.py"
+        if path in found or not path.exists():
+            continue
+        found.append(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("densemoe.compile.kernels"):
+                tail = node.module.removeprefix("densemoe.compile.kernels").lstrip(".")
+                pending += [tail] if tail else [alias.name for alias in node.names]
+    return tuple(found)
+
+
+@cache
+def _kernel_digest(name: str) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(_imports_of(name)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def source_digest(planned: Planned) -> str:
+    """sha256 over what decides a variant's bytes and its manifest entry: key, kernel sources, options, toolchain."""
+    parts = (planned.variant.key, planned.kernel, _kernel_digest(planned.kernel), planned.compiler_options, toolchain.identity())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+# ---- worker
+
+
+def _compile_one(planned: Planned, digest: str) -> tuple[bytes, dict[str, Any]]:
+    """One variant's cubin, and what its manifest entry needs."""
+    started = time.monotonic()
+    compiled = toolchain.compile_variant(planned.variant, planned.kernel, options=planned.compiler_options)
+    module = kernels.load(planned.kernel)
+    numbers = audit(planned.variant, module, compiled, planned.allowance)
+    return compiled.cubin, {
+        "layout": module.WEIGHT_LAYOUT,
+        "recipe": module.recipe(planned.variant).to_json(),
+        "static_smem": compiled.facts.static_smem,
+        "registers": compiled.facts.registers,
+        "stack": compiled.facts.stack,
+        "parameters": [list(pair) for pair in compiled.facts.parameters],
+        "parameter_bytes": compiled.facts.parameter_bytes,
+        "audit": numbers,
+        "source_digest": digest,
+        "flavour": toolchain.loaded_flavour(),
+        "ptxas": compiled.facts.ptxas,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _worker(connection: multiprocessing.connection.Connection, staging: str) -> None:
+    """Compiles what comes in, stages it, answers with an error text or None; ends at None."""
+    while (task := connection.recv()) is not None:
+        planned, digest = task
+        try:
+            cubin, facts = _compile_one(planned, digest)
+            facts["sha256"], facts["size"] = hashlib.sha256(cubin).hexdigest(), len(cubin)
+            write_atomically(Path(staging) / f"{digest}.cubin", cubin)
+            write_atomically(Path(staging) / f"{digest}.json", json.dumps(facts, sort_keys=True).encode())
+            connection.send(None)
+        except (DensemoeError, OSError) as error:
+            connection.send(f"{type(error).__name__}: {error}")
+        except Exception as error:  # a bug in a kernel module must not end the build of the others
+            connection.send(f"unexpected {type(error).__name__}: {error}")
+
+
+class _Pool:
+    """Worker processes that can be killed one by one: a variant that hangs costs its own process only."""
+
+    def __init__(self, jobs: int, staging: Path, timeout: float) -> None:
+        self.context = multiprocessing.get_context("spawn")
+        self.jobs, self.staging, self.timeout = jobs, staging, timeout
+
+    def run(self, tasks: Iterable[tuple[Planned, str]], done: Callable[[Planned, str | None], None]) -> None:
+        """Runs every task; ``done`` gets each with its error or None."""
+        waiting = list(tasks)[::-1]
+        idle: list[tuple[Any, Any]] = []
+        busy: dict[Any, tuple[Any, Planned, float]] = {}
+        try:
+            while waiting or busy:
+                while waiting and (idle or len(busy) < self.jobs):
+                    connection, process = idle.pop() if idle else self._start()
+                    planned, digest = waiting.pop()
+                    connection.send((planned, digest))
+                    busy[connection] = (process, planned, time.monotonic() + self.timeout)
+                next_deadline = min(deadline for _, _, deadline in busy.values())
+                for connection in multiprocessing.connection.wait(list(busy), max(0.0, next_deadline - time.monotonic())):
+                    process, planned, _ = busy.pop(connection)
+                    try:
+                        done(planned, connection.recv())  # type: ignore[union-attr]
+                        idle.append((connection, process))
+                    except EOFError:
+                        process.join()
+                        done(planned, f"its compiler process ended with exit code {process.exitcode}: out of memory, or a crash")
+                for connection in [c for c, (_, _, deadline) in busy.items() if deadline <= time.monotonic()]:
+                    process, planned, _ = busy.pop(connection)
+                    process.kill()
+                    process.join()
+                    done(planned, f"not compiled after {self.timeout:g} s: raise --timeout, or lower the tile")
+        finally:
+            for connection, process in idle:
+                connection.send(None)
+                process.join(5)
+            for process, _, _ in busy.values():
+                process.kill()
+
+    def _start(self) -> tuple[Any, Any]:
+        here, there = self.context.Pipe()
+        process = self.context.Process(target=_worker, args=(there, str(self.staging)), daemon=True)
+        process.start()
+        there.close()
+        return here, process
+
+
+# ---- the build
+
+
+def build(
+    matrix: Matrix,
+    out: Path,
+    *,
+    profile: str = "full",
+    arch: str | None = None,
+    key_filter: str | None = None,
+    jobs: int | None = None,
+    timeout: float = DEFAULT_TIMEOUT,
+    progress: Progress = lambda key, state: None,
+    started: Callable[[int], None] = lambda total: None,
+) -> BuildResult:
+    """Builds a profile's variants into ``out``.
+
+    Args:
+        arch: only this architecture; the sets of others stay.
+        key_filter: shell pattern over keys; the set then holds what matches and what it held before.
+        jobs: worker processes, by default the cores that this process may use.
+        timeout: seconds a variant.
+        progress: called with each key and what became of it.
+        started: called once with the number of variants.
+
+    Returns:
+        What was built, reused and removed, and every failure.
+
+    Raises:
+        MatrixError: the profile, architecture or filter names nothing.
+        BuildError: another build works in ``out``, or it cannot be written.
+    """
+    chosen = [each for each in matrix.profile(profile) if arch in (None, each.variant.arch)]
+    if not chosen:
+        known = sorted({each.variant.arch for each in matrix.profile(profile)})
+        raise MatrixError(f"architecture {arch!r} gives no variant of profile {profile!r}: use one of {', '.join(known)}")
+    kept = chosen
+    if key_filter is not None:
+        chosen = [each for each in chosen if fnmatchcase(each.variant.key, key_filter)]
+        if not chosen:
+            raise MatrixError(f"filter {key_filter!r} matches none of the {len(kept)} variants: `densemoe list --profile {profile}` shows the keys")
+    started(len(chosen))
+    result = BuildResult()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BuildError(f"another build works in {out}: wait for it, or give another --out") from None
+            for name in sorted({each.variant.arch for each in chosen}):
+                mine = [each for each in chosen if each.variant.arch == name]
+                partial = key_filter is not None
+                _build_set(out, name, mine, partial, jobs or len(os.sched_getaffinity(0)), timeout, progress, result)
+    except OSError as error:
+        raise BuildError(f"{out} cannot be written: {error.strerror or error}; the old set is unchanged, free space and build again") from error
+    return result
+
+
+def _existing(folder: Path) -> dict[str, ManifestVariant]:
+    """Entries of the set that stands in ``folder`` whose cubins are whole; none where there is no readable set."""
+    try:
+        manifest = Manifest.from_bytes(read_file(folder / MANIFEST_NAME, LARGEST_MANIFEST), str(folder / MANIFEST_NAME))
+    except ArtifactError:
+        return {}
+    whole = {}
+    for key, entry in manifest.variants.items():
+        with suppress(ArtifactError):
+            if hashlib.sha256(read_file(folder / entry.file, LARGEST_CUBIN)).hexdigest() == entry.sha256:
+                whole[key] = entry
+    return whole
+
+
+def _build_set(
+    out: Path, arch: str, chosen: list[Planned], partial: bool, jobs: int, timeout: float, progress: Progress, result: BuildResult
+) -> None:
+    folder = out / arch
+    staging = folder / STAGING
+    staging.mkdir(parents=True, exist_ok=True)
+    before = _existing(folder)
+    entries: dict[str, ManifestVariant] = dict(before) if partial else {}
+    tasks = []
+    for planned in chosen:
+        key, digest = planned.variant.key, source_digest(planned)
+        old = before.get(key)
+        if old is not None and old.source_digest == digest:
+            entries[key] = old
+            result.reused.append(key)
+            progress(key, "reused")
+        else:
+            tasks.append((planned, digest))
+    failures: list[Failure] = []
+    staged: list[tuple[Planned, str, Mapping[str, Any]]] = []
+
+    def take(planned: Planned, digest: str) -> bool:
+        facts = _staged(staging, digest)
+        if facts is None:
+            return False
+        staged.append((planned, digest, facts))
+        result.built.append(planned.variant.key)
+        result.seconds[planned.variant.key] = facts["seconds"]
+        progress(planned.variant.key, "built")
+        return True
+
+    def done(planned: Planned, error: str | None) -> None:
+        if error is None and not take(planned, source_digest(planned)):
+            error = "what the compiler process staged cannot be read back"
+        if error is not None:
+            failures.append(Failure(planned.variant.key, error))
+            progress(planned.variant.key, "failed")
+
+    remaining = [(planned, digest) for planned, digest in tasks if not take(planned, digest)]
+    if remaining:
+        _Pool(min(jobs, len(remaining)), staging, timeout).run(remaining, done)
+    result.failures += failures
+    if failures:
+        return  # the old manifest stays; what was staged waits for the next build
+    for planned, digest, facts in staged:
+        entry = _entry(planned.variant, planned.kernel, facts)
+        entries[entry.key] = entry
+        os.replace(staging / f"{digest}.cubin", folder / entry.file)
+    document = _manifest(arch, entries).to_bytes()
+    current = folder / MANIFEST_NAME
+    if not current.exists() or current.read_bytes() != document:
+        write_atomically(current, document)
+        log = {key: result.seconds[key] for key in sorted(result.seconds) if Variant.parse(key).arch == arch}
+        write_atomically(folder / LOG_NAME, (json.dumps({"compile_seconds": log}, indent=2) + "\n").encode())
+    _update_index(out, arch, document, len(entries))
+    shutil.rmtree(staging)
+    for path in sorted(folder.glob("*.cubin")):
+        if path.stem not in entries:
+            path.unlink()
+            result.removed.append(f"{arch}/{path.name}")
+    for path in folder.glob(".*.partial"):
+        path.unlink()
+
+
+def _staged(staging: Path, digest: str) -> Mapping[str, Any] | None:
+    """Facts of a staged variant, None where it is not whole."""
+    try:
+        facts: dict[str, Any] = json.loads((staging / f"{digest}.json").read_text())
+        if hashlib.sha256((staging / f"{digest}.cubin").read_bytes()).hexdigest() == facts["sha256"]:
+            return facts
+    except (OSError, ValueError, KeyError):
+        pass
+    return None
+
+
+def _entry(variant: Variant, kernel: str, facts: Mapping[str, Any]) -> ManifestVariant:
+    return ManifestVariant(
+        variant=variant,
+        kernel=kernel,
+        sha256=facts["sha256"],
+        size=facts["size"],
+        layout=facts["layout"],
+        recipe=Recipe.from_json(facts["recipe"]),
+        static_smem=facts["static_smem"],
+        registers=facts["registers"],
+        stack=facts["stack"],
+        parameters=tuple((offset, size) for offset, size in facts["parameters"]),
+        parameter_bytes=facts["parameter_bytes"],
+        source_digest=facts["source_digest"],
+        audit=facts["audit"],
+    )
+
+
+def _manifest(arch: str, entries: Mapping[str, ManifestVariant]) -> Manifest:
+    installed = [{"name": d.name, "version": d.version, "sha256": d.sha256} for d in toolchain.distributions()]
+    return Manifest(
+        arch=arch,
+        builder=_builder(),
+        toolchain={"distributions": installed, "flavour": toolchain.PINNED_FLAVOUR, "ptxas": toolchain.PINNED_PTXAS},
+        minimum_driver=MINIMUM_DRIVER,
+        variants=entries,
+    )
+
+
+@cache
+def _builder() -> dict[str, Any]:
+    """Version of densemoe, and whether its sources are those of a commit."""
+    import importlib.metadata
+
+    dirty = True
+    with suppress(OSError, subprocess.SubprocessError):
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--", "compile", "runtime", "build_matrix.yaml"],
+            cwd=_SOURCES.parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        dirty = bool(status.stdout.strip())
+    return {"version": importlib.metadata.version("densemoe"), "dirty": dirty}
+
+
+def _update_index(out: Path, arch: str, manifest: bytes, variants: int) -> None:
+    path = out / INDEX_NAME
+    try:
+        index = Index.from_bytes(read_file(path, LARGEST_MANIFEST), str(path))
+        sets = {name: entry for name, entry in index.sets.items() if (out / entry.manifest).exists()}
+    except ArtifactError:
+        sets = {}
+    sets[arch] = IndexEntry(arch, f"{arch}/{MANIFEST_NAME}", hashlib.sha256(manifest).hexdigest(), variants)
+    document = Index(sets).to_bytes()
+    if not path.exists() or path.read_bytes() != document:
+        write_atomically(path, document)

@@ -1,0 +1,379 @@
+"""The manifest: what lies in an artifact set, with sizes, hashes and launch recipes; reader, checks and canonical writer.
+
+A set is one directory per architecture with ``manifest.json`` and its cubins; ``index.json`` above names each set with its manifest's sha256.
+JSON is canonical (sorted keys, two spaces, a newline at the end), so equal sets have equal bytes. Reading checks every type and every name:
+a manifest comes from outside, and nothing in it is trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from densemoe.runtime.errors import ArtifactNotFound, ManifestError, RecipeError, VariantError
+from densemoe.runtime.recipe import Recipe
+from densemoe.runtime.variant import Variant, architecture
+
+__all__ = ["INDEX_NAME", "MANIFEST_NAME", "SCHEMA", "Index", "IndexEntry", "Manifest", "ManifestVariant", "canonical", "write_atomically"]
+
+SCHEMA: Final = 1
+MANIFEST_NAME: Final = "manifest.json"
+INDEX_NAME: Final = "index.json"
+#: A full set is some hundred variants of about 1.5 KB each; a file of this size is no manifest, and is not parsed.
+LARGEST_MANIFEST: Final = 64 << 20
+LARGEST_CUBIN: Final = 16 << 20
+
+
+def canonical(document: Any) -> bytes:
+    """The one spelling of a JSON document."""
+    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes ``data`` to ``path`` so that a reader, or a machine that loses power, sees the old bytes or the new ones, never a part.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; the old file stays.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+class _Fields:
+    """Typed access to one JSON object; every fault names its path in the document."""
+
+    def __init__(self, value: Any, path: str) -> None:
+        if not isinstance(value, dict):
+            raise ManifestError(f"{path}: {_shown(value)} stands where an object belongs")
+        self.value, self.path = value, path
+
+    def get(self, name: str, kind: type, check: Callable[[Any], bool] = lambda _: True, allowed: str = "") -> Any:
+        where = f"{self.path}.{name}"
+        if name not in self.value:
+            raise ManifestError(f"{where} is missing")
+        found = self.value[name]
+        if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+            raise ManifestError(f"{where}: {_shown(found)} stands where a {kind.__name__} belongs")
+        if not check(found):
+            raise ManifestError(f"{where}: {_shown(found)} is not allowed{': ' + allowed if allowed else ''}")
+        return found
+
+    def size(self, name: str, largest: int = 2**63 - 1) -> int:
+        return int(self.get(name, int, lambda value: 0 <= value <= largest, f"0 to {largest}"))
+
+    def sha256(self, name: str) -> str:
+        return str(self.get(name, str, _is_sha256, "64 lower-case hexadecimal digits"))
+
+    def triple(self, name: str) -> tuple[int, int, int]:
+        found = self.get(name, list, lambda v: len(v) == 3 and all(type(i) is int and 1 <= i <= 2**31 for i in v), "three positive integers")
+        return (found[0], found[1], found[2])
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _is_sha256(text: str) -> bool:
+    return len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)
+
+
+@dataclass(frozen=True)
+class ManifestVariant:
+    """One cubin and how it is launched. Sizes in bytes.
+
+    Attributes:
+        variant: what it is; ``file`` is ``<key>.cubin`` beside the manifest.
+        kernel: the kernel module that it was compiled from.
+        layout: name and version of the packed weights that it reads.
+        parameters: (offset, size) in the parameter block, as the cubin states them.
+        source_digest: sha256 over everything that decides its bytes; a build reuses the cubin while it stays equal.
+        audit: numbers of the static audit.
+        verification: records of what ran it, each with ``kind`` ``oracle``, ``emulated`` or ``device``.
+    """
+
+    variant: Variant
+    kernel: str
+    sha256: str
+    size: int
+    layout: str
+    recipe: Recipe
+    static_smem: int
+    registers: int
+    stack: int
+    parameters: tuple[tuple[int, int], ...]
+    parameter_bytes: int
+    source_digest: str
+    audit: Mapping[str, Any] = field(default_factory=dict)
+    verification: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The variant's key."""
+        return self.variant.key
+
+    @property
+    def file(self) -> str:
+        """Name of the cubin, beside the manifest."""
+        return f"{self.key}.cubin"
+
+    def to_json(self, recipe_id: str) -> dict[str, Any]:
+        """As it stands in the manifest, its recipe by reference."""
+        return {
+            "key": self.key,
+            "kernel": self.kernel,
+            "symbol": self.variant.symbol,
+            "file": self.file,
+            "sha256": self.sha256,
+            "size": self.size,
+            "arch_kind": architecture(self.variant.arch).kind,
+            "layout": self.layout,
+            "recipe": recipe_id,
+            "static_smem": self.static_smem,
+            "registers": self.registers,
+            "stack": self.stack,
+            "parameters": [list(pair) for pair in self.parameters],
+            "parameter_bytes": self.parameter_bytes,
+            "source_digest": self.source_digest,
+            "audit": dict(self.audit),
+            "verification": [dict(record) for record in self.verification],
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, path: str, arch: str, recipes: Mapping[str, Recipe]) -> ManifestVariant:
+        """Checks and reads one entry. Raises ManifestError."""
+        fields = _Fields(value, path)
+        key = fields.get("key", str)
+        try:
+            variant = Variant.parse(key)
+        except VariantError as error:
+            raise ManifestError(f"{path}.key: {error}") from None
+        if variant.arch != arch:
+            raise ManifestError(f"{path}.key: {key} is for {variant.arch}, the set is for {arch}")
+        fields.get("symbol", str, lambda s: s == variant.symbol, f"{variant.symbol} belongs to this key")
+        fields.get("file", str, lambda s: s == f"{key}.cubin", f"{key}.cubin belongs to this key")
+        fields.get("arch_kind", str, lambda s: s == architecture(arch).kind, architecture(arch).kind)
+        recipe_id = fields.get("recipe", str, lambda s: s in recipes, "an id of recipes")
+        pairs = fields.get(
+            "parameters",
+            list,
+            lambda v: all(isinstance(p, list) and len(p) == 2 and all(type(i) is int and 0 <= i <= 1 << 16 for i in p) for p in v),
+            "pairs of offset and size",
+        )
+        recipe = recipes[recipe_id]
+        parameters = tuple((pair[0], pair[1]) for pair in pairs)
+        if parameters != recipe.offsets():
+            raise ManifestError(f"{path}.parameters: {list(parameters)} are not those of recipe {recipe_id}: {list(recipe.offsets())}")
+        verification = fields.get("verification", list, lambda v: all(isinstance(r, dict) for r in v), "objects")
+        return cls(
+            variant=variant,
+            kernel=fields.get("kernel", str),
+            sha256=fields.sha256("sha256"),
+            size=fields.size("size", LARGEST_CUBIN),
+            layout=fields.get("layout", str),
+            recipe=recipe,
+            static_smem=fields.size("static_smem", 1 << 20),
+            registers=fields.size("registers", 255),
+            stack=fields.size("stack", 1 << 20),
+            parameters=parameters,
+            parameter_bytes=fields.size("parameter_bytes", 1 << 16),
+            source_digest=fields.sha256("source_digest"),
+            audit=fields.get("audit", dict),
+            verification=tuple(verification),
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One architecture's set.
+
+    Attributes:
+        builder: ``version`` of densemoe, ``dirty`` where its sources were not those of a commit, ``source_digest``.
+        toolchain: ``distributions`` (name, version, sha256), ``flavour`` actually loaded, ``ptxas``.
+        minimum_driver: CUDA version that the driver must support, as ``cuDriverGetVersion`` counts (13000 is 13.0).
+        variants: by key, in key order.
+    """
+
+    arch: str
+    builder: Mapping[str, Any]
+    toolchain: Mapping[str, Any]
+    minimum_driver: int
+    variants: Mapping[str, ManifestVariant]
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON. Equal recipes stand once."""
+        recipes: dict[str, Any] = {}
+        entries = []
+        for key in sorted(self.variants):
+            entry = self.variants[key]
+            document = entry.recipe.to_json()
+            recipe_id = hashlib.sha256(canonical(document)).hexdigest()[:16]
+            recipes[recipe_id] = document
+            entries.append(entry.to_json(recipe_id))
+        return canonical(
+            {
+                "schema": SCHEMA,
+                "arch": self.arch,
+                "builder": dict(self.builder),
+                "toolchain": dict(self.toolchain),
+                "minimum_driver": self.minimum_driver,
+                "recipes": recipes,
+                "variants": entries,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str) -> Manifest:
+        """Checks and reads a manifest.
+
+        Args:
+            source: where the bytes came from, for messages.
+
+        Raises:
+            ManifestError: anything that is not a manifest of this schema.
+        """
+        fields = _document(data, source)
+        arch = fields.get("arch", str)
+        try:
+            architecture(arch)
+        except VariantError as error:
+            raise ManifestError(f"{source}.arch: {error}") from None
+        recipes = {}
+        for recipe_id, document in fields.get("recipes", dict).items():
+            recipes[recipe_id] = _recipe(document, f"{source}.recipes.{recipe_id}")
+        variants: dict[str, ManifestVariant] = {}
+        for position, value in enumerate(fields.get("variants", list)):
+            entry = ManifestVariant.from_json(value, f"{source}.variants[{position}]", arch, recipes)
+            if entry.key in variants:
+                raise ManifestError(f"{source}.variants[{position}].key: {entry.key} stands twice")
+            variants[entry.key] = entry
+        toolchain = _Fields(fields.get("toolchain", dict), f"{source}.toolchain")
+        toolchain.get("flavour", str)
+        toolchain.get("ptxas", str)
+        for position, value in enumerate(toolchain.get("distributions", list)):
+            distribution = _Fields(value, f"{source}.toolchain.distributions[{position}]")
+            distribution.get("name", str)
+            distribution.get("version", str)
+            distribution.sha256("sha256")
+        builder = _Fields(fields.get("builder", dict), f"{source}.builder")
+        builder.get("version", str)
+        builder.get("dirty", bool)
+        return cls(arch, builder.value, toolchain.value, fields.size("minimum_driver", 10**6), variants)
+
+
+def _recipe(document: Any, path: str) -> Recipe:
+    fields = _Fields(document, path)
+    expression = (int, str)
+    fields.get("parameters", list, lambda v: 0 < len(v) <= 256 and all(isinstance(p, dict) for p in v), "1 to 256 objects")
+    fields.get("grid", list, lambda v: len(v) == 3 and all(isinstance(e, expression) for e in v), "three expressions")
+    fields.triple("block")
+    for position, parameter in enumerate(document["parameters"]):
+        each = _Fields(parameter, f"{path}.parameters[{position}]")
+        for name in ("name", "kind", "value"):
+            each.get(name, str)
+    try:
+        recipe = Recipe.from_json(document)
+        recipe.check()
+    except RecipeError as error:
+        raise ManifestError(f"{path}: {error}") from None
+    return recipe
+
+
+def _document(data: bytes, source: str) -> _Fields:
+    """The document's top level, with its schema checked."""
+    if len(data) > LARGEST_MANIFEST:
+        raise ManifestError(f"{source}: {len(data)} bytes; a manifest has at most {LARGEST_MANIFEST}")
+
+    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ManifestError(f"{source}: the name {next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
+        return result
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except ManifestError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{source}: not JSON: {error}; build or install the set again") from None
+    fields = _Fields(value, source)
+    schema = fields.get("schema", int)
+    if schema != SCHEMA:
+        raise ManifestError(f"{source}: schema {schema}; this densemoe reads schema {SCHEMA}: install the densemoe that made the set, or rebuild it")
+    return fields
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """One set: its architecture, its manifest's path below the root and sha256, and how many variants it lists."""
+
+    arch: str
+    manifest: str
+    sha256: str
+    variants: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """The sets of an artifact root, by architecture."""
+
+    sets: Mapping[str, IndexEntry]
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON."""
+        sets = [{"arch": s.arch, "manifest": s.manifest, "sha256": s.sha256, "variants": s.variants} for _, s in sorted(self.sets.items())]
+        return canonical({"schema": SCHEMA, "sets": sets})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str) -> Index:
+        """Checks and reads an index. Raises ManifestError."""
+        sets: dict[str, IndexEntry] = {}
+        for position, value in enumerate(_document(data, source).get("sets", list)):
+            fields = _Fields(value, f"{source}.sets[{position}]")
+            arch = fields.get("arch", str)
+            try:
+                architecture(arch)
+            except VariantError as error:
+                raise ManifestError(f"{fields.path}.arch: {error}") from None
+            expected = f"{arch}/{MANIFEST_NAME}"
+            manifest = fields.get("manifest", str, lambda s, e=expected: s == e, f"{expected} belongs to {arch}")
+            if arch in sets:
+                raise ManifestError(f"{fields.path}.arch: {arch} stands twice")
+            sets[arch] = IndexEntry(arch, manifest, fields.sha256("sha256"), fields.size("variants", 10**6))
+        return cls(sets)
+
+
+def read_file(path: Path, largest: int) -> bytes:
+    """Bytes of a regular file of at most ``largest`` bytes; symbolic links are not followed.
+
+    Raises:
+        ArtifactNotFound: there is none.
+        ManifestError: it is a link, no regular file, or too large.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+    except FileNotFoundError:
+        raise ArtifactNotFound(f"{path} does not exist: run `densemoe build`, install a wheel with artifacts, or set DENSEMOE_ARTIFACTS") from None
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be opened: {error.strerror}; symbolic links are not followed") from None
+    with os.fdopen(handle, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > largest:
+            raise ManifestError(f"{path}: {size} bytes; at most {largest} are read")
+        return file.read(largest + 1)
