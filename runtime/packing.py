@@ -1,166 +1,305 @@
-"""Packing NVFP4 weights into the sm_90a layout ``sm90a-superblock/1`` (docs/weight_layouts.md). numpy only, one expert at a time.
+"""Packing NVFP4 weights into the sm_90a layout ``sm90a-superblock/1`` (docs/weight_layouts.md). numpy only.
 
 A superblock is 64 weight rows x K 128 in 4,608 bytes: eight 512-byte chunks of codes, chunk c holding m16 block ``c // 2`` of K 64 half
-``c % 2``, and a chunk of scales. Lane (g, t) owns bytes 16·(4g + t) … of a chunk. Packed weights are ``[E][row blocks][K blocks][4608]``.
+``c % 2``, and a chunk of scales. Lane (g, t) = (lane // 4, lane % 4) owns bytes 16·lane … 16·lane + 15 of a chunk. Packed weights are
+``[E][row blocks][K blocks][4608]``; K is padded per expert to a multiple of 128 with zero codes and zero scales.
+
+Memory: beside the caller's arrays packing takes a few megabytes plus one expert's scales in row-major order; with ``out`` nothing else is made.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterator
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from densemoe.runtime.errors import ProblemError
-from densemoe.runtime.layout import deinterleave_up_gate, padded_rows, untile_scales
-from densemoe.runtime.nvfp4 import E4M3_VALUES, unpack_codes
+from densemoe.runtime.layout import SCALE_TILE_BYTES, padded_rows, untile_scales
+from densemoe.runtime.nvfp4 import E4M3_VALUES, GROUP, pack_codes
 
-__all__ = ["LAYOUT", "expert_bytes", "pack_expert", "pack_fc1", "pack_fc2", "unpack_expert"]
+__all__ = [
+    "LAYOUT",
+    "SUPERBLOCK_BYTES",
+    "expert_bytes",
+    "expert_stride",
+    "fc1_expert",
+    "fc2_expert",
+    "pack_expert",
+    "pack_fc1",
+    "pack_fc2",
+    "packed_bytes",
+    "row_order",
+    "unpack_expert",
+    "unpack_fc1",
+    "unpack_fc2",
+]
 
 Bytes = npt.NDArray[np.uint8]
 
 LAYOUT: Final = "sm90a-superblock/1"
 ROWS: Final = 64
 K: Final = 128
-SUPERBLOCK_BYTES: Final = 4608
-CODE_BYTES: Final = 4096
+CODE_BYTES: Final = ROWS * K // 2
+SCALE_BYTES: Final = ROWS * K // GROUP
+SUPERBLOCK_BYTES: Final = CODE_BYTES + SCALE_BYTES
 
-#: Bit of (sign, exponent high, exponent low, mantissa) of each of a half-word's four values: after shifts by 0, 3, 6 and a three-piece gather
-#: each lands in bits 15, 8, 7, 6, which spell the value times 2**-126 as bf16.
-_CODE_BITS: Final = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 11, 10, 13))
+#: Bit of (sign, exponent high, exponent low, mantissa) of a half-word's four values: (row g, k 0/1), (row g + 8, k 0/1), (row g, k 2/3),
+#: (row g + 8, k 2/3). After shifts left by 0, 3, 6 and a gather of three pieces each lies in bits 15, 8, 7, 6, where it spells the value times
+#: 2**-126 as bf16.
+CODE_BITS: Final = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 11, 10, 13))
+SCALE_BIAS: Final = 10  # of S0E5M3: 2**-9, the least e4m3 value, is exponent 1
+FIRST_REFUSED_SCALE: Final = 0x7F  # NaN; the negative bytes follow
+_ROWS_AT_ONCE_BYTES: Final = 2**20  # of codes: their temporaries stay in a core's cache
 
 
 def _scale_table() -> Bytes:
-    """S0E5M3 with bias 10 of every e4m3 byte that a weight may have; subnormals are normalised, 0 stays 0."""
+    """S0E5M3 of every e4m3 byte that a weight may have; subnormals are normalised, 0 stays 0."""
     table = np.zeros(256, dtype=np.uint8)
-    for byte in range(1, 127):
+    for byte in range(1, FIRST_REFUSED_SCALE):
         mantissa, exponent = np.frexp(E4M3_VALUES[byte])  # value = mantissa · 2**exponent, mantissa in [0.5, 1)
-        table[byte] = ((int(exponent) - 1 + 10) << 3) | int((mantissa * 2 - 1) * 8)
+        table[byte] = ((int(exponent) - 1 + SCALE_BIAS) << 3) | int((mantissa * 2 - 1) * 8)
     return table
+
+
+def _spread_tables() -> npt.NDArray[np.uint32]:
+    """``[lower row, two bytes of codes]`` → the bits of a word that these four codes (k 0, 1, 2, 3 from the low nibble up) fill."""
+    four = np.arange(2**16, dtype=np.uint32)
+    tables = np.zeros((2, 2**16), dtype=np.uint32)
+    for lower in range(2):
+        for k in range(4):
+            code = (four >> (4 * k)) & 15
+            for bit, target in zip((3, 2, 1, 0), CODE_BITS[2 * (k // 2) + lower], strict=True):
+                tables[lower] |= ((code >> bit) & 1) << np.uint32(target + 16 * (k % 2))
+    return tables
 
 
 _SCALES: Final = _scale_table()
-_SCALES_BACK: Final = {int(packed): byte for byte, packed in enumerate(_SCALES) if packed}
-
-
-def _spread_table() -> npt.NDArray[np.uint16]:
-    """``[value index, code]`` → the half-word's bits of that code."""
-    table = np.zeros((4, 16), dtype=np.uint16)
-    for index, (sign, high, low, mantissa) in enumerate(_CODE_BITS):
-        for code in range(16):
-            bits = ((code >> 3) << sign) | (((code >> 2) & 1) << high) | (((code >> 1) & 1) << low) | ((code & 1) << mantissa)
-            table[index, code] = bits
-    return table
-
-
-_SPREAD: Final = _spread_table()
+_SCALES_BACK: Final = np.zeros(256, dtype=np.uint8)
+_SCALES_BACK[_SCALES[1:FIRST_REFUSED_SCALE]] = np.arange(1, FIRST_REFUSED_SCALE)
+_SPREAD: Final = _spread_tables()
 
 
 def row_order(op: str) -> npt.NDArray[np.int64]:
-    """Row of the 64-row block that stands at physical row ``16·block + row`` of a superblock.
+    """Row of the 64-row block that stands at physical row ``16·block + row`` of a superblock: int64 ``[64]``.
 
     FC2: (block b, g) and (b, g + 8) are rows 8g + 2b and 8g + 2b + 1, so that a lane ends with eight consecutive outputs. FC1: a block is 32 up
     rows (0–31) and their 32 gate rows (32–63); (b, g) is up row 4g + b and (b, g + 8) its gate row.
+
+    Raises:
+        ProblemError: ``op`` is neither ``fc1`` nor ``fc2``.
     """
     block, row = np.divmod(np.arange(ROWS), 16)
     g, lower = row % 8, row // 8
     if op == "fc2":
         return 8 * g + 2 * block + lower
-    return 32 * lower + 4 * g + block
+    if op == "fc1":
+        return 32 * lower + 4 * g + block
+    raise ProblemError(f"op={op!r}: use fc1 or fc2")
+
+
+def _interchange_rows(op: str, rows: int) -> npt.NDArray[np.int64]:
+    """Row of an expert in the interchange layout that stands at physical row 16b + 8u + g of superblock R: int64 ``[R, b, u, g]``."""
+    first = np.arange(rows // ROWS)[:, None]
+    order = row_order(op)[None, :]
+    if op == "fc2":
+        table = first * ROWS + order
+    else:  # superblock R holds output columns 32R … 32R + 31; column j is up row (j // 64)·128 + j % 64, its gate row stands 64 below
+        column = first * 32 + order % 32
+        table = column // 64 * 128 + column % 64 + order // 32 * 64
+    return table.reshape(-1, 4, 2, 8)
 
 
 def expert_bytes(rows: int, k: int) -> int:
     """Packed bytes of one expert of ``rows`` weight rows and reduction length ``k`` (padded to a multiple of 128).
 
     Raises:
-        ProblemError: rows or k is not a multiple of 64.
+        ProblemError: rows or k is not a positive multiple of 64.
     """
     if rows <= 0 or rows % ROWS or k <= 0 or k % 64:
-        raise ProblemError(f"weights of {rows} rows x {k}: use positive multiples of 64")
+        raise ProblemError(f"weights of {rows} rows x K {k}: use positive multiples of 64 (contract section 8)")
     return (rows // ROWS) * -(-k // K) * SUPERBLOCK_BYTES
 
 
+def expert_stride(op: str, hidden: int, intermediate: int) -> int:
+    """Bytes from one expert's packed weights to the next's.
+
+    Raises:
+        ProblemError: H or I is not a positive multiple of 64, or ``op`` is unknown.
+    """
+    row_order(op)
+    for name, value in (("hidden", hidden), ("intermediate", intermediate)):
+        if value <= 0 or value % 64:
+            raise ProblemError(f"{name}={value}: use a positive multiple of 64 (contract section 8)")
+    return expert_bytes(2 * intermediate, hidden) if op == "fc1" else expert_bytes(hidden, intermediate)
+
+
+def packed_bytes(op: str, experts: int, hidden: int, intermediate: int) -> int:
+    """Bytes of all experts' packed weights.
+
+    Raises:
+        ProblemError: as ``expert_stride``, or E is not positive.
+    """
+    if experts <= 0:
+        raise ProblemError(f"experts={experts}: use a positive number")
+    return experts * expert_stride(op, hidden, intermediate)
+
+
+def _check_bytes(name: str, array: Any, shape: tuple[int | None, ...]) -> None:
+    """ProblemError unless ``array`` is uint8 of this shape (None: any size) with a contiguous last dimension."""
+    spelled = ", ".join("any" if size is None else str(size) for size in shape)
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
+        raise ProblemError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}: use a numpy array of uint8 [{spelled}]")
+    if array.ndim != len(shape) or any(want is not None and have != want for have, want in zip(array.shape, shape, strict=True)):
+        raise ProblemError(f"{name} has shape {list(array.shape)}: use [{spelled}]")
+    if array.size and array.shape[-1] > 1 and array.strides[-1] != 1:
+        raise ProblemError(f"{name} has strides {array.strides}: its last dimension must be contiguous; use numpy.ascontiguousarray")
+
+
+def _check_out(out: Bytes | None, size: int) -> Bytes:
+    """``out``, or a new buffer where there is none."""
+    if out is None:
+        return np.empty(size, dtype=np.uint8)
+    _check_bytes("out", out, (size,))
+    if not out.flags.writeable:
+        raise ProblemError("out is read-only: give a writable buffer")
+    return out
+
+
 def pack_expert(op: str, codes: Bytes, scales: Bytes, out: Bytes | None = None) -> Bytes:
-    """Packs one expert.
+    """Packs one expert: the streaming form, for callers that read a checkpoint expert by expert.
 
     Args:
-        op: ``fc1`` (rows interleaved up/gate in groups of 64) or ``fc2``.
-        codes: uint8 ``[rows, K/2]``.
+        op: ``fc1`` (2I rows, interleaved up/gate in groups of 64, K = H) or ``fc2`` (H rows, K = I).
+        codes: uint8 ``[rows, K/2]``, the even k in the low nibble; rows may be strided.
         scales: uint8 row-major ``[rows, K/16]``, e4m3, not negative and not NaN.
-        out: where to write, uint8 ``[expert_bytes]``; made where absent.
+        out: where to write, uint8 ``[expert_bytes(rows, K)]``; made where absent.
 
     Returns:
         ``out``.
 
     Raises:
-        ProblemError: shapes, dtypes or scales that the layout does not hold.
+        ProblemError: shapes, dtypes, strides or scales that the layout does not hold. Nothing is written then.
     """
-    if codes.dtype != np.uint8 or scales.dtype != np.uint8 or codes.ndim != 2 or scales.ndim != 2:
-        raise ProblemError(f"codes {codes.dtype}{list(codes.shape)}, scales {scales.dtype}{list(scales.shape)}: use two-dimensional uint8")
+    _check_bytes("codes", codes, (None, None))
     rows, k = codes.shape[0], codes.shape[1] * 2
-    if scales.shape != (rows, k // 16):
-        raise ProblemError(f"scales of shape {scales.shape} beside codes of shape {codes.shape}: use ({rows}, {k // 16})")
     size = expert_bytes(rows, k)
-    if np.any(scales >= 127):
-        raise ProblemError("a weight scale is NaN or negative: e4m3 bytes 0x00 to 0x7E are allowed; the checkpoint is damaged")
-    if out is None:
-        out = np.empty(size, dtype=np.uint8)
-    if out.shape != (size,) or out.dtype != np.uint8 or not out.flags.c_contiguous:
-        raise ProblemError(f"out is {out.dtype}{list(out.shape)}: use contiguous uint8 [{size}]")
-    values = unpack_codes(codes)
-    if op == "fc1":
-        values, scales = (np.concatenate([p.reshape(-1, 32, p.shape[1]) for p in deinterleave_up_gate(x)], axis=1) for x in (values, scales))
-    else:
-        values, scales = (x.reshape(-1, ROWS, x.shape[1]) for x in (values, scales))
+    if op == "fc1" and rows % (2 * ROWS):
+        raise ProblemError(f"{rows} up and gate rows: use a multiple of {2 * ROWS} (I % 64 == 0, contract section 8)")
+    _check_bytes("scales", scales, (rows, k // GROUP))
+    table = _interchange_rows(op, rows)
+    if scales.max() >= FIRST_REFUSED_SCALE:
+        row, column = (int(i) for i in np.argwhere(scales >= FIRST_REFUSED_SCALE)[0])
+        raise ProblemError(
+            f"weight scale 0x{int(scales[row, column]):02X} at row {row}, K group {column} is NaN or negative: e4m3 bytes 0x00 to 0x7E are"
+            " allowed; the checkpoint is damaged or its scales are not e4m3"
+        )
+    out = _check_out(out, size)
     k_blocks = -(-k // K)
-    order = row_order(op)
-    padded_codes = np.zeros((values.shape[0], ROWS, k_blocks * K), dtype=np.uint8)
-    padded_codes[:, :, :k] = np.where(np.repeat(scales, 16, axis=2) == 0, 0, values)[:, order]
-    padded_scales = np.zeros((values.shape[0], ROWS, k_blocks * 8), dtype=np.uint8)
-    padded_scales[:, :, : k // 16] = _SCALES[scales][:, order]
-    blocks = out.reshape(values.shape[0], k_blocks, SUPERBLOCK_BYTES)
-    # axes: row block R, m16 block b, lower half u, g; K block, half h, lane quarter t, step s, pair p (k 0/1 or 2/3), odd o
-    split = padded_codes.reshape(-1, 4, 2, 8, k_blocks, 2, 4, 4, 2, 2)
-    words = np.zeros((values.shape[0], k_blocks, 4, 2, 8, 4, 4, 2), dtype=np.uint16)  # R, K block, b, h, g, t, s, odd half
-    for pair in range(2):
-        for lower in range(2):
-            part = split[:, :, lower, :, :, :, :, :, pair, :]  # R, b, g, K, h, t, s, o
-            words |= _SPREAD[2 * pair + lower][part.transpose(0, 3, 1, 4, 2, 5, 6, 7)]
-    blocks[:, :, :CODE_BYTES] = words.astype("<u2").reshape(values.shape[0], k_blocks, -1).view(np.uint8)
-    # lane (g, t): [m16 block][half][row g, row g + 8], its scale group of a half is t
-    grouped = padded_scales.reshape(-1, 4, 2, 8, k_blocks, 2, 4)  # R, b, u, g, K, h, t
-    blocks[:, :, CODE_BYTES:] = grouped.transpose(0, 4, 3, 6, 1, 5, 2).reshape(values.shape[0], k_blocks, -1)
+    blocks = out.reshape(-1, k_blocks, SUPERBLOCK_BYTES)
+    at_once = max(1, _ROWS_AT_ONCE_BYTES // (ROWS * codes.shape[1]))
+    for first in range(0, len(table), at_once):
+        _pack_blocks(codes, scales, table[first : first + at_once], blocks[first : first + at_once])
     return out
 
 
+def _pack_blocks(codes: Bytes, scales: Bytes, table: npt.NDArray[np.int64], blocks: Bytes) -> None:
+    """Packs the superblocks whose interchange rows ``table`` lists as ``[R, b, u, g]`` into ``blocks`` ``[R, K blocks, 4608]``."""
+    count, k_blocks = blocks.shape[:2]
+    padded = k_blocks * K
+    upper_lower = table.transpose(2, 0, 1, 3)  # u, R, b, g
+    words = np.zeros((count, 4, 8, padded // 4), dtype="<u4")
+    for rows, spread in zip(upper_lower, _SPREAD, strict=True):
+        fours = codes[rows].view("<u2")  # four codes each: R, b, g, K/4
+        group_scales = scales[rows]
+        if not group_scales.all():
+            fours = fours * np.repeat(group_scales != 0, 4, axis=3)
+        words[..., : fours.shape[3]] |= spread[fours]
+    # R, b, g, K block, half, (t, step) → R, K block, b, half, g, (t, step)
+    chunks = words.reshape(count, 4, 8, k_blocks, 2, 16).transpose(0, 3, 1, 4, 2, 5)
+    blocks[:, :, :CODE_BYTES] = np.ascontiguousarray(chunks).view(np.uint8).reshape(count, k_blocks, CODE_BYTES)
+    spelled = np.zeros((count, 4, 2, 8, padded // GROUP), dtype=np.uint8)
+    spelled[..., : scales.shape[1]] = _SCALES[scales[table]]
+    # R, b, u, g, K block, half, t → R, K block, (g, t), [b, half, u]
+    lanes = spelled.reshape(count, 4, 2, 8, k_blocks, 2, 4).transpose(0, 4, 3, 6, 1, 5, 2)
+    blocks[:, :, CODE_BYTES:] = lanes.reshape(count, k_blocks, SCALE_BYTES)
+
+
 def unpack_expert(op: str, packed: Bytes, rows: int, k: int) -> tuple[Bytes, Bytes]:
-    """(codes ``[rows, K]`` one a byte, row-major e4m3 scales ``[rows, K/16]``) of one packed expert: what ``pack_expert`` was given."""
-    k_blocks, row_blocks = -(-k // K), rows // ROWS
-    blocks = packed.reshape(row_blocks, k_blocks, SUPERBLOCK_BYTES)
-    words = np.ascontiguousarray(blocks[:, :, :CODE_BYTES]).view("<u2").reshape(row_blocks, k_blocks, 4, 2, 8, 4, 4, 2)
-    split = np.zeros((row_blocks, 4, 2, 8, k_blocks, 2, 4, 4, 2, 2), dtype=np.uint8)
-    for pair in range(2):
-        for lower in range(2):
-            sign, high, low, mantissa = _CODE_BITS[2 * pair + lower]
-            code = ((words >> sign) & 1) << 3 | ((words >> high) & 1) << 2 | ((words >> low) & 1) << 1 | ((words >> mantissa) & 1)
-            split[:, :, lower, :, :, :, :, :, pair, :] = code.transpose(0, 2, 4, 1, 3, 5, 6, 7)
-    back = np.zeros(256, dtype=np.uint8)
-    for spelled, byte in _SCALES_BACK.items():
-        back[spelled] = byte
-    grouped = np.ascontiguousarray(blocks[:, :, CODE_BYTES:]).reshape(row_blocks, k_blocks, 8, 4, 4, 2, 2)
-    scales = back[grouped.transpose(0, 4, 6, 2, 1, 5, 3).reshape(row_blocks, ROWS, k_blocks * 8)]
-    codes = split.reshape(row_blocks, ROWS, k_blocks * K)
-    inverse = np.argsort(row_order(op))
-    codes, scales = codes[:, inverse, :k], scales[:, inverse, : k // 16]
-    if op == "fc1":
-        return tuple(_interleave_block(x) for x in (codes, scales))  # type: ignore[return-value]
-    return codes.reshape(rows, k), scales.reshape(rows, k // 16)
+    """What ``pack_expert`` was given: codes ``[rows, K/2]`` and row-major e4m3 scales ``[rows, K/16]``.
+
+    Codes of groups whose scale is 0 come back as 0.
+
+    Raises:
+        ProblemError: ``packed`` is not uint8 ``[expert_bytes(rows, k)]``.
+    """
+    _check_bytes("packed", packed, (expert_bytes(rows, k),))
+    table = _interchange_rows(op, rows)
+    count, k_blocks = len(table), -(-k // K)
+    blocks = packed.reshape(count, k_blocks, SUPERBLOCK_BYTES)
+    halves = np.ascontiguousarray(blocks[:, :, :CODE_BYTES]).view("<u2").reshape(count, k_blocks, 4, 2, 8, 4, 4, 2)
+    codes = np.empty((count, 4, 2, 8, k_blocks, 2, 4, 4, 2, 2), dtype=np.uint8)  # R, b, u, g, K block, half, t, step, pair, odd
+    for value, bits in enumerate(CODE_BITS):
+        code = np.zeros(halves.shape, dtype=np.uint8)
+        for bit in bits:
+            code = (code << 1) | ((halves >> bit) & 1).astype(np.uint8)
+        codes[:, :, value % 2, :, :, :, :, :, value // 2] = code.transpose(0, 2, 4, 1, 3, 5, 6, 7)
+    lanes = blocks[:, :, CODE_BYTES:].reshape(count, k_blocks, 8, 4, 4, 2, 2)
+    spelled = lanes.transpose(0, 4, 6, 2, 1, 5, 3).reshape(rows, k_blocks * K // GROUP)
+    plain_codes, plain_scales = np.empty((rows, k // 2), dtype=np.uint8), np.empty((rows, k // GROUP), dtype=np.uint8)
+    plain_codes[table.reshape(-1)] = pack_codes(codes.reshape(rows, k_blocks * K)[:, :k])
+    plain_scales[table.reshape(-1)] = _SCALES_BACK[spelled[:, : k // GROUP]]
+    return plain_codes, plain_scales
 
 
-def _interleave_block(x: Bytes) -> Bytes:
-    """``[blocks, 32 up + 32 gate, C]`` as rows interleaved up/gate in groups of 64."""
-    up, gate = (x[:, part].reshape(-1, 64, x.shape[2]) for part in (slice(0, 32), slice(32, 64)))
-    return np.stack([up, gate], axis=1).reshape(-1, x.shape[2])
+def fc1_expert(codes: Bytes, scales: Bytes, expert: int) -> tuple[Bytes, Bytes]:
+    """One expert of FC1's interchange tensors: codes ``[2I, H/2]`` (a view) and row-major scales ``[2I, H/16]``."""
+    rows = codes.shape[1]  # a multiple of 128 since I % 64 == 0: an expert is whole scale tiles
+    return codes[expert], untile_scales(scales[expert * rows : (expert + 1) * rows], rows)
+
+
+def fc2_expert(codes: Bytes, scales: Bytes, experts: int, expert: int) -> tuple[Bytes, Bytes]:
+    """One expert of FC2's interchange tensors: codes ``[H, I/2]`` (a view) and row-major scales ``[H, I/16]``."""
+    rows, half = codes.shape[0], codes.shape[1] // experts
+    groups = half // 8
+    # a tile of the tiled order holds 4 scale columns, and I % 64 == 0: an expert is whole column tiles
+    tiles = scales.reshape(-1, scales.shape[1] // 4, SCALE_TILE_BYTES)[:, expert * groups // 4 : (expert + 1) * groups // 4]
+    own = np.ascontiguousarray(tiles).reshape(padded_rows(rows), groups)
+    return codes[:, expert * half : (expert + 1) * half], untile_scales(own, rows)
+
+
+def _check_fc1(codes: Bytes, scales: Bytes) -> tuple[int, int, int]:
+    """(E, 2I, H) of FC1's interchange tensors."""
+    _check_bytes("codes", codes, (None, None, None))
+    experts, rows, k = codes.shape[0], codes.shape[1], codes.shape[2] * 2
+    if rows % (2 * ROWS):
+        raise ProblemError(f"codes of shape {list(codes.shape)} have 2I = {rows}: use I % 64 == 0 (contract section 8)")
+    packed_bytes("fc1", experts, k, rows // 2)
+    _check_bytes("scales", scales, (experts * rows, k // GROUP))
+    if not scales.flags.c_contiguous:
+        raise ProblemError(f"scales have strides {scales.strides}: tiled scales must be contiguous; use numpy.ascontiguousarray")
+    return experts, rows, k
+
+
+def _check_fc2(codes: Bytes, scales: Bytes, experts: int) -> tuple[int, int]:
+    """(H, I) of FC2's interchange tensors."""
+    _check_bytes("codes", codes, (None, None))
+    if experts < 1 or codes.shape[1] * 2 % (64 * experts):
+        raise ProblemError(f"codes of shape {list(codes.shape)} for {experts} experts: use [H, E·I/2] with I a multiple of 64 (contract section 8)")
+    rows, intermediate = codes.shape[0], codes.shape[1] * 2 // experts
+    packed_bytes("fc2", experts, rows, intermediate)
+    _check_bytes("scales", scales, (padded_rows(rows), experts * intermediate // GROUP))
+    if not scales.flags.c_contiguous:
+        raise ProblemError(f"scales have strides {scales.strides}: tiled scales must be contiguous; use numpy.ascontiguousarray")
+    return rows, intermediate
+
+
+def _slots(out: Bytes, experts: int) -> Iterator[tuple[int, Bytes]]:
+    """(expert, its part of ``out``)."""
+    size = out.shape[0] // experts
+    for expert in range(experts):
+        yield expert, out[expert * size : (expert + 1) * size]
 
 
 def pack_fc1(codes: Bytes, scales: Bytes, out: Bytes | None = None) -> Bytes:
@@ -168,20 +307,19 @@ def pack_fc1(codes: Bytes, scales: Bytes, out: Bytes | None = None) -> Bytes:
 
     Args:
         codes: uint8 ``[E, 2I, H/2]``, rows of an expert interleaved up/gate in groups of 64.
-        scales: uint8, tiled over all ``E·2I`` rows: ``[⌈E·2I/128⌉·128, H/16]``.
-        out: uint8 ``[E · expert_bytes]``.
+        scales: uint8, tiled over all rows: ``[E·2I, H/16]``.
+        out: uint8 ``[packed_bytes("fc1", E, H, I)]``; made where absent.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ProblemError: shapes, dtypes, strides or scales that the layout does not hold.
     """
-    if codes.ndim != 3:
-        raise ProblemError(f"codes of shape {codes.shape}: use [E, 2I, H/2]")
-    experts, rows, k = codes.shape[0], codes.shape[1], codes.shape[2] * 2
-    size = expert_bytes(rows, k)
-    if scales.shape != (padded_rows(experts * rows), k // 16):
-        raise ProblemError(f"scales of shape {scales.shape}: use ({padded_rows(experts * rows)}, {k // 16})")
-    if out is None:
-        out = np.empty(experts * size, dtype=np.uint8)
-    for expert in range(experts):  # rows are a multiple of 128 (I % 64 == 0), so an expert is whole scale tiles
-        plain = untile_scales(scales[expert * rows : (expert + 1) * rows], rows)
-        pack_expert("fc1", codes[expert], plain, out[expert * size : (expert + 1) * size])
+    experts, rows, k = _check_fc1(codes, scales)
+    out = _check_out(out, packed_bytes("fc1", experts, k, rows // 2))
+    for expert, slot in _slots(out, experts):
+        pack_expert("fc1", *fc1_expert(codes, scales, expert), slot)
     return out
 
 
@@ -191,22 +329,31 @@ def pack_fc2(codes: Bytes, scales: Bytes, experts: int, out: Bytes | None = None
     Args:
         codes: uint8 ``[H, E·I/2]``, columns concatenated expert by expert.
         scales: uint8 tiled ``[⌈H/128⌉·128, E·I/16]``.
-        experts: E.
-        out: uint8 ``[E · expert_bytes]``.
+        experts: E, always given explicitly (contract section 5).
+        out: uint8 ``[packed_bytes("fc2", E, H, I)]``; made where absent.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ProblemError: shapes, dtypes, strides or scales that the layout does not hold.
     """
-    if codes.ndim != 2 or experts < 1 or codes.shape[1] * 2 % (64 * experts):
-        raise ProblemError(f"codes of shape {codes.shape} for {experts} experts: use [H, E·I/2] with I a multiple of 64")
-    rows, intermediate = codes.shape[0], codes.shape[1] * 2 // experts
-    size = expert_bytes(rows, intermediate)
-    if scales.shape != (padded_rows(rows), experts * intermediate // 16):
-        raise ProblemError(f"scales of shape {scales.shape}: use ({padded_rows(rows)}, {experts * intermediate // 16})")
-    if out is None:
-        out = np.empty(experts * size, dtype=np.uint8)
-    half, groups = intermediate // 2, intermediate // 16
-    # a column tile of the tiled order is 4 scale columns: 512 contiguous bytes a row tile, so an expert is a slice of column tiles
-    tiles = scales.reshape(padded_rows(rows) // 128, -1, 512)
-    for expert in range(experts):
-        own = np.ascontiguousarray(tiles[:, expert * groups // 4 : (expert + 1) * groups // 4]).reshape(padded_rows(rows), groups)
-        plain = untile_scales(own, rows)
-        pack_expert("fc2", np.ascontiguousarray(codes[:, expert * half : (expert + 1) * half]), plain, out[expert * size : (expert + 1) * size])
+    rows, intermediate = _check_fc2(codes, scales, experts)
+    out = _check_out(out, packed_bytes("fc2", experts, rows, intermediate))
+    for expert, slot in _slots(out, experts):
+        pack_expert("fc2", *fc2_expert(codes, scales, experts, expert), slot)
     return out
+
+
+def unpack_fc1(packed: Bytes, experts: int, hidden: int, intermediate: int) -> tuple[Bytes, Bytes]:
+    """FC1's interchange tensors of packed weights: codes ``[E, 2I, H/2]`` and row-major scales ``[E, 2I, H/16]``."""
+    _check_bytes("packed", packed, (packed_bytes("fc1", experts, hidden, intermediate),))
+    parts = [unpack_expert("fc1", slot, 2 * intermediate, hidden) for _, slot in _slots(packed, experts)]
+    return np.stack([codes for codes, _ in parts]), np.stack([scales for _, scales in parts])
+
+
+def unpack_fc2(packed: Bytes, experts: int, hidden: int, intermediate: int) -> tuple[Bytes, Bytes]:
+    """FC2's interchange tensors of packed weights: codes ``[H, E·I/2]`` and row-major scales ``[H, E·I/16]``."""
+    _check_bytes("packed", packed, (packed_bytes("fc2", experts, hidden, intermediate),))
+    parts = [unpack_expert("fc2", slot, hidden, intermediate) for _, slot in _slots(packed, experts)]
+    return np.concatenate([codes for codes, _ in parts], axis=1), np.concatenate([scales for _, scales in parts], axis=1)

@@ -1,0 +1,354 @@
+"""The CUDA driver API, thin: what the loader, Plans and the runner call, and nothing else.
+
+Every failure becomes a DriverError (or a subclass) that names the call, the code and what to do. cuda-bindings is imported when a Driver is
+made, so that importing densemoe.runtime needs neither a driver nor the package's 39 ms. Handles are plain integers at this interface.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any, Final
+
+from densemoe.runtime.errors import ArchitectureMismatch, DriverError, DriverTooOld, DriverUnavailable
+
+__all__ = ["Driver", "LaunchConfig"]
+
+#: What to do, by CUresult name.
+_REMEDIES: Final = {
+    "CUDA_ERROR_OUT_OF_MEMORY": "the device has no memory left: free some, or lower M",
+    "CUDA_ERROR_NOT_INITIALIZED": "call after the driver was initialised; after a fork start processes with 'spawn' instead",
+    "CUDA_ERROR_NO_DEVICE": "no GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES",
+    "CUDA_ERROR_INVALID_DEVICE": "that device does not exist: check nvidia-smi and CUDA_VISIBLE_DEVICES",
+    "CUDA_ERROR_INVALID_CONTEXT": "no context is current on this thread: make one current, or use Device context helpers",
+    "CUDA_ERROR_INVALID_HANDLE": "a handle of another context or an ended one was given",
+    "CUDA_ERROR_ILLEGAL_ADDRESS": "a kernel touched memory that is not allocated: check the tensors; the context cannot be used any more",
+    "CUDA_ERROR_LAUNCH_FAILED": "a kernel failed: the context cannot be used any more; run compute-sanitizer",
+    "CUDA_ERROR_INVALID_VALUE": "an argument is out of range: this is a fault in densemoe or in its caller, not of the machine",
+    "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED": "that call may not be captured: preload kernels before the capture",
+}
+_OLD: Final = ("CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH")
+
+
+class LaunchConfig:
+    """A prepared launch: the driver's structure, made once, of which a launch only changes the stream.
+
+    Attributes:
+        function: kernel handle.
+        config: ``CUlaunchConfig``.
+        arguments: address of the array of parameter addresses; ``keep`` holds the memory behind it.
+    """
+
+    __slots__ = ("arguments", "config", "function", "keep")
+
+    def __init__(self, function: Any, config: Any, arguments: int, keep: tuple[object, ...]) -> None:
+        self.function, self.config, self.arguments, self.keep = function, config, arguments, keep
+
+
+class Driver:
+    """The driver of this process.
+
+    Raises:
+        DriverUnavailable: no cuda-bindings, no libcuda, or no device.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from cuda.bindings import driver
+        except ImportError as error:
+            raise DriverUnavailable(f"cuda-bindings is not installed ({error}): install densemoe with its requirements") from None
+        self._cuda = driver
+        self.process = os.getpid()
+        try:
+            result = driver.cuInit(0)
+        except RuntimeError as error:
+            raise DriverUnavailable(f"no CUDA driver on this machine ({error}): install NVIDIA's driver, or run where a GPU is") from None
+        code = result[0]
+        if int(code) != 0:
+            raise DriverUnavailable(f"cuInit: {self._name(code)} ({int(code)}): {self._remedy(self._name(code))}", call="cuInit", code=int(code))
+
+    # ---- errors
+
+    def _name(self, code: Any) -> str:
+        return str(getattr(code, "name", code))
+
+    def _remedy(self, name: str) -> str:
+        return _REMEDIES.get(name, "see the CUDA driver API's documentation of this code")
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        result = getattr(self._cuda, name)(*arguments)
+        code = result[0]
+        if int(code) != 0:
+            text = self._name(code)
+            kind = DriverTooOld if text in _OLD else DriverError
+            raise kind(f"{name}: {text} ({int(code)}): {self._remedy(text)}", call=name, code=int(code))
+        values = result[1:]
+        return values[0] if len(values) == 1 else values or None
+
+    def check_process(self) -> None:
+        """Raises DriverError in a child of the process that made this Driver: CUDA does not survive a fork."""
+        if os.getpid() != self.process:
+            raise DriverError(
+                f"CUDA was initialised in process {self.process}, this is its fork {os.getpid()}: start processes with the 'spawn' method"
+            )
+
+    # ---- devices and contexts
+
+    def version(self) -> int:
+        """CUDA version that the driver supports: 13000 is 13.0."""
+        return int(self._call("cuDriverGetVersion"))
+
+    def device_count(self) -> int:
+        """Visible devices."""
+        return int(self._call("cuDeviceGetCount"))
+
+    def device_name(self, ordinal: int) -> str:
+        """Marketing name."""
+        return bytes(self._call("cuDeviceGetName", 96, self._device(ordinal))).split(b"\0")[0].decode()
+
+    def _device(self, ordinal: int) -> Any:
+        return self._call("cuDeviceGet", ordinal)
+
+    def attribute(self, name: str, ordinal: int) -> int:
+        """A ``CU_DEVICE_ATTRIBUTE_…`` of a device, by the part of its name after the prefix."""
+        attribute = getattr(self._cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(self._call("cuDeviceGetAttribute", attribute, self._device(ordinal)))
+
+    def capability(self, ordinal: int) -> tuple[int, int]:
+        """Compute capability (major, minor)."""
+        return self.attribute("COMPUTE_CAPABILITY_MAJOR", ordinal), self.attribute("COMPUTE_CAPABILITY_MINOR", ordinal)
+
+    def sm_count(self, ordinal: int) -> int:
+        """Streaming multiprocessors."""
+        return self.attribute("MULTIPROCESSOR_COUNT", ordinal)
+
+    def use_device(self, ordinal: int) -> None:
+        """Makes the device's primary context current on this thread; it is the one that torch and the CUDA runtime use."""
+        self.check_process()
+        context = self._call("cuDevicePrimaryCtxRetain", self._device(ordinal))
+        self._call("cuCtxSetCurrent", context)
+
+    def current_device(self) -> int | None:
+        """Ordinal of the device whose context is current on this thread, None where there is none."""
+        self.check_process()
+        if int(self._call("cuCtxGetCurrent")) == 0:
+            return None
+        return int(self._call("cuCtxGetDevice"))
+
+    # ---- code
+
+    def load(self, image: bytes, *, file: str, arch: str, device: str) -> Any:
+        """Loads a cubin.
+
+        Args:
+            file, arch: what is loaded and what it was built for; device: what it is loaded on; for messages.
+
+        Raises:
+            ArchitectureMismatch: the cubin is for another device.
+            DriverTooOld: the driver does not know the format.
+        """
+        try:
+            return self._call("cuLibraryLoadData", image, [], [], 0, [], [], 0)
+        except DriverError as error:
+            if "NO_BINARY_FOR_GPU" in str(error):
+                raise ArchitectureMismatch(f"{file} was built for {arch}, the device is {device}: install or build artifacts for the device") from error
+            if isinstance(error, DriverTooOld):
+                raise DriverTooOld(
+                    f"{file} (built for {arch}) is not understood by this driver, which supports CUDA {self.version() / 1000:.1f}, on {device}:"
+                    " update NVIDIA's driver",
+                    call=error.call,
+                    code=error.code,
+                ) from error
+            raise
+
+    def kernel(self, library: Any, symbol: str) -> Any:
+        """The kernel called ``symbol``."""
+        return self._call("cuLibraryGetKernel", library, symbol.encode())
+
+    def unload(self, library: Any) -> None:
+        """Unloads a library."""
+        self._call("cuLibraryUnload", library)
+
+    def parameters(self, kernel: Any) -> tuple[tuple[int, int], ...]:
+        """(offset, size) of every parameter, in order. Needs a 12.4 driver."""
+        found = []
+        while True:
+            result = self._cuda.cuKernelGetParamInfo(kernel, len(found))
+            if int(result[0]) != 0:
+                if self._name(result[0]) == "CUDA_ERROR_INVALID_VALUE":  # one past the last
+                    return tuple(found)
+                raise DriverError(f"cuKernelGetParamInfo: {self._name(result[0])} ({int(result[0])})", call="cuKernelGetParamInfo", code=int(result[0]))
+            found.append((int(result[1]), int(result[2])))
+
+    def prepare(self, kernel: Any, ordinal: int, dynamic_smem: int, carveout: int) -> None:
+        """Allows a kernel its dynamic shared memory on a device, and states the preferred carveout (percent, -1: the driver's choice)."""
+        attributes = self._cuda.CUfunction_attribute
+        device = self._device(ordinal)
+        if dynamic_smem > 0:
+            self._call("cuKernelSetAttribute", attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, dynamic_smem, kernel, device)
+        if carveout >= 0:
+            self._call("cuKernelSetAttribute", attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, carveout, kernel, device)
+
+    def launch_config(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        cluster: tuple[int, int, int],
+        dynamic_smem: int,
+        block_of_parameters: bytearray,
+        offsets: tuple[tuple[int, int], ...],
+        programmatic: bool,
+    ) -> LaunchConfig:
+        """Prepares a launch. ``block_of_parameters`` is read at every launch, so changing it changes the launches that follow."""
+        cuda = self._cuda
+        attributes = []
+        if cluster != (1, 1, 1):
+            attribute = cuda.CUlaunchAttribute()
+            attribute.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster
+            attributes.append(attribute)
+        if programmatic:
+            attribute = cuda.CUlaunchAttribute()
+            attribute.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(attribute)
+        config = cuda.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = block
+        config.sharedMemBytes = dynamic_smem
+        config.attrs = attributes
+        config.numAttrs = len(attributes)
+        memory = (ctypes.c_char * len(block_of_parameters)).from_buffer(block_of_parameters)
+        base = ctypes.addressof(memory)
+        pointers = (ctypes.c_void_p * len(offsets))(*(base + offset for offset, _ in offsets))
+        function = cuda.CUfunction(int(kernel))
+        return LaunchConfig(function, config, ctypes.addressof(pointers), (memory, pointers, attributes, block_of_parameters))
+
+    def launch(self, prepared: LaunchConfig, stream: int) -> None:
+        """Launches on a stream (0: the legacy default stream)."""
+        prepared.config.hStream = stream
+        code = self._cuda.cuLaunchKernelEx(prepared.config, prepared.function, prepared.arguments, 0)[0]
+        if code:
+            text = self._name(code)
+            raise DriverError(f"cuLaunchKernelEx: {text} ({int(code)}): {self._remedy(text)}", call="cuLaunchKernelEx", code=int(code))
+
+    # ---- memory
+
+    def allocate(self, nbytes: int) -> int:
+        """Device memory on the current context's device, aligned to 256 bytes."""
+        return int(self._call("cuMemAlloc", max(nbytes, 1)))
+
+    def free(self, pointer: int) -> None:
+        """Frees what ``allocate`` gave."""
+        self._call("cuMemFree", pointer)
+
+    def zero(self, pointer: int, nbytes: int) -> None:
+        """Sets bytes to 0, and waits."""
+        if nbytes:
+            self._call("cuMemsetD8", pointer, 0, nbytes)
+            self.synchronize()
+
+    def fill(self, pointer: int, value: int, nbytes: int) -> None:
+        """Sets bytes to ``value``."""
+        if nbytes:
+            self._call("cuMemsetD8", pointer, value, nbytes)
+
+    def to_device(self, pointer: int, data: Any) -> None:
+        """Copies a contiguous buffer to the device, and waits."""
+        view = memoryview(data).cast("B")
+        if view.nbytes:
+            self._call("cuMemcpyHtoD", pointer, _address(view), view.nbytes)
+
+    def to_host(self, data: Any, pointer: int) -> None:
+        """Copies device memory into a writable contiguous buffer, and waits."""
+        view = memoryview(data).cast("B")
+        if view.nbytes:
+            self._call("cuMemcpyDtoH", _address(view), pointer, view.nbytes)
+
+    def pointer_device(self, pointer: int) -> int | None:
+        """Ordinal of the device that owns an address, None where it is no device memory."""
+        attribute = self._cuda.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        result = self._cuda.cuPointerGetAttribute(attribute, pointer)
+        return int(result[1]) if int(result[0]) == 0 else None
+
+    # ---- streams, events, graphs
+
+    def synchronize(self) -> None:
+        """Waits for everything on the current context."""
+        self._call("cuCtxSynchronize")
+
+    def stream(self) -> int:
+        """A new non-blocking stream."""
+        return int(self._call("cuStreamCreate", self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
+
+    def event(self) -> Any:
+        """A new event that takes times."""
+        return self._call("cuEventCreate", 0)
+
+    def record(self, event: Any, stream: int) -> None:
+        """Records an event on a stream."""
+        self._call("cuEventRecord", event, stream)
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        """Milliseconds between two recorded events, after waiting for the second."""
+        self._call("cuEventSynchronize", end)
+        return float(self._call("cuEventElapsedTime", start, end))
+
+    def begin_capture(self, stream: int) -> None:
+        """Starts capturing a stream into a graph."""
+        self._call("cuStreamBeginCapture", stream, self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+
+    def end_capture(self, stream: int) -> Any:
+        """Ends a capture; the instantiated graph."""
+        graph = self._call("cuStreamEndCapture", stream)
+        return self._call("cuGraphInstantiate", graph, 0)
+
+    def launch_graph(self, graph: Any, stream: int) -> None:
+        """Launches an instantiated graph."""
+        self._call("cuGraphLaunch", graph, stream)
+
+    # ---- tensor maps
+
+    def encode_tensor_map(
+        self,
+        address: int,
+        dtype: str,
+        sizes: tuple[int, ...],
+        strides: tuple[int, ...],
+        box: tuple[int, ...],
+        swizzle: str,
+        l2_promotion: str,
+    ) -> bytes:
+        """The 128 bytes that ``cuTensorMapEncodeTiled`` makes; innermost dimension first, strides in bytes from dimension 1 on."""
+        cuda = self._cuda
+        types = {"u8": "UINT8", "u16": "UINT16", "u32": "UINT32", "bf16": "BFLOAT16", "f16": "FLOAT16", "f32": "FLOAT32"}
+        result = self._call(
+            "cuTensorMapEncodeTiled",
+            getattr(cuda.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{types[dtype]}"),
+            len(sizes),
+            address,
+            [cuda.cuuint64_t(size) for size in sizes],
+            [cuda.cuuint64_t(stride) for stride in strides],
+            [cuda.cuuint32_t(size) for size in box],
+            [cuda.cuuint32_t(1)] * len(sizes),
+            cuda.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            getattr(cuda.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{swizzle.upper()}"),
+            getattr(cuda.CUtensorMapL2promotion, f"CU_TENSOR_MAP_L2_PROMOTION_{'L2_' if l2_promotion != 'none' else ''}{l2_promotion.upper()}"),
+            cuda.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        return ctypes.string_at(result.getPtr(), 128)
+
+
+def _address(view: memoryview) -> int:
+    """Address of a contiguous buffer, read-only ones included."""
+    if view.readonly:
+        return ctypes.cast(ctypes.c_char_p(view.obj), ctypes.c_void_p).value or 0 if isinstance(view.obj, bytes) else _array_address(view)
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+def _array_address(view: memoryview) -> int:
+    interface = getattr(view.obj, "__array_interface__", None)
+    if interface is None:
+        raise DriverError(f"a read-only buffer of {type(view.obj).__name__} cannot be copied: give bytes or a numpy array")
+    return int(interface["data"][0])

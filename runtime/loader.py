@@ -1,0 +1,248 @@
+"""Artifact roots and the loader: which set serves a device, and kernels loaded once, checked, on first use.
+
+Roots, the first that is given wins: an explicit path, ``DENSEMOE_ARTIFACTS``, the installed package. A set whose architecture is exactly the
+device's is preferred to a family set. At load the file's size and sha256 are compared with the manifest's, once per process, and the driver's
+view of the kernel's parameters with the manifest's. Thread-safe. A forked child is told so instead of crashing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from densemoe.runtime.errors import AbiMismatch, ArchitectureMismatch, ArtifactCorrupt, ArtifactNotFound, DriverTooOld, SelectionError
+from densemoe.runtime.manifest import INDEX_NAME, LARGEST_CUBIN, LARGEST_MANIFEST, Index, Manifest, ManifestVariant, read_file
+from densemoe.runtime.plan import Plan
+from densemoe.runtime.select import Choice, load_table, select
+from densemoe.runtime.variant import Variant, architecture
+
+if TYPE_CHECKING:
+    from densemoe.runtime.driver import Driver
+    from densemoe.runtime.problem import Problem
+
+__all__ = ["ENVIRONMENT", "ArtifactSet", "LoadedKernel", "Loader", "artifact_root"]
+
+#: Every environment variable that the runtime reads: name → meaning. Arguments win over them.
+ENVIRONMENT: Final[Mapping[str, str]] = {
+    "DENSEMOE_ARTIFACTS": "directory of an artifact root (index.json and a folder per architecture), instead of the installed package's",
+}
+
+
+def artifact_root(path: str | os.PathLike[str] | None = None) -> Path:
+    """The artifact root that will be used.
+
+    Raises:
+        ArtifactNotFound: the path does not exist, or the installed package carries no artifacts.
+    """
+    if path is not None:
+        given, said = Path(path), "the given path"
+    elif os.environ.get("DENSEMOE_ARTIFACTS"):
+        given, said = Path(os.environ["DENSEMOE_ARTIFACTS"]), "DENSEMOE_ARTIFACTS"
+    else:
+        built = resources.files("densemoe.artifacts").joinpath("built")
+        # an editable install may join several directories; joinpath gives the one that has the entry
+        given, said = Path(str(built)), "the installed package"
+    if not (given / INDEX_NAME).is_file():
+        raise ArtifactNotFound(
+            f"{said} has no artifacts: {given / INDEX_NAME} does not exist. Run `densemoe build`, install a wheel with artifacts, or set"
+            " DENSEMOE_ARTIFACTS"
+        )
+    return given
+
+
+class ArtifactSet:
+    """An artifact root, its manifests read on first use.
+
+    Raises:
+        ArtifactNotFound, ManifestError: the root has no index that can be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.root = artifact_root(path)
+        index = self.root / INDEX_NAME
+        self.index = Index.from_bytes(read_file(index, LARGEST_MANIFEST), str(index))
+        self._manifests: dict[str, Manifest] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Architectures of the root's sets."""
+        return tuple(sorted(self.index.sets))
+
+    def manifest(self, arch: str) -> Manifest:
+        """The manifest of one architecture.
+
+        Raises:
+            ArtifactNotFound: the root has no such set.
+            ArtifactCorrupt: the manifest is not the one that the index names.
+            ManifestError: it cannot be read.
+        """
+        with self._lock:
+            if arch in self._manifests:
+                return self._manifests[arch]
+            entry = self.index.sets.get(arch)
+            if entry is None:
+                raise ArtifactNotFound(f"{self.root} has no set for {arch}: it has {', '.join(self.architectures) or 'none'}")
+            path = self.root / entry.manifest
+            data = read_file(path, LARGEST_MANIFEST)
+            if hashlib.sha256(data).hexdigest() != entry.sha256:
+                raise ArtifactCorrupt(f"{path} is not the manifest that {INDEX_NAME} names: an interrupted build or a changed file; build or install again")
+            self._manifests[arch] = Manifest.from_bytes(data, str(path))
+            return self._manifests[arch]
+
+    def for_capability(self, capability: tuple[int, int]) -> Manifest:
+        """The set that serves a compute capability: an exact one, else a family one.
+
+        Raises:
+            ArchitectureMismatch: no set does.
+        """
+        fitting = [architecture(arch) for arch in self.architectures if capability in architecture(arch).capabilities]
+        if not fitting:
+            raise ArchitectureMismatch(
+                f"the device has compute capability {capability[0]}.{capability[1]}; {self.root} has sets for {', '.join(self.architectures)}:"
+                " install or build artifacts for the device"
+            )
+        best = min(fitting, key=lambda each: (each.kind != "exact", each.name))
+        return self.manifest(best.name)
+
+    def image(self, entry: ManifestVariant) -> bytes:
+        """A cubin's bytes, compared with the manifest.
+
+        Raises:
+            ArtifactNotFound: the file is missing.
+            ArtifactCorrupt: its size or hash differs.
+        """
+        path = self.root / entry.variant.arch / entry.file
+        data = read_file(path, LARGEST_CUBIN)
+        if len(data) != entry.size:
+            raise ArtifactCorrupt(f"{path} has {len(data)} bytes, the manifest says {entry.size}: truncated or replaced; build or install again")
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise ArtifactCorrupt(f"{path} is not the file that was built (its sha256 differs from the manifest's): build or install again")
+        return data
+
+
+@dataclass(frozen=True)
+class LoadedKernel:
+    """A kernel in the driver: its entry and its handle."""
+
+    entry: ManifestVariant
+    handle: Any
+
+
+class Loader:
+    """Loads kernels and makes Plans.
+
+    Args:
+        artifacts: an ArtifactSet, a path, or None for the default root.
+        driver: a Driver; made where absent.
+
+    Raises:
+        ArtifactError: the root cannot be used.
+        DriverUnavailable: there is no driver.
+    """
+
+    def __init__(self, artifacts: ArtifactSet | str | os.PathLike[str] | None = None, driver: Driver | None = None) -> None:
+        self.artifacts = artifacts if isinstance(artifacts, ArtifactSet) else ArtifactSet(artifacts)
+        if driver is None:
+            from densemoe.runtime.driver import Driver as RealDriver
+
+            driver = RealDriver()
+        self.driver: Driver = driver
+        self._lock = threading.Lock()
+        self._kernels: dict[str, LoadedKernel] = {}
+        self._prepared: set[tuple[str, int]] = set()
+        self._devices: dict[int, Manifest] = {}
+
+    def manifest(self, device: int) -> Manifest:
+        """The set that serves a device.
+
+        Raises:
+            ArchitectureMismatch: none does.
+            DriverTooOld: the driver is older than the set needs.
+        """
+        self.driver.check_process()
+        found = self._devices.get(device)
+        if found is None:
+            found = self.artifacts.for_capability(self.driver.capability(device))
+            version = self.driver.version()
+            if version < found.minimum_driver:
+                raise DriverTooOld(
+                    f"the driver supports CUDA {version // 1000}.{version % 1000 // 10}; the {found.arch} artifacts need"
+                    f" {found.minimum_driver // 1000}.{found.minimum_driver % 1000 // 10}: update NVIDIA's driver"
+                )
+            self._devices[device] = found
+        return found
+
+    def select(self, problem: Problem, device: int, variant: str | None = None) -> Choice:
+        """Which variant would run ``problem`` on ``device``. Raises SelectionError where none does."""
+        manifest = self.manifest(device)
+        return select(problem, [each.variant for each in manifest.variants.values()], load_table(manifest.arch), variant)
+
+    def kernel(self, key: str, device: int) -> LoadedKernel:
+        """The kernel of a key, loaded and made ready for a device.
+
+        Raises:
+            SelectionError: the key is not in the device's set.
+            ArtifactError, DriverError, AbiMismatch: it cannot be loaded.
+        """
+        manifest = self.manifest(device)
+        loaded = self._kernels.get(key)
+        if loaded is not None and (key, device) in self._prepared:
+            return loaded
+        with self._lock:
+            loaded = self._kernels.get(key)
+            if loaded is None:
+                loaded = self._load(manifest, key, device)
+                self._kernels[key] = loaded
+            if (key, device) not in self._prepared:
+                recipe = loaded.entry.recipe
+                self.driver.prepare(loaded.handle, device, recipe.dynamic_smem, recipe.smem_carveout)
+                self._prepared.add((key, device))
+            return loaded
+
+    def _load(self, manifest: Manifest, key: str, device: int) -> LoadedKernel:
+        entry = manifest.variants.get(key)
+        if entry is None:
+            raise SelectionError(f"{key} is not in the {manifest.arch} set of {self.artifacts.root}: `densemoe list` shows what is")
+        image = self.artifacts.image(entry)
+        capability = self.driver.capability(device)
+        shown = f"{self.driver.device_name(device)} (compute capability {capability[0]}.{capability[1]})"
+        library = self.driver.load(image, file=entry.file, arch=entry.variant.arch, device=shown)
+        handle = self.driver.kernel(library, entry.variant.symbol)
+        found = self.driver.parameters(handle)
+        if found != entry.parameters:
+            self.driver.unload(library)
+            raise AbiMismatch(f"{entry.file}: the driver sees parameters (offset, size) {list(found)}, the manifest says {list(entry.parameters)}")
+        return LoadedKernel(entry, handle)
+
+    def preload(self, keys: Iterable[str], device: int) -> None:
+        """Loads kernels now: before a CUDA-graph capture, or before the first request."""
+        for key in keys:
+            self.kernel(key, device)
+
+    def plan(
+        self, problem: Problem, tensors: Mapping[str, Any], device: int, variant: str | None = None, workspace: Mapping[str, Any] | None = None
+    ) -> Plan:
+        """A Plan for ``problem`` on ``device``, whose context is current on this thread.
+
+        Args:
+            tensors, workspace: see Plan.
+            variant: a key to use instead of the selection's.
+
+        Raises:
+            PlanError, ProblemError, SelectionError, ArtifactError, DriverError, AbiMismatch: nothing was launched.
+        """
+        choice = self.select(problem, device, variant)
+        loaded = self.kernel(choice.variant.key, device)
+        return Plan(self.driver, loaded.entry, loaded.handle, problem, tensors, device, workspace)
+
+
+def runnable(manifest: Manifest) -> tuple[Variant, ...]:
+    """Variants of a manifest in key order."""
+    return tuple(manifest.variants[key].variant for key in sorted(manifest.variants))

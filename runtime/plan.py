@@ -1,0 +1,265 @@
+"""A Plan: one kernel bound to one problem and its tensors, ready to be launched many times.
+
+Making a Plan checks everything, owns the kernel's workspaces, encodes tensor maps and packs the parameter block. Launching it is one driver
+call: no allocation, no check that could have been made before, no synchronisation, so it may be captured into a CUDA graph. A Plan belongs to
+the process and device that made it. Concurrent launches of one Plan on several streams would share its workspace: make one Plan a stream.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from densemoe.runtime.errors import PlanError, ProblemError, RecipeError, SelectionError
+from densemoe.runtime.memory import DeviceTensor, check_tensor
+from densemoe.runtime.problem import Problem
+from densemoe.runtime.recipe import Parameter, Recipe, evaluate
+from densemoe.runtime.rules import can_implement
+
+if TYPE_CHECKING:
+    from densemoe.runtime.driver import Driver, LaunchConfig
+    from densemoe.runtime.manifest import ManifestVariant
+
+__all__ = ["PackedLaunch", "Plan", "pack", "packed_weight_bytes"]
+
+#: (address, dtype, sizes, strides, box, swizzle, l2_promotion) → the 128 bytes of a tensor map
+TensorMapEncoder = Callable[[int, str, tuple[int, ...], tuple[int, ...], tuple[int, ...], str, str], bytes]
+
+LARGEST_GRID_X: Final = 2**31 - 1
+LARGEST_GRID_YZ: Final = 65535
+WORKSPACE_ALIGNMENT: Final = 128
+WEIGHT_ALIGNMENT: Final = 128  # sources of bulk copies; whole 128-byte lines besides
+_SUPERBLOCK: Final = (64, 128, 4608)  # rows, K and bytes of sm90a-superblock/1
+
+
+def packed_weight_bytes(layout: str, problem: Problem) -> int:
+    """Bytes of the packed weights of ``problem`` in ``layout``.
+
+    Raises:
+        RecipeError: the layout is not known to this version.
+    """
+    if layout != "sm90a-superblock/1":
+        raise RecipeError(f"weight layout {layout!r} is not known: this densemoe knows sm90a-superblock/1; update densemoe or rebuild the artifacts")
+    rows, k, size = _SUPERBLOCK
+    weight_rows, depth = (2 * problem.intermediate, problem.hidden) if problem.op == "fc1" else (problem.hidden, problem.intermediate)
+    return problem.experts * (weight_rows // rows) * -(-depth // k) * size
+
+
+@dataclass(frozen=True)
+class PackedLaunch:
+    """What the driver is given for one launch.
+
+    Attributes:
+        parameters: the parameter block's bytes.
+        offsets: (offset, size) of each parameter in it.
+    """
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    cluster: tuple[int, int, int]
+    dynamic_smem: int
+    parameters: bytearray
+    offsets: tuple[tuple[int, int], ...]
+
+
+def pack(recipe: Recipe, names: Mapping[str, int], addresses: Mapping[str, int], encode: TensorMapEncoder | None = None) -> PackedLaunch:
+    """Evaluates a recipe: pure, needs no device. The launch oracle and the emulator use it too.
+
+    Args:
+        names: integers that its expressions use: ``Problem.names()`` and ``sm_count``.
+        addresses: of every role that it points to; 0 for an absent optional tensor.
+        encode: makes tensor maps; needed only by recipes that have some.
+
+    Raises:
+        RecipeError: an expression, role or size that the recipe has no right to.
+    """
+    bound = recipe.bind(names)
+    offsets = recipe.offsets()
+    block = bytearray(max((offset + size for offset, size in offsets), default=0))
+    for parameter, (offset, size) in zip(recipe.parameters, offsets, strict=True):
+        block[offset : offset + size] = _parameter_bytes(parameter, bound, addresses, size, encode)
+    grid = tuple(evaluate(expression, bound) for expression in recipe.grid)
+    if any(not 1 <= extent <= largest for extent, largest in zip(grid, (LARGEST_GRID_X, LARGEST_GRID_YZ, LARGEST_GRID_YZ), strict=True)):
+        raise RecipeError(f"grid {grid}: each extent must be at least 1 and at most {LARGEST_GRID_X}, {LARGEST_GRID_YZ}, {LARGEST_GRID_YZ}")
+    return PackedLaunch((grid[0], grid[1], grid[2]), recipe.block, recipe.cluster, recipe.dynamic_smem, block, offsets)
+
+
+def _parameter_bytes(
+    parameter: Parameter, names: Mapping[str, int], addresses: Mapping[str, int], size: int, encode: TensorMapEncoder | None
+) -> bytes:
+    if parameter.kind in ("pointer", "tensor_map") and parameter.value not in addresses:
+        raise RecipeError(f"parameter {parameter.name!r} needs the tensor {parameter.value!r}: the given ones are {', '.join(sorted(addresses))}")
+    if parameter.kind == "pointer":
+        return struct.pack("<Q", addresses[parameter.value])
+    if parameter.kind == "tensor_map":
+        spec = parameter.tensor_map
+        if spec is None or encode is None:
+            raise RecipeError(f"parameter {parameter.name!r} is a tensor map: give an encoder")
+        sizes, strides, box = (tuple(evaluate(each, names) for each in part) for part in (spec.sizes, spec.strides, spec.box))
+        return encode(addresses[parameter.value], spec.dtype, sizes, strides, box, spec.swizzle, spec.l2_promotion)
+    value = evaluate(parameter.value, names)
+    if not -(1 << (8 * size - 1)) <= value < 1 << (8 * size):
+        raise RecipeError(f"parameter {parameter.name!r} = {value}: it has {size} bytes")
+    return (value % (1 << (8 * size))).to_bytes(size, "little")
+
+
+class Plan:
+    """One kernel, one problem, its tensors; made by ``Loader.plan``.
+
+    Args:
+        tensors: device memory by role: those of ``Problem.tensors()`` and ``b``, the packed weights. ``alpha_post`` is given exactly where the
+            problem has it. Anything with ``__cuda_array_interface__``, a torch tensor, or an address.
+        workspace: device memory for the kernel's workspaces by role, zeroed by the caller where the recipe says so; allocated where absent.
+
+    Raises:
+        SelectionError: the variant cannot run the problem.
+        ProblemError: a tensor is missing, not asked for, or not what the contract says.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        entry: ManifestVariant,
+        kernel: Any,
+        problem: Problem,
+        tensors: Mapping[str, Any],
+        ordinal: int,
+        workspace: Mapping[str, Any] | None = None,
+    ) -> None:
+        accepted, reason = can_implement(entry.variant, problem)
+        if not accepted:
+            raise SelectionError(f"{entry.key} cannot run this problem: {reason}")
+        self.problem, self.entry, self.ordinal = problem, entry, ordinal
+        self._driver = driver
+        self._owned: list[int] = []
+        self._closed = False
+        self._update = threading.Lock()
+        self._prepared: LaunchConfig | None = None
+        self._stream: int | None = None
+        self._tensors = self._check(tensors)
+        if problem.m == 0:
+            return
+        recipe = entry.recipe
+        self._names = {**problem.names(), "sm_count": driver.sm_count(ordinal)}
+        try:
+            self._addresses = {role: tensor.pointer for role, tensor in self._tensors.items()}
+            self._addresses.setdefault("alpha_post", 0)
+            self._addresses.update(self._workspaces(recipe, workspace or {}))
+            self._packed = pack(recipe, self._names, self._addresses, driver.encode_tensor_map)
+            self._prepared = driver.launch_config(
+                kernel,
+                self._packed.grid,
+                self._packed.block,
+                self._packed.cluster,
+                self._packed.dynamic_smem,
+                self._packed.parameters,
+                self._packed.offsets,
+                recipe.programmatic_launch,
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def key(self) -> str:
+        """Key of the variant that this Plan launches."""
+        return self.entry.key
+
+    def _check(self, tensors: Mapping[str, Any]) -> dict[str, DeviceTensor]:
+        specs = self.problem.tensors()
+        weights = packed_weight_bytes(self.entry.layout, self.problem)
+        wanted = {*specs, "b"}
+        for role in tensors:
+            if role not in wanted:
+                raise ProblemError(f"tensor {role!r} is not part of this problem: give {', '.join(sorted(wanted))}")
+        for role in sorted(wanted):
+            if role not in tensors:
+                raise ProblemError(f"tensor {role!r} is missing: give {', '.join(sorted(wanted))}")
+        checked = {role: check_tensor(role, tensors[role], spec, spec.nbytes, spec.alignment) for role, spec in specs.items()}
+        checked["b"] = check_tensor("b", tensors["b"], None, weights, WEIGHT_ALIGNMENT)
+        if self.problem.m == 0:
+            return checked
+        sizes = {**{role: spec.nbytes for role, spec in specs.items()}, "b": weights}
+        for role, tensor in checked.items():
+            owner = self._driver.pointer_device(tensor.pointer)
+            if owner is not None and owner != self.ordinal:
+                raise ProblemError(f"{role} lies on device {owner}, the Plan is for device {self.ordinal}: put every tensor on one device")
+        for role, spec in specs.items():
+            if not spec.output:
+                continue
+            start, end = checked[role].pointer, checked[role].pointer + spec.nbytes
+            for other, tensor in checked.items():
+                if other != role and tensor.pointer < end and start < tensor.pointer + sizes[other]:
+                    raise ProblemError(f"{role} (output) overlaps {other}: give each memory of its own")
+        return checked
+
+    def _workspaces(self, recipe: Recipe, given: Mapping[str, Any]) -> dict[str, int]:
+        bound = recipe.bind(self._names)
+        unknown = set(given) - {each.role for each in recipe.workspaces}
+        if unknown:
+            raise ProblemError(f"workspace {sorted(unknown)} is not one of {self.key}: it has {[each.role for each in recipe.workspaces]}")
+        addresses = {}
+        for each in recipe.workspaces:
+            nbytes = evaluate(each.nbytes, bound)
+            if each.role in given:
+                addresses[each.role] = check_tensor(each.role, given[each.role], None, nbytes, WORKSPACE_ALIGNMENT).pointer
+                continue
+            pointer = self._driver.allocate(nbytes)
+            self._owned.append(pointer)
+            if each.zeroed:
+                self._driver.zero(pointer, nbytes)
+            addresses[each.role] = pointer
+        return addresses
+
+    def launch(self, stream: int = 0) -> None:
+        """Launches the kernel on ``stream`` (a CUstream's address; 0 is the legacy default stream). M = 0 launches nothing.
+
+        Raises:
+            PlanError: the Plan is closed.
+            DriverError: the launch failed.
+        """
+        prepared = self._prepared
+        if prepared is None:
+            if self._closed:
+                raise PlanError(f"the Plan of {self.key} is closed: make a new one")
+            return
+        self._driver.launch(prepared, stream)
+
+    def update(self, role: str, value: Any) -> None:
+        """Points ``role`` to other memory of the same shape; launches that follow use it. Kernels with tensor maps have them encoded again.
+
+        Raises:
+            PlanError: the Plan is closed.
+            ProblemError: no such tensor, or it is not what the contract says.
+        """
+        if self._closed:
+            raise PlanError(f"the Plan of {self.key} is closed: make a new one")
+        self._driver.check_process()
+        if role not in self._tensors:
+            raise ProblemError(f"tensor {role!r} is not part of this problem: use one of {', '.join(sorted(self._tensors))}")
+        with self._update:
+            checked = self._check({**self._tensors, role: value})
+            self._tensors = checked
+            if self.problem.m == 0:
+                return
+            self._addresses[role] = checked[role].pointer
+            packed = pack(self.entry.recipe, self._names, self._addresses, self._driver.encode_tensor_map)
+            self._packed.parameters[:] = packed.parameters
+
+    def close(self) -> None:
+        """Frees the workspaces. The caller makes sure that no launch still runs."""
+        if self._closed:
+            return
+        self._closed = True
+        self._prepared = None
+        while self._owned:
+            self._driver.free(self._owned.pop())
+
+    def __enter__(self) -> Plan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
