@@ -1,4 +1,4 @@
-"""NVFP4 tensors on the host: number formats and quantisation (contract section 2). numpy only.
+"""NVFP4 tensors on the host: number formats, quantisation and dequantisation (contract section 2). numpy only.
 
 A tensor ``X[R, K]`` is ``codes`` (uint8 ``[R, K/2]``, two e2m1 values a byte, the low nibble the even k), ``scales`` (e4m3 bytes, one per 16
 consecutive k, in the 128x4 tiled order of ``layout``) and ``global_scale`` (float32): ``x = e2m1(code) · e4m3(scale) · global_scale``.
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from densemoe.runtime.errors import ProblemError
-from densemoe.runtime.layout import tile_scales, untile_scales
+from densemoe.runtime.layout import GROUP, tile_scales, untile_scales
 
 __all__ = [
     "E2M1_VALUES",
@@ -24,8 +24,10 @@ __all__ = [
     "bf16_values",
     "encode_e2m1",
     "encode_e4m3",
+    "global_scale_of",
     "pack_codes",
     "quantise",
+    "quantise_expert",
     "quantise_rows",
     "unpack_codes",
 ]
@@ -33,9 +35,10 @@ __all__ = [
 Floats = npt.NDArray[np.floating[Any]]
 Bytes = npt.NDArray[np.uint8]
 
-GROUP: Final = 16
 LARGEST_E2M1: Final = 6.0
 LARGEST_E4M3: Final = 448.0
+ONE_SIXTH: Final = np.float32(1 / 6)
+_ELEMENTS_AT_ONCE: Final = 2**17  # quantised at once: their temporaries stay in a core's cache
 
 _MAGNITUDES: Final = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 #: Value of each 4-bit code, sign in bit 3.
@@ -63,9 +66,14 @@ def _encode(x: npt.NDArray[np.float64], table: npt.NDArray[np.float64]) -> npt.N
 
 
 def encode_e2m1(x: npt.ArrayLike) -> Bytes:
-    """e2m1 codes of ``x``: nearest, ties to even, saturating at 6; the sign of zero is kept. NaN saturates."""
-    values = np.nan_to_num(np.asarray(x, dtype=np.float64), nan=LARGEST_E2M1, posinf=LARGEST_E2M1, neginf=-LARGEST_E2M1)
-    return (_encode(values, _MAGNITUDES) | (np.signbit(values).astype(np.int64) << 3)).astype(np.uint8)
+    """e2m1 codes of ``x``: nearest, ties to even, saturating at 6; the sign of zero is kept. NaN becomes 0."""
+    values = np.asarray(x)
+    magnitude = np.abs(values)
+    # a midpoint goes to the even code: up from 0.75, 1.75 and 3.5, down from 0.25, 1.25, 2.5 and 5
+    code = (magnitude > 0.25).astype(np.uint8)
+    for midpoint, up in ((0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False)):
+        code += (magnitude >= midpoint) if up else (magnitude > midpoint)
+    return code | (np.signbit(values).astype(np.uint8) << 3)
 
 
 def encode_e4m3(x: npt.ArrayLike) -> Bytes:
@@ -77,11 +85,19 @@ def encode_e4m3(x: npt.ArrayLike) -> Bytes:
 
 
 def bf16_bits(x: npt.ArrayLike) -> npt.NDArray[np.uint16]:
-    """bf16 bit patterns of float32 values: nearest, ties to even; NaN stays NaN."""
-    values = np.ascontiguousarray(x, dtype=np.float32)
-    bits = values.view(np.uint32)
-    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).astype(np.uint16)
+    """bf16 bit patterns of float32 or float64 values: rounded once, to nearest, ties to even; overflow gives Inf; NaN stays NaN."""
+    values = np.asarray(x)
+    with np.errstate(over="ignore"):
+        single = np.ascontiguousarray(values, dtype=np.float32)
+    bits = single.view(np.uint32).astype(np.int64)
+    if values.dtype == np.float64:
+        # round to odd on the way through float32, so that the second rounding sees on which side of a tie the value lies
+        with np.errstate(invalid="ignore"):
+            error = np.abs(values) - np.abs(single.astype(np.float64))
+        odd = bits & 1
+        bits = np.where((error < 0) & (odd == 0), bits - 1, np.where((error > 0) & (odd == 0), bits + 1, bits))
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(single), np.uint16(0x7FC0), rounded).astype(np.uint16)
 
 
 def bf16_values(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
@@ -127,27 +143,106 @@ class Nvfp4Tensor:
         return int(self.codes.shape[1]) * 2
 
     def values(self, rows: slice = slice(None)) -> npt.NDArray[np.float64]:
-        """``e2m1(code) · e4m3(scale)`` of these rows, without the global scale: float64, exact."""
+        """``e2m1(code) · e4m3(scale)`` of these rows, without the global scale: float64 ``[rows, K]``, exact."""
         scales = E4M3_VALUES[untile_scales(self.scales, self.rows)[rows]]
         with np.errstate(invalid="ignore"):
             return E2M1_VALUES[unpack_codes(self.codes[rows])] * np.repeat(scales, GROUP, axis=1)
+
+    def dequantise(self, dtype: str = "f64", rows: slice = slice(None)) -> npt.NDArray[Any]:
+        """``e2m1(code) · e4m3(scale) · global_scale``: ``f64`` (exact), or ``f32`` or ``bf16`` (uint16 bit patterns), each rounded once.
+
+        Raises:
+            ProblemError: another dtype.
+        """
+        exact = self.values(rows) * np.float64(self.global_scale)
+        if dtype == "f64":
+            return exact
+        if dtype == "f32":
+            return exact.astype(np.float32)
+        if dtype == "bf16":
+            return bf16_bits(exact)
+        raise ProblemError(f"dtype={dtype!r}: use f64, f32 or bf16")
+
+
+def _group_amax(groups: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Largest magnitude along a last dimension of 16; NaN stays NaN."""
+    largest = np.abs(groups)
+    while largest.shape[-1] > 1:
+        half = largest.shape[-1] // 2
+        largest = np.maximum(largest[..., :half], largest[..., half:])
+    return largest[..., 0]
+
+
+def _quantise_block(values: npt.NDArray[np.float32], multiplier: np.float32) -> tuple[Bytes, Bytes]:
+    groups = values.reshape(values.shape[0], -1, GROUP)
+    with np.errstate(all="ignore"):
+        scales = encode_e4m3((_group_amax(groups) * ONE_SIXTH) * multiplier)
+        factor = multiplier * (np.float32(1) / E4M3_VALUES[scales].astype(np.float32))
+        codes = encode_e2m1(groups * factor[:, :, None])
+    codes[scales == 0] = 0
+    return codes.reshape(values.shape), scales
 
 
 def quantise_rows(x: npt.ArrayLike, multiplier: np.float32) -> tuple[Bytes, Bytes]:
     """Codes and scales of ``x[R, K]`` in the contract's order of float32 operations (section 2).
 
+    Args:
+        x: anything that float32 holds exactly, else it is rounded to float32 first.
+        multiplier: float32, 1 / global_scale.
+
     Returns:
-        codes ``[R, K]`` (one a byte) and scales ``[R, K/16]`` (row-major).
+        uint8 codes ``[R, K]`` (one a byte) and e4m3 scales ``[R, K/16]`` (row-major).
+
+    Raises:
+        ProblemError: not two-dimensional, or K is not a multiple of 16.
     """
-    values = np.asarray(x, dtype=np.float32)
-    groups = values.reshape(values.shape[0], -1, GROUP)
+    values = np.asarray(x)
+    if values.ndim != 2 or values.shape[1] % GROUP:
+        raise ProblemError(f"cannot quantise shape {list(values.shape)}: give two dimensions, the last a multiple of {GROUP}")
+    rows, k = values.shape
+    codes, scales = np.empty((rows, k), dtype=np.uint8), np.empty((rows, k // GROUP), dtype=np.uint8)
+    at_once = max(1, _ELEMENTS_AT_ONCE // max(k, 1))
+    for first in range(0, rows, at_once):
+        part = slice(first, first + at_once)
+        block = np.ascontiguousarray(values[part], dtype=np.float32)
+        codes[part], scales[part] = _quantise_block(block, np.float32(multiplier))
+    return codes, scales
+
+
+def global_scale_of(amax: float | np.floating[Any]) -> np.float32:
+    """``amax / (448 · 6)`` in float32, and 1 where amax is 0 (contract section 2).
+
+    Raises:
+        ProblemError: amax is not finite, or so small that the multiplier 1 / global_scale overflows float32.
+    """
+    largest = np.float32(amax)
+    if not np.isfinite(largest):
+        raise ProblemError(f"amax = {largest}: a global scale needs finite values; remove NaN and Inf, or give global_scale")
+    if largest == 0:
+        return np.float32(1)
+    scale = np.float32(largest / np.float32(LARGEST_E4M3 * LARGEST_E2M1))
+    with np.errstate(divide="ignore", over="ignore"):
+        if not np.isfinite(np.float32(1) / scale):
+            raise ProblemError(f"amax = {largest}: 1 / (amax / 2688) overflows float32; scale the tensor up, or give global_scale")
+    return scale
+
+
+def _checked_scale(global_scale: float | np.floating[Any]) -> np.float32:
+    scale = np.float32(global_scale)
     with np.errstate(all="ignore"):
-        amax = np.max(np.abs(groups), axis=2)
-        scales = encode_e4m3((amax * np.float32(1 / 6)) * multiplier)
-        factor = multiplier * (np.float32(1) / E4M3_VALUES[scales].astype(np.float32))
-        codes = encode_e2m1(groups * factor[:, :, None])
-    codes[scales == 0] = 0
-    return codes.reshape(values.shape), scales
+        usable = np.isfinite(scale) and scale > 0 and np.isfinite(np.float32(1) / scale)
+    if not usable:
+        raise ProblemError(f"global_scale={global_scale}: use a positive float32 whose reciprocal is finite")
+    return scale
+
+
+def _check_quantisable(values: npt.NDArray[Any]) -> None:
+    if values.ndim != 2 or values.shape[1] % 64 or values.shape[1] == 0:
+        raise ProblemError(f"cannot quantise shape {list(values.shape)}: give two dimensions, the last a positive multiple of 64")
+
+
+def _amax(values: npt.NDArray[Any]) -> np.float32:
+    return np.float32(max(np.max(values, initial=0), -np.min(values, initial=0)))
 
 
 def quantise(x: npt.ArrayLike, global_scale: float | None = None) -> Nvfp4Tensor:
@@ -157,15 +252,26 @@ def quantise(x: npt.ArrayLike, global_scale: float | None = None) -> Nvfp4Tensor
         global_scale: the dequantisation factor; without one it is ``amax / (448 · 6)``, and 1 where amax is 0.
 
     Raises:
-        ProblemError: not two-dimensional, or K is not a multiple of 64.
+        ProblemError: not two-dimensional, K is not a multiple of 64, or no usable global scale.
     """
-    values = np.asarray(x, dtype=np.float32)
-    if values.ndim != 2 or values.shape[1] % 64:
-        raise ProblemError(f"cannot quantise shape {values.shape}: give two dimensions, the last a multiple of 64")
-    if global_scale is None:
-        amax = np.float32(np.max(np.abs(values), initial=0.0))
-        scale = np.float32(1) if amax == 0 else amax / np.float32(LARGEST_E4M3 * LARGEST_E2M1)
-    else:
-        scale = np.float32(global_scale)
+    values = np.asarray(x)
+    _check_quantisable(values)
+    scale = global_scale_of(_amax(values)) if global_scale is None else _checked_scale(global_scale)
     codes, scales = quantise_rows(values, np.float32(1) / scale)
     return Nvfp4Tensor(pack_codes(codes), tile_scales(scales), scale)
+
+
+def quantise_expert(x: npt.ArrayLike, global_scale: float | None = None) -> tuple[Bytes, Bytes, np.float32]:
+    """As ``quantise`` for one expert of a weight tensor, whose scales are tiled later, together with the other experts'.
+
+    Returns:
+        Packed codes ``[R, K/2]``, row-major scales ``[R, K/16]`` and the expert's global scale.
+
+    Raises:
+        ProblemError: as ``quantise``.
+    """
+    values = np.asarray(x)
+    _check_quantisable(values)
+    scale = global_scale_of(_amax(values)) if global_scale is None else _checked_scale(global_scale)
+    codes, scales = quantise_rows(values, np.float32(1) / scale)
+    return pack_codes(codes), scales, scale

@@ -270,7 +270,7 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
     symbol = variant.symbol.removesuffix("_0")
     pointers = (
         *(pointer(Uint8, 16) for _ in range(3)),
-        *(pointer(Float32, 4) for _ in range(3)),
+        *(pointer(Uint8, 4) for _ in range(3)),  # float32, addressed in bytes as the rest
         *(pointer(Uint8, 16) for _ in range(2)),
     )
     return fc1_host, (*pointers, *words, symbol, config_of(variant), cuda.CUstream(0))

@@ -407,7 +407,7 @@ def recipe(variant: Variant) -> Recipe:
 
 def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
     """The host function and example arguments for ``cute.compile``."""
-    pointers = (*(pointer(Uint8, 16) for _ in range(3)), pointer(Float32, 4), *(pointer(Uint8, 16) for _ in range(3)))
+    pointers = (*(pointer(Uint8, 16) for _ in range(3)), pointer(Uint8, 4), *(pointer(Uint8, 16) for _ in range(3)))
     words = tuple(Int32(value) for value in (8, 2, 256, 128, 2, 1, 132))
     return fc2_host, (*pointers, *words, variant.symbol.removesuffix("_0"), config_of(variant), cuda.CUstream(0))
 
