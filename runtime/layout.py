@@ -86,7 +86,7 @@ def untile_scales(tiled: Bytes, rows: int) -> Bytes:
     """
     _check_scales("tiled scales", tiled)
     if tiled.shape[0] != padded_rows(rows):
-        raise ProblemError(f"tiled scales of shape {list(tiled.shape)} for {rows} rows: use [{padded_rows(rows)}, K/16] (whole tiles of 128)")
+        raise ProblemError(f"tiled scales {list(tiled.shape)} for {rows} rows: use [{padded_rows(rows)}, K/16], whole tiles of 128")
     columns = tiled.shape[1]
     blocks = np.ascontiguousarray(tiled).reshape(-1, columns // 4, 32, 4, 4).transpose(0, 3, 2, 1, 4)
     return np.ascontiguousarray(blocks).reshape(tiled.shape)[:rows]

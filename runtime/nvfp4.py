@@ -1,7 +1,7 @@
 """NVFP4 tensors on the host: number formats, quantisation and dequantisation (contract section 2). numpy only.
 
-A tensor ``X[R, K]`` is ``codes`` (uint8 ``[R, K/2]``, two e2m1 values a byte, the low nibble the even k), ``scales`` (e4m3 bytes, one per 16
-consecutive k, in the 128x4 tiled order of ``layout``) and ``global_scale`` (float32): ``x = e2m1(code) · e4m3(scale) · global_scale``.
+A tensor ``X[R, K]`` is ``codes`` (uint8 ``[R, K/2]``, two e2m1 values a byte, the low nibble the even k), ``scales`` (e4m3 bytes, one per
+16 consecutive k, in the 128x4 tiled order of ``layout``) and ``global_scale`` (float32): ``x = e2m1(code) · e4m3(scale) · global_scale``.
 """
 
 from __future__ import annotations
@@ -236,29 +236,8 @@ def _checked_scale(global_scale: float | np.floating[Any]) -> np.float32:
     return scale
 
 
-def _check_quantisable(values: npt.NDArray[Any]) -> None:
-    if values.ndim != 2 or values.shape[1] % 64 or values.shape[1] == 0:
-        raise ProblemError(f"cannot quantise shape {list(values.shape)}: give two dimensions, the last a positive multiple of 64")
-
-
 def _amax(values: npt.NDArray[Any]) -> np.float32:
     return np.float32(max(np.max(values, initial=0), -np.min(values, initial=0)))
-
-
-def quantise(x: npt.ArrayLike, global_scale: float | None = None) -> Nvfp4Tensor:
-    """The NVFP4 tensor of ``x[R, K]``.
-
-    Args:
-        global_scale: the dequantisation factor; without one it is ``amax / (448 · 6)``, and 1 where amax is 0.
-
-    Raises:
-        ProblemError: not two-dimensional, K is not a multiple of 64, or no usable global scale.
-    """
-    values = np.asarray(x)
-    _check_quantisable(values)
-    scale = global_scale_of(_amax(values)) if global_scale is None else _checked_scale(global_scale)
-    codes, scales = quantise_rows(values, np.float32(1) / scale)
-    return Nvfp4Tensor(pack_codes(codes), tile_scales(scales), scale)
 
 
 def quantise_expert(x: npt.ArrayLike, global_scale: float | None = None) -> tuple[Bytes, Bytes, np.float32]:
@@ -271,7 +250,21 @@ def quantise_expert(x: npt.ArrayLike, global_scale: float | None = None) -> tupl
         ProblemError: as ``quantise``.
     """
     values = np.asarray(x)
-    _check_quantisable(values)
+    if values.ndim != 2 or values.shape[1] % 64 or values.shape[1] == 0:
+        raise ProblemError(f"cannot quantise shape {list(values.shape)}: give two dimensions, the last a positive multiple of 64")
     scale = global_scale_of(_amax(values)) if global_scale is None else _checked_scale(global_scale)
     codes, scales = quantise_rows(values, np.float32(1) / scale)
     return pack_codes(codes), scales, scale
+
+
+def quantise(x: npt.ArrayLike, global_scale: float | None = None) -> Nvfp4Tensor:
+    """The NVFP4 tensor of ``x[R, K]``.
+
+    Args:
+        global_scale: the dequantisation factor; without one it is ``amax / (448 · 6)``, and 1 where amax is 0.
+
+    Raises:
+        ProblemError: not two-dimensional, K is not a multiple of 64, or no usable global scale.
+    """
+    codes, scales, scale = quantise_expert(x, global_scale)
+    return Nvfp4Tensor(codes, tile_scales(scales), scale)

@@ -4,7 +4,7 @@ A superblock is 64 weight rows x K 128 in 4,608 bytes: eight 512-byte chunks of 
 ``c % 2``, and a chunk of scales. Lane (g, t) = (lane // 4, lane % 4) owns bytes 16·lane … 16·lane + 15 of a chunk. Packed weights are
 ``[E][row blocks][K blocks][4608]``; K is padded per expert to a multiple of 128 with zero codes and zero scales.
 
-Memory: beside the caller's arrays packing takes a few megabytes plus one expert's scales in row-major order; with ``out`` nothing else is made.
+Memory: beside the caller's arrays packing takes a few megabytes and one expert's scales in row-major order; with ``out`` nothing else.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ SCALE_BYTES: Final = ROWS * K // GROUP
 SUPERBLOCK_BYTES: Final = CODE_BYTES + SCALE_BYTES
 
 #: Bit of (sign, exponent high, exponent low, mantissa) of a half-word's four values: (row g, k 0/1), (row g + 8, k 0/1), (row g, k 2/3),
-#: (row g + 8, k 2/3). After shifts left by 0, 3, 6 and a gather of three pieces each lies in bits 15, 8, 7, 6, where it spells the value times
-#: 2**-126 as bf16.
+#: (row g + 8, k 2/3). Shifted left by 0, 3, 6, and for the last gathered from three pieces, each comes to bits 15, 8, 7, 6, where it spells
+#: the value times 2**-126 as bf16.
 CODE_BITS: Final = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 11, 10, 13))
 SCALE_BIAS: Final = 10  # of S0E5M3: 2**-9, the least e4m3 value, is exponent 1
 FIRST_REFUSED_SCALE: Final = 0x7F  # NaN; the negative bytes follow
@@ -84,8 +84,8 @@ _SPREAD: Final = _spread_tables()
 def row_order(op: str) -> npt.NDArray[np.int64]:
     """Row of the 64-row block that stands at physical row ``16·block + row`` of a superblock: int64 ``[64]``.
 
-    FC2: (block b, g) and (b, g + 8) are rows 8g + 2b and 8g + 2b + 1, so that a lane ends with eight consecutive outputs. FC1: a block is 32 up
-    rows (0–31) and their 32 gate rows (32–63); (b, g) is up row 4g + b and (b, g + 8) its gate row.
+    FC2: (block b, g) and (b, g + 8) are rows 8g + 2b and 8g + 2b + 1, so that a lane ends with eight consecutive outputs. FC1: a block is
+    32 up rows (0–31) and their 32 gate rows (32–63); (b, g) is up row 4g + b and (b, g + 8) its gate row.
 
     Raises:
         ProblemError: ``op`` is neither ``fc1`` nor ``fc2``.
@@ -286,7 +286,7 @@ def _check_fc2(codes: Bytes, scales: Bytes, experts: int) -> tuple[int, int]:
     """(H, I) of FC2's interchange tensors."""
     _check_bytes("codes", codes, (None, None))
     if experts < 1 or codes.shape[1] * 2 % (64 * experts):
-        raise ProblemError(f"codes of shape {list(codes.shape)} for {experts} experts: use [H, E·I/2] with I a multiple of 64 (contract section 8)")
+        raise ProblemError(f"codes {list(codes.shape)} for {experts} experts: use [H, E·I/2] with I % 64 == 0 (contract section 8)")
     rows, intermediate = codes.shape[0], codes.shape[1] * 2 // experts
     packed_bytes("fc2", experts, rows, intermediate)
     _check_bytes("scales", scales, (padded_rows(rows), experts * intermediate // GROUP))
