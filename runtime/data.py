@@ -30,6 +30,9 @@ LAYERS: Final = (
 )
 
 
+_CODED: Final = ("exact", "raw", "codes")  # kinds that are codes and scales from the start, under a global scale of 1
+
+
 def fc1_grid() -> Iterator[tuple[int, int, int, int, bool]]:
     """(E, 2I, M, H, alpha_post) of the 384 FC1 cases, weights changing slowest."""
     for experts, rows, hidden in itertools.product((1, 4, 8, 32), (256, 512, 1024, 2816), (256, 512, 2048)):
@@ -91,13 +94,14 @@ def _quantised(values: npt.NDArray[np.float32]) -> tuple[Bytes, Bytes, np.float3
 
 def fc1_weights(rng: np.random.Generator, experts: int, hidden: int, intermediate: int, kind: str = "integers") -> Fc1Weights:
     """Weights of ``kind``: ``integers`` (section 9), ``normal``, ``exact`` (rule 1: products are multiples of 1/4, gates not negative), ``raw``
-    (random codes under random scales, subnormal and zero ones included)."""
+    (random codes under random scales, subnormal and zero ones included), ``codes`` (random codes under scales from 0.5 to 1.875: quick to
+    make at the size of a model)."""
     codes, scales, globals_ = [], [], []
     for _ in range(experts):
         parts = []
         for gate in (False, True):
             parts.append(_expert(rng, intermediate, hidden, kind, positive=gate))
-        if kind in ("exact", "raw"):
+        if kind in _CODED:
             codes.append(pack_codes(interleave_up_gate(parts[0][0], parts[1][0])))
             scales.append(interleave_up_gate(parts[0][1], parts[1][1]))
             globals_.append(np.float32(1))
@@ -114,7 +118,7 @@ def fc2_weights(rng: np.random.Generator, experts: int, hidden: int, intermediat
     codes, scales, globals_ = [], [], []
     for _ in range(experts):
         part = _expert(rng, hidden, intermediate, kind, positive=False)
-        if kind in ("exact", "raw"):
+        if kind in _CODED:
             c, s, g = pack_codes(part[0]), part[1], np.float32(1)
         else:
             c, s, g = _quantised(part[0])
@@ -139,7 +143,10 @@ def _expert(rng: np.random.Generator, rows: int, columns: int, kind: str, *, pos
         scales = rng.integers(0, 127, (rows, columns // GROUP), dtype=np.uint8)
         scales[rng.random(scales.shape) < 0.1] = 0
         return rng.integers(0, 16, (rows, columns), dtype=np.uint8), scales
-    raise ValueError(f"kind {kind!r}: use integers, normal, exact or raw")
+    if kind == "codes":
+        scales = rng.integers(0x30, 0x40, (rows, columns // GROUP), dtype=np.uint8)
+        return rng.integers(0, 16, (rows, columns), dtype=np.uint8), scales
+    raise ValueError(f"kind {kind!r}: use integers, normal, exact, raw or codes")
 
 
 def activations(rng: np.random.Generator, m: int, k: int, a_dtype: str, kind: str = "integers") -> tuple[Any, Any, np.float32]:
@@ -148,7 +155,7 @@ def activations(rng: np.random.Generator, m: int, k: int, a_dtype: str, kind: st
         values = rng.integers(0, 3, (m, k)).astype(np.float32) / 2
         if a_dtype == "nvfp4":
             return pack_codes((values * 2).astype(np.uint8)), tile_scales(np.full((m, k // GROUP), 0x38, dtype=np.uint8)), np.float32(1)
-    elif kind == "normal":
+    elif kind in ("normal", "codes"):
         values = rng.standard_normal((m, k), dtype=np.float32)
     else:
         values = integers(rng, (m, k))

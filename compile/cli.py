@@ -1,0 +1,68 @@
+"""Command-line functions of the build side; ``densemoe.runtime.cli`` parses and calls them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from densemoe.compile import build as building
+from densemoe.compile import matrix
+
+__all__ = ["build", "list_profile"]
+
+DEFAULT_OUT = Path(__file__).resolve().parent.parent / "artifacts" / "built"
+
+
+def _matrix(path: str | None) -> matrix.Matrix:
+    return matrix.load(Path(path) if path else matrix.DEFAULT_MATRIX)
+
+
+def build(args: argparse.Namespace) -> int:
+    """``densemoe build``: 0 when every variant stands, 1 when one failed."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    out = Path(args.out) if args.out else DEFAULT_OUT
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("building", total=None)
+        result = building.build(
+            _matrix(args.matrix),
+            out,
+            profile=args.profile,
+            arch=args.arch,
+            key_filter=args.filter,
+            jobs=args.jobs,
+            timeout=args.timeout,
+            started=lambda total: bar.update(task, total=total),
+            progress=lambda key, state: bar.update(task, advance=1, description=f"{state} {key}"),
+        )
+    if args.json:
+        print(json.dumps(dataclasses.asdict(result), indent=2, sort_keys=True))
+    else:
+        seconds = sum(result.seconds.values())
+        print(f"{out}: {len(result.built)} built ({seconds:.1f} s of compiling), {len(result.reused)} unchanged, {len(result.removed)} removed")
+        for name in result.removed:
+            print(f"  removed {name}: its variant is no longer in the matrix")
+    for failure in result.failures:
+        print(f"FAILED {failure.key}\n  {failure.error}", file=sys.stderr)
+    if result.failures:
+        print(f"{len(result.failures)} variants failed; the set that stood before is unchanged", file=sys.stderr)
+    return 1 if result.failures else 0
+
+
+def list_profile(args: argparse.Namespace) -> int:
+    """``densemoe list --profile``: the variants of a matrix profile, before any build."""
+    planned = _matrix(args.matrix).profile(args.profile)
+    if args.json:
+        rows = [{**dataclasses.asdict(each.variant), "key": each.variant.key, "kernel": each.kernel} for each in planned]
+        print(json.dumps(rows, indent=2, sort_keys=True))
+    else:
+        for each in planned:
+            print(f"{each.variant.key}  ({each.kernel})")
+        print(f"{len(planned)} variants", file=sys.stderr)
+    return 0

@@ -1,0 +1,446 @@
+"""The ``densemoe`` command. Exit codes: 0 done; 1 a check, a variant or a comparison failed; 2 wrong usage or input; 3 this machine cannot do it
+(no driver, device, artifacts or extra).
+
+Commands of the build side live in densemoe.compile and are imported only when called; without the extra [build] they name it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from densemoe.runtime.errors import (
+    ArtifactError,
+    BuildError,
+    DensemoeError,
+    DriverError,
+    MatrixError,
+    ProblemError,
+    SelectionError,
+    ToolchainError,
+    VariantError,
+)
+
+if TYPE_CHECKING:
+    from densemoe.runtime.problem import Problem
+
+__all__ = ["main"]
+
+OK: Final = 0
+FAILED: Final = 1
+USAGE: Final = 2
+UNAVAILABLE: Final = 3
+
+_HERE: Final = "densemoe.runtime"
+_BUILD: Final = "densemoe.compile.cli"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="densemoe",
+        description="Ahead-of-time compiled MoE-as-dense-GEMM kernels: build, inspect and run them.",
+        epilog="exit codes: 0 done, 1 something failed, 2 wrong usage or input, 3 this machine cannot do it",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, example: str, run: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=summary, description=summary, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.set_defaults(run=run)
+        return command
+
+    build = add("build", "compile a profile of the matrix into an artifact root", "densemoe build --profile quick", f"{_BUILD}:build")
+    build.add_argument("--matrix", help="the matrix file (default: the project's build_matrix.yaml)")
+    build.add_argument("--out", help="artifact root to write (default: artifacts/built)")
+    build.add_argument("--profile", default="full", help="which profile (default: full)")
+    build.add_argument("--arch", help="only this architecture")
+    build.add_argument("--jobs", type=_positive, help="compiler processes (default: the cores this process may use)")
+    build.add_argument("--filter", help="shell pattern over variant keys; other variants of the set stay")
+    build.add_argument("--timeout", type=float, default=120.0, help="seconds a variant may take (default: 120)")
+    build.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    listing = add("list", "variants of an artifact root, or of a profile before any build", "densemoe list --profile quick --json", "list")
+    listing.add_argument("--profile", help="list a matrix profile instead of what is built; needs the extra [build]")
+    listing.add_argument("--matrix", help="the matrix file for --profile")
+    _common(listing)
+
+    show = add("show", "everything the manifest says of one variant", "densemoe show fc1.sm90a.t8x64.c1x1.bf16-bf16", "show")
+    show.add_argument("key")
+    _common(show)
+
+    verify = add("verify", "check every manifest, file size and hash", "densemoe verify", "verify")
+    _common(verify)
+
+    explain = add(
+        "explain",
+        "which variant a problem gets, and why not the others",
+        "densemoe explain fc1 --m 37 --experts 128 --hidden 2048 --intermediate 768",
+        "explain",
+    )
+    _problem(explain)
+    explain.add_argument("--arch", default="sm_90a", help="explain for this architecture (default: sm_90a)")
+    _common(explain)
+
+    run = add(
+        "run",
+        "run one kernel on the GPU, time it with cold weights, check it against the float64 reference",
+        "densemoe run fc2 --m 8 --experts 128 --hidden 2048 --intermediate 768",
+        "run",
+    )
+    _problem(run)
+    run.add_argument("--tile", help="only variants of this tile, as in 8x64")
+    run.add_argument("--cluster", default="1x1", help="with --tile: of this cluster (default: 1x1)")
+    run.add_argument("--device", type=int, default=0, help="device ordinal (default: 0)")
+    run.add_argument("--warmup", type=int, default=10)
+    run.add_argument("--iterations", type=int, default=100, help="timed launches a graph; 0 does not time")
+    run.add_argument("--cold-l2", action=argparse.BooleanOptionalAction, default=True, help="rotate over weights that exceed the L2")
+    run.add_argument("--prefetch", action=argparse.BooleanOptionalAction, default=None, help="L2 prefetch, where a variant has it")
+    run.add_argument("--skip-check", action="store_true", help="do not compare with the reference")
+    run.add_argument("--seed", type=int, default=0)
+    _common(run)
+
+    doctor = add("doctor", "driver, devices, artifacts: what will be used and why", "densemoe doctor", "doctor")
+    _common(doctor)
+
+    quick = add(
+        "quickstart",
+        "run a Qwen3-30B-shaped layer where a GPU is present; say what could not run where none is",
+        "densemoe quickstart",
+        "quickstart",
+    )
+    quick.add_argument("--m", type=int, default=4)
+    quick.add_argument("--a-dtype", default="bf16", choices=("bf16", "nvfp4"))
+    _common(quick)
+
+    bench = add("bench", "measure on this machine", "densemoe bench startup", "bench")
+    bench.add_argument("what", choices=("startup",))
+    _common(bench)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: use a positive integer")
+    return value
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--artifacts", help="artifact root (default: DENSEMOE_ARTIFACTS, else the installed package's)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _problem(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("op", choices=("fc1", "fc2"))
+    parser.add_argument("--m", type=int, required=True, help="tokens")
+    parser.add_argument("--experts", type=int, required=True)
+    parser.add_argument("--hidden", type=int, required=True)
+    parser.add_argument("--intermediate", type=int, required=True, help="I held by this rank")
+    parser.add_argument("--a-dtype", default="bf16", help="activations: bf16 or nvfp4")
+    parser.add_argument("--out-dtype", default="bf16", help="output dtype")
+    parser.add_argument("--alpha-post", action=argparse.BooleanOptionalAction, default=False, help="FC1's scale per token and expert")
+    parser.add_argument("--scalar-alpha", action=argparse.BooleanOptionalAction, default=False, help="FC2's fused form")
+    parser.add_argument("--variant", help="use this key instead of the selection")
+
+
+def _problem_of(args: argparse.Namespace) -> Problem:
+    from densemoe.runtime.problem import Problem
+
+    return Problem(
+        args.op, args.m, args.experts, args.hidden, args.intermediate, args.a_dtype, args.out_dtype, args.alpha_post, args.scalar_alpha
+    )
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, sort_keys=True))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+# ---- commands
+
+
+def _list(args: argparse.Namespace) -> int:
+    if args.profile is not None:
+        return _build_side("list_profile")(args)
+    from densemoe.runtime.loader import ArtifactSet
+
+    artifacts = ArtifactSet(args.artifacts)
+    entries = [entry for arch in artifacts.architectures for entry in artifacts.manifest(arch).variants.values()]
+    if args.json:
+        _print_json([_listed(entry) for entry in entries])
+        return OK
+    rows = [["key", "bytes", "registers", "stack", "verified"]]
+    for entry in entries:
+        verified = ",".join(sorted({str(record.get("kind")) for record in entry.verification})) or "-"
+        rows.append([entry.key, str(entry.size), str(entry.registers), str(entry.stack), verified])
+    _table(rows)
+    return OK
+
+
+def _listed(entry: Any) -> dict[str, Any]:
+    variant = entry.variant
+    return {
+        "key": entry.key,
+        "op": variant.op,
+        "arch": variant.arch,
+        "tile": [variant.tile_m, variant.tile_n],
+        "cluster": [variant.cluster_m, variant.cluster_n],
+        "a_dtype": variant.a_dtype,
+        "c_dtype": variant.c_dtype,
+        "size": entry.size,
+        "registers": entry.registers,
+        "stack": entry.stack,
+        "sha256": entry.sha256,
+        "verification": [dict(record) for record in entry.verification],
+    }
+
+
+def _show(args: argparse.Namespace) -> int:
+    from densemoe.runtime.loader import ArtifactSet
+    from densemoe.runtime.variant import Variant
+
+    variant = Variant.parse(args.key)
+    artifacts = ArtifactSet(args.artifacts)
+    entry = artifacts.manifest(variant.arch).variants.get(args.key)
+    if entry is None:
+        raise SelectionError(f"{args.key} is not in {artifacts.root}: `densemoe list` shows what is")
+    document = entry.to_json("")
+    document["recipe"] = entry.recipe.to_json()
+    if args.json:
+        _print_json(document)
+        return OK
+    for name in ("key", "kernel", "symbol", "file", "size", "sha256", "layout", "registers", "stack", "static_smem", "parameter_bytes"):
+        print(f"{name:16} {document[name]}")
+    recipe = entry.recipe
+    print(f"{'block':16} {recipe.block}   cluster {recipe.cluster}   dynamic smem {recipe.dynamic_smem}")
+    print(f"{'grid':16} {recipe.grid}")
+    for parameter, (offset, size) in zip(recipe.parameters, entry.parameters, strict=True):
+        print(f"  +{offset:<4} {size:>3} B  {parameter.kind:10} {parameter.name} = {parameter.value}")
+    for workspace in recipe.workspaces:
+        print(f"  {workspace.role}: {workspace.nbytes} bytes{', zeroed' if workspace.zeroed else ''}")
+    for name, value in entry.audit.items():
+        print(f"{name:16} {value}")
+    return OK
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from densemoe.runtime.loader import ArtifactSet
+
+    artifacts = ArtifactSet(args.artifacts)
+    good, faults = 0, []
+    for arch in artifacts.architectures:
+        listed = set()
+        for entry in artifacts.manifest(arch).variants.values():
+            listed.add(entry.file)
+            try:
+                artifacts.image(entry)
+                good += 1
+            except ArtifactError as error:
+                faults.append(str(error))
+        for path in sorted((artifacts.root / arch).glob("*.cubin")):
+            if path.name not in listed:
+                faults.append(f"{path} is in no manifest: a stale file; build or install again")
+    if args.json:
+        _print_json({"root": str(artifacts.root), "verified": good, "faults": faults})
+    else:
+        print(f"{artifacts.root}: {good} cubins are what their manifests say")
+        for fault in faults:
+            print(f"  FAULT {fault}")
+    return FAILED if faults else OK
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from densemoe.runtime.loader import ArtifactSet
+    from densemoe.runtime.select import load_table, select
+    from densemoe.runtime.variant import architecture
+
+    problem, arch = _problem_of(args), architecture(args.arch).name
+    manifest = ArtifactSet(args.artifacts).manifest(arch)
+    choice = select(problem, [entry.variant for entry in manifest.variants.values()], load_table(arch), args.variant)
+    rejected = [{"key": each.variant.key, "reason": each.reason} for each in choice.rejected]
+    if args.json:
+        document = {"key": choice.variant.key, "bucket": choice.bucket, "reason": choice.reason, "provenance": choice.provenance}
+        _print_json({**document, "rejected": rejected})
+        return OK
+    print(f"{choice.variant.key}\n  M = {problem.m} lies in the bucket that ends at {choice.bucket}; {choice.reason} [{choice.provenance}]")
+    print(f"not chosen ({len(rejected)}):")
+    for each in rejected:
+        print(f"  {each['key']}: {each['reason']}")
+    return OK
+
+
+def _run(args: argparse.Namespace) -> int:
+    runner = _host_side("densemoe.runtime.runner")
+    from densemoe.runtime.loader import Loader
+
+    if args.prefetch is not None:
+        raise ProblemError("--prefetch: the sm_90a kernels have no L2 prefetch distance; leave the option out")
+    problem = _problem_of(args)
+    loader = Loader(args.artifacts)
+    forced = args.variant or _by_tile(args, loader, problem)
+    report = runner.run_single(
+        loader,
+        problem,
+        device=args.device,
+        variant=forced,
+        warmup=args.warmup,
+        iterations=args.iterations,
+        cold=args.cold_l2,
+        check=not args.skip_check,
+        seed=args.seed,
+    )
+    if args.json:
+        _print_json(dataclasses.asdict(report))
+    else:
+        print(f"{report.device}, driver for CUDA {report.driver // 1000}.{report.driver % 1000 // 10}")
+        print(f"{report.variant}   {report.choice}")
+        if report.microseconds is not None:
+            rate = report.weight_bytes / report.microseconds / 1e6
+            cold = f"cold, {report.copies} copies" if report.copies > 1 else "warm"
+            print(f"{report.microseconds:.2f} us a launch, weights {report.weight_bytes / 1e6:.1f} MB ({cold}): {rate:.2f} TB/s")
+        if report.passed is not None:
+            print(
+                f"{'PASS' if report.passed else 'FAIL'}: worst error {report.worst:.3f} of its bound, {report.mismatches} outside,"
+                f" {report.exemptions} exemptions, {report.checked_columns} of {report.columns} columns checked   {report.detail}"
+            )
+    return FAILED if report.passed is False else OK
+
+
+def _by_tile(args: argparse.Namespace, loader: Any, problem: Problem) -> str | None:
+    """The key of --tile and --cluster, None where they are not given."""
+    if args.tile is None:
+        return None
+    from densemoe.runtime.rules import can_implement
+
+    fitting = [
+        entry.key
+        for entry in loader.manifest(args.device).variants.values()
+        if f"{entry.variant.tile_m}x{entry.variant.tile_n}" == args.tile
+        and f"{entry.variant.cluster_m}x{entry.variant.cluster_n}" == args.cluster
+        and can_implement(entry.variant, problem)[0]
+    ]
+    if len(fitting) != 1:
+        raise SelectionError(f"--tile {args.tile} --cluster {args.cluster} fits {len(fitting)} variants {fitting}: use --variant")
+    return str(fitting[0])
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from densemoe.runtime.doctor import diagnose
+
+    report = diagnose(args.artifacts)
+    if args.json:
+        _print_json(report.to_json())
+    else:
+        for line in report.lines():
+            print(line)
+    return OK if report.usable else UNAVAILABLE
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from densemoe.runtime.doctor import diagnose
+    from densemoe.runtime.loader import Loader
+
+    report = diagnose(args.artifacts)
+    if not report.usable:
+        for line in report.lines():
+            print(line)
+        print("The layer was NOT run: it needs a GPU that the artifacts above serve. What could be checked here was: artifacts, manifests, hashes.")
+        return _verify(args) if report.artifacts_found else UNAVAILABLE
+    runner = _host_side("densemoe.runtime.runner")
+    layer = runner.run_layer(
+        Loader(args.artifacts), m=args.m, experts=128, top_k=8, hidden=2048, intermediate=768, a_dtype=args.a_dtype
+    )
+    if args.json:
+        _print_json(dataclasses.asdict(layer))
+    else:
+        print(f"{layer.device}: MoE layer E 128, k 8, H 2048, I 768 (Qwen3-30B), M = {args.m}, NVFP4 weights, {args.a_dtype} activations")
+        print(f"  FC1 {layer.fc1}: worst error {layer.fc1_worst:.3f} of its bound")
+        print(f"  FC2 {layer.fc2}: worst error {layer.fc2_worst:.3f} of its bound")
+        print(f"  checked: {layer.checked}; {layer.microseconds:.1f} us for both launches in a graph (all experts, dense)")
+        print("PASS" if layer.passed else "FAIL")
+    return OK if layer.passed else FAILED
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from densemoe.runtime.startup import measure
+
+    rows = measure(args.artifacts)
+    if args.json:
+        _print_json(rows)
+    else:
+        _table([["what", "value", "bar"], *[[row["what"], row["value"], row["bar"]] for row in rows]])
+    return OK
+
+
+def _host_side(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if error.name in ("numpy", "ml_dtypes"):
+            raise DriverError(f"this command needs {error.name}: install densemoe[host]") from None
+        raise
+
+
+def _build_side(function: str) -> Callable[[argparse.Namespace], int]:
+    try:
+        module = importlib.import_module(_BUILD)
+    except ImportError as error:
+        if (error.name or "").split(".")[0] in ("yaml", "rich", "cutlass", "numpy", "cuda"):
+            raise ToolchainError(f"this command needs {error.name}: install densemoe[build]") from None
+        raise
+    found: Callable[[argparse.Namespace], int] = getattr(module, function)
+    return found
+
+
+_COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
+    "list": _list,
+    "show": _show,
+    "verify": _verify,
+    "explain": _explain,
+    "run": _run,
+    "doctor": _doctor,
+    "quickstart": _quickstart,
+    "bench": _bench,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line; its exit code. Errors go to standard error, results to standard output."""
+    args = _parser().parse_args(arguments)
+    try:
+        if args.run.startswith(_BUILD):
+            return _build_side(args.run.split(":")[1])(args)
+        return _COMMANDS[args.run](args)
+    except DensemoeError as error:
+        print(f"densemoe {args.command}: {error}", file=sys.stderr)
+        return _exit_code(error)
+    except BrokenPipeError:
+        return OK
+    except KeyboardInterrupt:
+        print(f"densemoe {args.command}: interrupted; what was finished stays", file=sys.stderr)
+        return 130
+
+
+def _exit_code(error: DensemoeError) -> int:
+    if isinstance(error, (MatrixError, ProblemError, SelectionError, VariantError)):
+        return USAGE
+    if isinstance(error, (DriverError, ToolchainError)) or type(error).__name__ in ("ArtifactNotFound", "ArchitectureMismatch"):
+        return UNAVAILABLE
+    if isinstance(error, (ArtifactError, BuildError)):
+        return FAILED
+    return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""What densemoe finds on this machine, and what it would use: ``densemoe doctor``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from densemoe.runtime.errors import ArtifactError, DensemoeError
+from densemoe.runtime.loader import ENVIRONMENT, ArtifactSet, Loader
+
+__all__ = ["Report", "diagnose"]
+
+
+@dataclass
+class Report:
+    """What was found.
+
+    Attributes:
+        facts: (name, value) pairs to print in order.
+        artifacts_found: an artifact root can be read.
+        usable: at least one device is served by it.
+    """
+
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    artifacts_found: bool = False
+    usable: bool = False
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        width = max(len(name) for name, _ in self.facts)
+        return [f"{name.ljust(width)}  {value}" for name, value in self.facts]
+
+    def to_json(self) -> dict[str, Any]:
+        """For a program."""
+        return {"facts": [list(pair) for pair in self.facts], "artifacts_found": self.artifacts_found, "usable": self.usable}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def diagnose(artifacts: str | None = None) -> Report:
+    """Looks at versions, environment, artifacts, driver and devices. Raises nothing that densemoe raises on purpose."""
+    report = Report()
+    report.facts.append(("densemoe", f"{_version('densemoe')} on Python {sys.version.split()[0]}, cuda-bindings {_version('cuda-bindings')}"))
+    for name in ENVIRONMENT:
+        report.facts.append((name, os.environ.get(name, "not set")))
+    found: ArtifactSet | None = None
+    try:
+        found = ArtifactSet(artifacts)
+        for arch in found.architectures:
+            manifest = found.manifest(arch)
+            stated = f"{len(manifest.variants)} variants, {manifest.toolchain['ptxas']}, needs a driver for CUDA {manifest.minimum_driver / 1000:.1f}"
+            report.facts.append((f"artifacts {arch}", f"{stated}; {found.root}"))
+        report.artifacts_found = True
+    except ArtifactError as error:
+        report.facts.append(("artifacts", str(error)))
+    try:
+        from densemoe.runtime.driver import Driver
+
+        driver = Driver()
+        version = driver.version()
+        report.facts.append(("driver", f"supports CUDA {version // 1000}.{version % 1000 // 10}"))
+        for ordinal in range(driver.device_count()):
+            capability = driver.capability(ordinal)
+            text = f"{driver.device_name(ordinal)}, compute capability {capability[0]}.{capability[1]}, {driver.sm_count(ordinal)} SMs"
+            if found is not None and report.artifacts_found:
+                try:
+                    served = Loader(found, driver).manifest(ordinal)
+                    text += f": served by the {served.arch} set"
+                    report.usable = True
+                except DensemoeError as error:
+                    text += f": NOT served: {error}"
+            report.facts.append((f"device {ordinal}", text))
+    except DensemoeError as error:
+        report.facts.append(("driver", str(error)))
+    return report
