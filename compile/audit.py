@@ -25,7 +25,7 @@ class Allowance:
     reason: str = ""
 
 
-def audit(variant: Variant, kernel: KernelModule, compiled: Compiled, allowance: Allowance = Allowance()) -> dict[str, Any]:  # noqa: B008
+def audit(variant: Variant, kernel: KernelModule, compiled: Compiled, allowance: Allowance = Allowance()) -> dict[str, Any]:
     """Checks one compiled variant.
 
     Returns:

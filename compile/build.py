@@ -260,6 +260,7 @@ def _existing(folder: Path) -> dict[str, ManifestVariant]:
     """Entries of the set that stands in ``folder`` whose cubins are whole; none where there is no readable set."""
     try:
         manifest = Manifest.from_bytes(read_file(folder / MANIFEST_NAME, LARGEST_MANIFEST), str(folder / MANIFEST_NAME))
+        manifest.check()
     except ArtifactError:
         return {}
     whole = {}

@@ -158,7 +158,7 @@ class _captured_stderr:
     """File descriptor 2 into a temporary file while inside: ptxas's warnings come from native code. Gives a function that reads it."""
 
     def __enter__(self) -> _captured_stderr:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        self._file = tempfile.TemporaryFile()
         sys.stderr.flush()
         self._saved = os.dup(2)
         os.dup2(self._file.fileno(), 2)

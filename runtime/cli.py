@@ -241,6 +241,7 @@ def _verify(args: argparse.Namespace) -> int:
     good, faults = 0, []
     for arch in artifacts.architectures:
         listed = set()
+        artifacts.manifest(arch).check()
         for entry in artifacts.manifest(arch).variants.values():
             listed.add(entry.file)
             try:

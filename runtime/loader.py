@@ -158,6 +158,7 @@ class Loader:
         self._kernels: dict[str, LoadedKernel] = {}
         self._prepared: set[tuple[str, int]] = set()
         self._devices: dict[int, Manifest] = {}
+        self._variants: dict[str, tuple[Variant, ...]] = {}
 
     def manifest(self, device: int) -> Manifest:
         """The set that serves a device.
@@ -182,7 +183,10 @@ class Loader:
     def select(self, problem: Problem, device: int, variant: str | None = None) -> Choice:
         """Which variant would run ``problem`` on ``device``. Raises SelectionError where none does."""
         manifest = self.manifest(device)
-        return select(problem, [each.variant for each in manifest.variants.values()], load_table(manifest.arch), variant)
+        variants = self._variants.get(manifest.arch)
+        if variants is None:
+            variants = self._variants[manifest.arch] = tuple(Variant.parse(key) for key in sorted(manifest.variants))
+        return select(problem, variants, load_table(manifest.arch), variant)
 
     def kernel(self, key: str, device: int) -> LoadedKernel:
         """The kernel of a key, loaded and made ready for a device.
@@ -242,7 +246,3 @@ class Loader:
         loaded = self.kernel(choice.variant.key, device)
         return Plan(self.driver, loaded.entry, loaded.handle, problem, tensors, device, workspace)
 
-
-def runnable(manifest: Manifest) -> tuple[Variant, ...]:
-    """Variants of a manifest in key order."""
-    return tuple(manifest.variants[key].variant for key in sorted(manifest.variants))

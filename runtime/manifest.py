@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -198,6 +198,60 @@ class ManifestVariant:
         )
 
 
+class _Recipes(Mapping[str, Recipe]):
+    """Recipes of a manifest, each checked when it is first asked for."""
+
+    def __init__(self, documents: Mapping[str, Any], source: str) -> None:
+        self._documents, self._source = documents, source
+        self._read: dict[str, Recipe] = {}
+
+    def __getitem__(self, recipe_id: str) -> Recipe:
+        if recipe_id not in self._read:
+            self._read[recipe_id] = _recipe(self._documents[recipe_id], f"{self._source}.recipes.{recipe_id}")
+        return self._read[recipe_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._documents)
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __contains__(self, recipe_id: object) -> bool:
+        return recipe_id in self._documents
+
+    def check(self) -> None:
+        """Reads all of them."""
+        for recipe_id in self._documents:
+            self[recipe_id]
+
+
+class _Entries(Mapping[str, ManifestVariant]):
+    """Entries of a manifest by key, each checked when it is first asked for: a cold start pays for the kernels that it uses."""
+
+    def __init__(self, values: Sequence[Any], source: str, arch: str, recipes: _Recipes) -> None:
+        self._source, self._arch, self.recipes = source, arch, recipes
+        self._values: dict[str, tuple[int, Any]] = {}
+        self._read: dict[str, ManifestVariant] = {}
+        for position, value in enumerate(values):
+            path = f"{source}.variants[{position}]"
+            key = _Fields(value, path).get("key", str)
+            if key in self._values:
+                raise ManifestError(f"{path}.key: {key} stands twice")
+            self._values[key] = (position, value)
+
+    def __getitem__(self, key: str) -> ManifestVariant:
+        if key not in self._read:
+            position, value = self._values[key]
+            self._read[key] = ManifestVariant.from_json(value, f"{self._source}.variants[{position}]", self._arch, self.recipes)
+        return self._read[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
 @dataclass(frozen=True)
 class Manifest:
     """One architecture's set.
@@ -253,15 +307,8 @@ class Manifest:
             architecture(arch)
         except VariantError as error:
             raise ManifestError(f"{source}.arch: {error}") from None
-        recipes = {}
-        for recipe_id, document in fields.get("recipes", dict).items():
-            recipes[recipe_id] = _recipe(document, f"{source}.recipes.{recipe_id}")
-        variants: dict[str, ManifestVariant] = {}
-        for position, value in enumerate(fields.get("variants", list)):
-            entry = ManifestVariant.from_json(value, f"{source}.variants[{position}]", arch, recipes)
-            if entry.key in variants:
-                raise ManifestError(f"{source}.variants[{position}].key: {entry.key} stands twice")
-            variants[entry.key] = entry
+        recipes = _Recipes(fields.get("recipes", dict), source)
+        variants = _Entries(fields.get("variants", list), source, arch, recipes)
         toolchain = _Fields(fields.get("toolchain", dict), f"{source}.toolchain")
         toolchain.get("flavour", str)
         toolchain.get("ptxas", str)
@@ -274,6 +321,17 @@ class Manifest:
         builder.get("version", str)
         builder.get("dirty", bool)
         return cls(arch, builder.value, toolchain.value, fields.size("minimum_driver", 10**6), variants)
+
+    def check(self) -> None:
+        """Reads every entry and recipe; opening a manifest reads only those that are used.
+
+        Raises:
+            ManifestError: the first fault.
+        """
+        for key in self.variants:
+            self.variants[key]
+        if isinstance(self.variants, _Entries):
+            self.variants.recipes.check()
 
 
 def _recipe(document: Any, path: str) -> Recipe:

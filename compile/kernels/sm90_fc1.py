@@ -18,7 +18,7 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint8, Uint32
+from cutlass import Int32, Int64, Uint8
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import Expected
