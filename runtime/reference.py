@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from densemoe.runtime.arrays import Array, Indices, constants, indices, long, namespace, sigmoid
 from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.layout import GROUP, gate_row, scale_offsets, up_row
 from densemoe.runtime.nvfp4 import E2M1_VALUES, E4M3_VALUES
@@ -34,37 +35,7 @@ __all__ = [
     "namespace",
 ]
 
-Array = Any  # numpy array or torch tensor, float64 unless said otherwise
-Indices = Sequence[int] | npt.NDArray[np.integer[Any]]
-
 LARGEST_F32: Final = float(np.finfo(np.float32).max)
-
-
-def namespace(x: Array) -> Any:
-    """numpy or torch, whichever made ``x``."""
-    if isinstance(x, np.ndarray):
-        return np
-    import torch
-
-    return torch
-
-
-def _indices(like: Array, values: npt.ArrayLike) -> Array:
-    """int64 indices that ``like`` can be indexed with."""
-    array = np.ascontiguousarray(values, dtype=np.int64)
-    xp = namespace(like)
-    return array if xp is np else xp.from_numpy(array).to(like.device)
-
-
-def _table(like: Array, values: npt.NDArray[np.float64]) -> Array:
-    """A table of constants where ``like`` lies."""
-    xp = namespace(like)
-    return values if xp is np else xp.tensor(values, dtype=xp.float64, device=like.device)
-
-
-def _long(x: Array) -> Array:
-    """``x`` as int64."""
-    return x.astype(np.int64) if isinstance(x, np.ndarray) else x.long()
 
 
 # ---- values of interchange tensors
@@ -75,14 +46,14 @@ def _values(codes: Array, scales: Array) -> Array:
     xp = namespace(codes)
     both = xp.stack([codes & 15, codes >> 4], -1).reshape(codes.shape[0], -1, GROUP)
     with np.errstate(invalid="ignore"):
-        values = _table(codes, E2M1_VALUES)[_long(both)] * _table(codes, E4M3_VALUES)[_long(scales)][:, :, None]
+        values = constants(codes, E2M1_VALUES)[long(both)] * constants(codes, E4M3_VALUES)[long(scales)][:, :, None]
     return values.reshape(codes.shape[0], -1)
 
 
 def _gather_scales(tiled: Array, rows: npt.NDArray[np.int64], first: int, count: int) -> Array:
     """Row-major scales ``[len(rows), count]`` from scale column ``first`` on, out of tiled scales ``[…, C]``."""
     offsets = scale_offsets(rows[:, None], np.arange(first, first + count)[None, :], int(tiled.shape[1]))
-    return tiled.reshape(-1)[_indices(tiled, offsets)]
+    return tiled.reshape(-1)[indices(tiled, offsets)]
 
 
 def activation_values(codes: Array, scales: Array, rows: Indices | None = None) -> Array:
@@ -94,7 +65,7 @@ def activation_values(codes: Array, scales: Array, rows: Indices | None = None) 
         rows: tokens wanted; all where absent.
     """
     chosen = np.arange(codes.shape[0]) if rows is None else np.asarray(rows, dtype=np.int64)
-    return _values(codes[_indices(codes, chosen)], _gather_scales(scales, chosen, 0, int(scales.shape[1])))
+    return _values(codes[indices(codes, chosen)], _gather_scales(scales, chosen, 0, int(scales.shape[1])))
 
 
 @dataclass(frozen=True)
@@ -130,7 +101,7 @@ class Weights:
         return self._rows(self.codes[:, expert * half : (expert + 1) * half], chosen, 0, expert * groups, groups)
 
     def _rows(self, codes: Array, rows: npt.NDArray[np.int64], first_row: int, first_scale: int, scales: int) -> Array:
-        return _values(codes[_indices(codes, rows)], _gather_scales(self.scales, first_row + rows, first_scale, int(scales)))
+        return _values(codes[indices(codes, rows)], _gather_scales(self.scales, first_row + rows, first_scale, int(scales)))
 
 
 # ---- FC1
@@ -172,12 +143,6 @@ class Fc2Result:
     scalar: bool
 
 
-def _sigmoid(xp: Any, x: Array) -> Array:
-    """1 / (1 + e^-x) without overflow on either side."""
-    small = xp.exp(-xp.abs(x))
-    return xp.where(x >= 0, 1 / (1 + small), small / (1 + small))
-
-
 def _overflow(xp: Any, x: Array) -> Array:
     """``x`` with what float32 cannot hold replaced by Inf."""
     return xp.where(xp.abs(x) > LARGEST_F32, xp.sign(x) * float("inf"), x)
@@ -217,8 +182,8 @@ def fc1(
     """
     xp = namespace(a)
     if rows is not None:
-        a = a[_indices(a, rows)]
-        alpha_post = None if alpha_post is None else alpha_post[_indices(alpha_post, rows)]
+        a = a[indices(a, rows)]
+        alpha_post = None if alpha_post is None else alpha_post[indices(alpha_post, rows)]
     parts: list[tuple[Array, ...]] = []
     with np.errstate(all="ignore"):
         for chosen in experts:
@@ -227,7 +192,7 @@ def fc1(
             scale = alpha[expert]
             up, gate = (_overflow(xp, a @ w.T * scale) for w in (up_weights, gate_weights))
             up_magnitude, gate_magnitude = (xp.abs(a) @ xp.abs(w).T * xp.abs(scale) for w in (up_weights, gate_weights))
-            y = _overflow(xp, up * (gate * _sigmoid(xp, gate)))
+            y = _overflow(xp, up * (gate * sigmoid(gate)))
             post = xp.ones_like(y)
             if alpha_post is not None:
                 post = post * alpha_post[:, expert : expert + 1]
@@ -260,8 +225,8 @@ def fc2(
     xp = namespace(a)
     scalar = alpha.ndim == 1
     if rows is not None:
-        a = a[_indices(a, rows)]
-        alpha = alpha if scalar else alpha[_indices(alpha, rows)]
+        a = a[indices(a, rows)]
+        alpha = alpha if scalar else alpha[indices(alpha, rows)]
     total = magnitude = active = None
     with np.errstate(all="ignore"):
         for expert in range(experts):
@@ -345,10 +310,10 @@ def layer(x: Array, expert_weights: Callable[[int], tuple[Array, Array, Array]],
     for expert in (int(e) for e in np.unique(ids)):
         share = np.where(ids == expert, router.astype(np.float64), 0.0).sum(axis=1)
         tokens = np.flatnonzero((ids == expert).any(axis=1))
-        at = _indices(x, tokens)
+        at = indices(x, tokens)
         up_weights, gate_weights, down = expert_weights(expert)
         own = x[at]
         gate = own @ gate_weights.T
-        y = (own @ up_weights.T) * gate * _sigmoid(xp, gate)
-        result[at] = result[at] + (y @ down.T) * _table(x, share[tokens])[:, None]
+        y = (own @ up_weights.T) * gate * sigmoid(gate)
+        result[at] = result[at] + (y @ down.T) * constants(x, share[tokens])[:, None]
     return result
