@@ -169,10 +169,11 @@ class _Pool:
                     connection.send((planned, digest))
                     busy[connection] = (process, planned, time.monotonic() + self.timeout)
                 next_deadline = min(deadline for _, _, deadline in busy.values())
-                for connection in multiprocessing.connection.wait(list(busy), max(0.0, next_deadline - time.monotonic())):
+                ready: list[Any] = list(multiprocessing.connection.wait(list(busy), max(0.0, next_deadline - time.monotonic())))
+                for connection in ready:
                     process, planned, _ = busy.pop(connection)
                     try:
-                        done(planned, connection.recv())  # type: ignore[union-attr]
+                        done(planned, connection.recv())
                         idle.append((connection, process))
                     except EOFError:
                         process.join()
@@ -260,7 +261,6 @@ def _existing(folder: Path) -> dict[str, ManifestVariant]:
     """Entries of the set that stands in ``folder`` whose cubins are whole; none where there is no readable set."""
     try:
         manifest = Manifest.from_bytes(read_file(folder / MANIFEST_NAME, LARGEST_MANIFEST), str(folder / MANIFEST_NAME))
-        manifest.check()
     except ArtifactError:
         return {}
     whole = {}

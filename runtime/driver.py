@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from typing import Any, Final
 
 from densemoe.runtime.errors import ArchitectureMismatch, DriverError, DriverTooOld, DriverUnavailable
@@ -137,11 +138,11 @@ class Driver:
 
     # ---- code
 
-    def load(self, image: bytes, *, file: str, arch: str, device: str) -> Any:
+    def load(self, image: bytes, *, file: str, arch: str, ordinal: int) -> Any:
         """Loads a cubin.
 
         Args:
-            file, arch: what is loaded and what it was built for; device: what it is loaded on; for messages.
+            file, arch: what is loaded and what it was built for; ordinal: the device it is for; for messages.
 
         Raises:
             ArchitectureMismatch: the cubin is for another device.
@@ -150,8 +151,12 @@ class Driver:
         try:
             return self._call("cuLibraryLoadData", image, [], [], 0, [], [], 0)
         except DriverError as error:
+            capability = self.capability(ordinal)
+            device = f"{self.device_name(ordinal)} (compute capability {capability[0]}.{capability[1]})"
             if "NO_BINARY_FOR_GPU" in str(error):
-                raise ArchitectureMismatch(f"{file} was built for {arch}, the device is {device}: install or build artifacts for the device") from error
+                raise ArchitectureMismatch(
+                    f"{file} was built for {arch}, the device is {device}: install or build artifacts for the device"
+                ) from error
             if isinstance(error, DriverTooOld):
                 raise DriverTooOld(
                     f"{file} (built for {arch}) is not understood by this driver, which supports CUDA {self.version() / 1000:.1f}, on {device}:"
@@ -171,13 +176,14 @@ class Driver:
 
     def parameters(self, kernel: Any) -> tuple[tuple[int, int], ...]:
         """(offset, size) of every parameter, in order. Needs a 12.4 driver."""
-        found = []
+        found: list[tuple[int, int]] = []
         while True:
             result = self._cuda.cuKernelGetParamInfo(kernel, len(found))
             if int(result[0]) != 0:
                 if self._name(result[0]) == "CUDA_ERROR_INVALID_VALUE":  # one past the last
                     return tuple(found)
-                raise DriverError(f"cuKernelGetParamInfo: {self._name(result[0])} ({int(result[0])})", call="cuKernelGetParamInfo", code=int(result[0]))
+                name = self._name(result[0])
+                raise DriverError(f"cuKernelGetParamInfo: {name} ({int(result[0])})", call="cuKernelGetParamInfo", code=int(result[0]))
             found.append((int(result[1]), int(result[2])))
 
     def prepare(self, kernel: Any, ordinal: int, dynamic_smem: int, carveout: int) -> None:
@@ -225,13 +231,23 @@ class Driver:
         function = cuda.CUfunction(int(kernel))
         return LaunchConfig(function, config, ctypes.addressof(pointers), (memory, pointers, attributes, block_of_parameters))
 
-    def launch(self, prepared: LaunchConfig, stream: int) -> None:
-        """Launches on a stream (0: the legacy default stream)."""
-        prepared.config.hStream = stream
-        code = self._cuda.cuLaunchKernelEx(prepared.config, prepared.function, prepared.arguments, 0)[0]
-        if code:
-            text = self._name(code)
-            raise DriverError(f"cuLaunchKernelEx: {text} ({int(code)}): {self._remedy(text)}", call="cuLaunchKernelEx", code=int(code))
+    def launcher(self, prepared: LaunchConfig) -> Callable[[int], None]:
+        """A function that launches ``prepared`` on a stream (0: the legacy default stream): one driver call, everything else done before."""
+        call, function, arguments, config = self._cuda.cuLaunchKernelEx, prepared.function, prepared.arguments, prepared.config
+        success = self._cuda.CUresult.CUDA_SUCCESS
+        current = 0  # the structure's stream; setting it costs more than comparing
+
+        def launch(stream: int) -> None:
+            nonlocal current
+            if stream != current:
+                config.hStream = stream
+                current = stream
+            code = call(config, function, arguments, 0)[0]
+            if code is not success and code != success:
+                text = self._name(code)
+                raise DriverError(f"cuLaunchKernelEx: {text} ({int(code)}): {self._remedy(text)}", call="cuLaunchKernelEx", code=int(code))
+
+        return launch
 
     # ---- memory
 

@@ -92,8 +92,10 @@ class ArtifactSet:
             path = self.root / entry.manifest
             data = read_file(path, LARGEST_MANIFEST)
             if hashlib.sha256(data).hexdigest() != entry.sha256:
-                raise ArtifactCorrupt(f"{path} is not the manifest that {INDEX_NAME} names: an interrupted build or a changed file; build or install again")
-            self._manifests[arch] = Manifest.from_bytes(data, str(path))
+                raise ArtifactCorrupt(
+                    f"{path} is not the manifest that {INDEX_NAME} names: an interrupted build or a changed file; build or install again"
+                )
+            self._manifests[arch] = Manifest.from_bytes(data, str(path), full=False)
             return self._manifests[arch]
 
     def for_capability(self, capability: tuple[int, int]) -> Manifest:
@@ -215,9 +217,7 @@ class Loader:
         if entry is None:
             raise SelectionError(f"{key} is not in the {manifest.arch} set of {self.artifacts.root}: `densemoe list` shows what is")
         image = self.artifacts.image(entry)
-        capability = self.driver.capability(device)
-        shown = f"{self.driver.device_name(device)} (compute capability {capability[0]}.{capability[1]})"
-        library = self.driver.load(image, file=entry.file, arch=entry.variant.arch, device=shown)
+        library = self.driver.load(image, file=entry.file, arch=entry.variant.arch, ordinal=device)
         handle = self.driver.kernel(library, entry.variant.symbol)
         found = self.driver.parameters(handle)
         if found != entry.parameters:

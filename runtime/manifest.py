@@ -1,7 +1,7 @@
 """The manifest: what lies in an artifact set, with sizes, hashes and launch recipes; reader, checks and canonical writer.
 
 A set is one directory per architecture with ``manifest.json`` and its cubins; ``index.json`` above names each set with its manifest's sha256.
-JSON is canonical (sorted keys, two spaces, a newline at the end), so equal sets have equal bytes. Reading checks every type and every name:
+JSON is canonical (sorted names, one line a variant), so equal sets have equal bytes. Reading checks every type and every name:
 a manifest comes from outside, and nothing in it is trusted.
 """
 
@@ -30,9 +30,23 @@ LARGEST_MANIFEST: Final = 64 << 20
 LARGEST_CUBIN: Final = 16 << 20
 
 
-def canonical(document: Any) -> bytes:
-    """The one spelling of a JSON document."""
-    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+def canonical(document: Mapping[str, Any]) -> bytes:
+    """The one spelling of a JSON document: sorted names, a line for each variant and each other member, no spaces (a reader parses every byte)."""
+
+    def one_line(value: Any) -> str:
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+    members = []
+    for name in sorted(document):
+        value = document[name]
+        if isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(one_line(item) for item in value) + "\n]"
+        elif isinstance(value, dict) and value:
+            text = "{\n" + ",\n".join(f"{json.dumps(key)}:{one_line(value[key])}" for key in sorted(value)) + "\n}"
+        else:
+            text = one_line(value)
+        members.append(f"{json.dumps(name)}:{text}")
+    return ("{\n" + ",\n".join(members) + "\n}\n").encode()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -220,9 +234,12 @@ class _Recipes(Mapping[str, Recipe]):
         return recipe_id in self._documents
 
     def check(self) -> None:
-        """Reads all of them."""
+        """Reads all of them, and parses every expression: a Plan would find a bad one only when it is made."""
         for recipe_id in self._documents:
-            self[recipe_id]
+            try:
+                self[recipe_id].check()
+            except RecipeError as error:
+                raise ManifestError(f"{self._source}.recipes.{recipe_id}: {error}") from None
 
 
 class _Entries(Mapping[str, ManifestVariant]):
@@ -292,16 +309,18 @@ class Manifest:
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes, source: str) -> Manifest:
+    def from_bytes(cls, data: bytes, source: str, *, full: bool = True) -> Manifest:
         """Checks and reads a manifest.
 
         Args:
             source: where the bytes came from, for messages.
+            full: check every entry now, and names that stand twice. Otherwise entries are checked when they are asked for: a cold start
+                reads a manifest whose sha256 the index states.
 
         Raises:
             ManifestError: anything that is not a manifest of this schema.
         """
-        fields = _document(data, source)
+        fields = _document(data, source, full)
         arch = fields.get("arch", str)
         try:
             architecture(arch)
@@ -320,7 +339,10 @@ class Manifest:
         builder = _Fields(fields.get("builder", dict), f"{source}.builder")
         builder.get("version", str)
         builder.get("dirty", bool)
-        return cls(arch, builder.value, toolchain.value, fields.size("minimum_driver", 10**6), variants)
+        manifest = cls(arch, builder.value, toolchain.value, fields.size("minimum_driver", 10**6), variants)
+        if full:
+            manifest.check()
+        return manifest
 
     def check(self) -> None:
         """Reads every entry and recipe; opening a manifest reads only those that are used.
@@ -346,13 +368,12 @@ def _recipe(document: Any, path: str) -> Recipe:
             each.get(name, str)
     try:
         recipe = Recipe.from_json(document)
-        recipe.check()
     except RecipeError as error:
         raise ManifestError(f"{path}: {error}") from None
     return recipe
 
 
-def _document(data: bytes, source: str) -> _Fields:
+def _document(data: bytes, source: str, full: bool = True) -> _Fields:
     """The document's top level, with its schema checked."""
     if len(data) > LARGEST_MANIFEST:
         raise ManifestError(f"{source}: {len(data)} bytes; a manifest has at most {LARGEST_MANIFEST}")
@@ -365,7 +386,7 @@ def _document(data: bytes, source: str) -> _Fields:
         return result
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique if full else None)
     except ManifestError:
         raise
     except (ValueError, RecursionError) as error:
@@ -410,7 +431,7 @@ class Index:
             except VariantError as error:
                 raise ManifestError(f"{fields.path}.arch: {error}") from None
             expected = f"{arch}/{MANIFEST_NAME}"
-            manifest = fields.get("manifest", str, lambda s, e=expected: s == e, f"{expected} belongs to {arch}")
+            manifest = fields.get("manifest", str, expected.__eq__, f"{expected} belongs to {arch}")
             if arch in sets:
                 raise ManifestError(f"{fields.path}.arch: {arch} stands twice")
             sets[arch] = IndexEntry(arch, manifest, fields.sha256("sha256"), fields.size("variants", 10**6))

@@ -138,7 +138,7 @@ class Plan:
         self._closed = False
         self._update = threading.Lock()
         self._prepared: LaunchConfig | None = None
-        self._stream: int | None = None
+        self._launch: Callable[[int], None] = self._launch_nothing
         self._tensors = self._check(tensors)
         if problem.m == 0:
             return
@@ -159,6 +159,7 @@ class Plan:
                 self._packed.offsets,
                 recipe.programmatic_launch,
             )
+            self._launch = driver.launcher(self._prepared)
         except BaseException:
             self.close()
             raise
@@ -221,12 +222,13 @@ class Plan:
             PlanError: the Plan is closed.
             DriverError: the launch failed.
         """
-        prepared = self._prepared
-        if prepared is None:
-            if self._closed:
-                raise PlanError(f"the Plan of {self.key} is closed: make a new one")
-            return
-        self._driver.launch(prepared, stream)
+        self._launch(stream)
+
+    def _launch_nothing(self, stream: int) -> None:
+        """M = 0."""
+
+    def _launch_closed(self, stream: int) -> None:
+        raise PlanError(f"the Plan of {self.key} is closed: make a new one")
 
     def update(self, role: str, value: Any) -> None:
         """Points ``role`` to other memory of the same shape; launches that follow use it. Kernels with tensor maps have them encoded again.
@@ -254,6 +256,7 @@ class Plan:
         if self._closed:
             return
         self._closed = True
+        self._launch = self._launch_closed
         self._prepared = None
         while self._owned:
             self._driver.free(self._owned.pop())

@@ -180,9 +180,16 @@ class Variant:
                 "fc1.sm90a.t8x64.c1x1.bf16-nvfp4"
             )
         options = tuple((name, int(value or 1)) for name, value in _KEY_OPTION.findall(match["options"]))
-        numbers = {name: int(match[name]) for name in ("tile_m", "tile_n", "cluster_m", "cluster_n")}
         variant = cls(
-            op=match["op"], arch=architecture(match["arch"]).name, a_dtype=match["a"], c_dtype=match["c"], options=options, **numbers
+            op=match["op"],
+            arch=architecture(match["arch"]).name,
+            tile_m=int(match["tile_m"]),
+            tile_n=int(match["tile_n"]),
+            cluster_m=int(match["cluster_m"]),
+            cluster_n=int(match["cluster_n"]),
+            a_dtype=match["a"],
+            c_dtype=match["c"],
+            options=options,
         )
         if variant.key != key:
             raise VariantError(f"variant key {key!r} is not in its canonical form: write {variant.key!r}")

@@ -58,7 +58,9 @@ def load(name: str) -> KernelModule:
     """
     if name not in names():
         raise VariantError(f"kernel {name!r}: use one of {', '.join(names())}, or add {name}.py to compile/kernels")
-    return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+    module: Any = importlib.import_module(f"{__name__}.{name}")
+    found: KernelModule = module
+    return found
 
 
 def check(name: str, variant: Variant) -> None:
