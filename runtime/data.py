@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from densemoe.runtime.errors import ProblemError
-from densemoe.runtime.layout import GROUP, interleave_up_gate, tile_scales, weight_shapes
+from densemoe.runtime.layout import GROUP, interleave_up_gate, scale_offsets, tile_scales, weight_shapes
 from densemoe.runtime.nvfp4 import E2M1_VALUES, E4M3_VALUES, bf16_bits, encode_e4m3, pack_codes, quantise_expert
 from densemoe.runtime.problem import Problem
 
@@ -341,7 +341,5 @@ def poison_activations(arrays: dict[str, Any], rows: npt.ArrayLike, columns: sli
     start, stop, _ = columns.indices(scales.shape[1] * GROUP)
     if start % GROUP or stop % GROUP:
         raise ProblemError(f"columns {start} to {stop} cut a group: use multiples of {GROUP}")
-    from densemoe.runtime.layout import scale_offsets
-
     offsets = scale_offsets(tokens[:, None], np.arange(start // GROUP, stop // GROUP)[None, :], scales.shape[1])
     scales.reshape(-1)[offsets] = 0x7F
