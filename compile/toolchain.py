@@ -83,9 +83,9 @@ def identity() -> str:
 
 
 def loaded_flavour() -> str:
-    """``cu12`` or ``cu13``: whose libraries the process has mapped, ``""`` before the DSL is imported."""
+    """``cu12`` or ``cu13``: whose compiler library the process has mapped, ``""`` before the DSL is imported."""
     maps = Path("/proc/self/maps")
-    loaded = re.findall(r"nvidia_cutlass_dsl/(cu1[0-9])/", maps.read_text()) if maps.exists() else []
+    loaded = re.findall(r"_cutlass_ir\.(cu[0-9]+)\.", maps.read_text()) if maps.exists() else []
     return loaded[0] if loaded else ""
 
 

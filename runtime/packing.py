@@ -241,7 +241,7 @@ def unpack_expert(op: str, packed: Bytes, rows: int, k: int) -> tuple[Bytes, Byt
     halves = np.ascontiguousarray(blocks[:, :, :CODE_BYTES]).view("<u2").reshape(count, k_blocks, 4, 2, 8, 4, 4, 2)
     codes = np.empty((count, 4, 2, 8, k_blocks, 2, 4, 4, 2, 2), dtype=np.uint8)  # R, b, u, g, K block, half, t, step, pair, odd
     for value, bits in enumerate(CODE_BITS):
-        code: Bytes = np.zeros(halves.shape, dtype=np.uint8)
+        code: npt.NDArray[Any] = np.zeros(halves.shape, dtype=np.uint8)
         for bit in bits:
             code = (code << 1) | ((halves >> bit) & 1).astype(np.uint8)
         codes[:, :, value % 2, :, :, :, :, :, value // 2] = code.transpose(0, 2, 4, 1, 3, 5, 6, 7)

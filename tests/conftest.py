@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+for _folder in ("gpu", "runtime"):
+    sys.path.insert(0, str(Path(__file__).parent / _folder))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,3 +35,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=missing))
         if "full" in item.keywords and not config.getoption("--full"):
             item.add_marker(pytest.mark.skip(reason="long: run with --full (make test-full)"))
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact root with the quick profile, built once a session. Tests that change files copy it first."""
+    from densemoe.compile import build, matrix
+
+    root = tmp_path_factory.mktemp("artifacts")
+    result = build.build(matrix.load(), root, profile="quick")
+    assert not result.failures, result.failures
+    return root
+
+
+@pytest.fixture
+def artifacts_copy(artifacts: Path, tmp_path: Path) -> Path:
+    """A private copy of ``artifacts``."""
+    copy = tmp_path / "copy"
+    shutil.copytree(artifacts, copy)
+    return copy

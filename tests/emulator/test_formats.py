@@ -11,11 +11,12 @@ from functools import cache
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from densemoe.compile.emulator import formats
 from densemoe.compile.emulator.conversions import make_converter
 from densemoe.runtime.errors import EmulatorError
-from hypothesis import given
-from hypothesis import strategies as st
 
 ORACLE = {
     "e2m1": ml_dtypes.float4_e2m1fn,

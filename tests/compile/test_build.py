@@ -1,0 +1,226 @@
+"""Builds: incremental by content, whole or not at all, faults named. Real compiles of a small matrix; two variants take about a second."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from densemoe.compile import audit, build, elf, kernels, matrix, toolchain
+from densemoe.runtime.errors import AuditError, BuildError, MatrixError, ToolchainError
+from densemoe.runtime.loader import ArtifactSet
+from densemoe.runtime.variant import Variant
+
+KEYS = ("fc1.sm90a.t8x64.c1x1.bf16-bf16", "fc2.sm90a.t8x64.c1x1.bf16-bf16")
+SMALL = """\
+schema: 1
+entries:
+  - {kernel: sm90_fc1, op: fc1, arch: [sm_90a], tile: [8x64], cluster: [1x1], a_dtype: [bf16], b_dtype: [nvfp4], c_dtype: [bf16]}
+  - {kernel: sm90_fc2, op: fc2, arch: [sm_90a], tile: [8x64], cluster: [1x1], a_dtype: [bf16], b_dtype: [nvfp4], c_dtype: [bf16]}
+profiles:
+  full: {variants: 2}
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> matrix.Matrix:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return matrix.load(path)
+
+
+def digest(root: Path) -> dict[str, str]:
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.suffix in (".cubin", ".json")}
+
+
+def test_a_second_build_compiles_nothing_and_changes_nothing(small: matrix.Matrix, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = build.build(small, out)
+    assert sorted(first.built) == sorted(KEYS)
+    before = digest(out)
+    second = build.build(small, out)
+    assert second.built == []
+    assert sorted(second.reused) == sorted(KEYS)
+    assert digest(out) == before
+    for arch in ArtifactSet(out).architectures:
+        ArtifactSet(out).manifest(arch).check()
+
+
+def test_two_builds_give_the_same_bytes(small: matrix.Matrix, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        build.build(small, tmp_path / name, jobs=1 if name == "one" else 2)
+    one, two = (digest(tmp_path / name) for name in ("one", "two"))
+    assert {name: value for name, value in one.items() if "log" not in name} == {name: value for name, value in two.items() if "log" not in name}
+
+
+def test_a_damaged_cubin_is_built_again_and_orphans_go(artifacts_copy: Path, tmp_path: Path) -> None:
+    folder = artifacts_copy / "sm_90a"
+    (folder / f"{KEYS[0]}.cubin").write_bytes(b"damaged")
+    (folder / "fc1.sm90a.t999x64.c1x1.bf16-bf16.cubin").write_bytes(b"orphan")
+    result = build.build(matrix.load(), artifacts_copy, profile="quick")
+    assert result.built == [KEYS[0]]
+    assert result.removed == ["sm_90a/fc1.sm90a.t999x64.c1x1.bf16-bf16.cubin"]
+
+
+def test_a_removed_variant_leaves_the_set(small: matrix.Matrix, artifacts_copy: Path) -> None:
+    result = build.build(small, artifacts_copy)
+    assert sorted(result.reused) == sorted(KEYS)
+    assert len(result.removed) == 2
+    assert sorted(ArtifactSet(artifacts_copy).manifest("sm_90a").variants) == sorted(KEYS)
+
+
+def test_a_filter_keeps_the_rest_of_the_set(artifacts_copy: Path) -> None:
+    before = sorted(ArtifactSet(artifacts_copy).manifest("sm_90a").variants)
+    result = build.build(matrix.load(), artifacts_copy, profile="quick", key_filter="fc1.*bf16-bf16")
+    assert result.reused == [KEYS[0]]
+    assert sorted(ArtifactSet(artifacts_copy).manifest("sm_90a").variants) == before
+
+
+def test_what_selects_nothing_is_an_error(small: matrix.Matrix, tmp_path: Path) -> None:
+    with pytest.raises(MatrixError, match="matches none"):
+        build.build(small, tmp_path / "out", key_filter="fc9*")
+    with pytest.raises(MatrixError, match=r"sm_100a.*use one of sm_90a"):
+        build.build(small, tmp_path / "out", arch="sm_100a")
+
+
+def test_a_variant_that_fails_names_itself_and_the_rest_builds(small: matrix.Matrix, tmp_path: Path) -> None:
+    """A limit of one second is too little for a worker's imports: every variant times out and says so; the old set stays."""
+    out = tmp_path / "out"
+    build.build(small, out)
+    before = digest(out)
+    (out / "sm_90a" / f"{KEYS[0]}.cubin").unlink()
+    result = build.build(small, out, timeout=0.05)
+    assert [failure.key for failure in result.failures] == [KEYS[0]]
+    assert "not compiled after" in result.failures[0].error
+    assert result.reused == [KEYS[1]]
+    assert {name: value for name, value in digest(out).items() if name.endswith("json")} == {
+        name: value for name, value in before.items() if name.endswith("json")
+    }
+
+
+def test_a_killed_build_is_completed_by_the_next(tmp_path: Path) -> None:
+    """SIGKILL at several moments: never a set whose files differ from its manifest, and the next build completes it."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "densemoe.runtime.cli", "build", "--profile", "quick", "--out", str(out), "--jobs", "2"]
+    for seconds in (1.5, 2.5, 3.5):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if (out / "index.json").exists():
+            found = ArtifactSet(out)
+            for entry in found.manifest("sm_90a").variants.values():
+                found.image(entry)
+    result = build.build(matrix.load(), out, profile="quick")
+    assert not result.failures
+    found = ArtifactSet(out)
+    assert len(found.manifest("sm_90a").variants) == 4
+    for entry in found.manifest("sm_90a").variants.values():
+        found.image(entry)
+    assert not list(out.rglob("*.partial"))
+
+
+def test_two_builds_into_one_folder_exclude_each_other(small: matrix.Matrix, tmp_path: Path) -> None:
+    import fcntl
+
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / build.LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(BuildError, match="another build works"):
+            build.build(small, out)
+
+
+def test_a_full_disk_leaves_the_old_set(small: matrix.Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    build.build(small, out)
+    before = digest(out)
+    (out / "sm_90a" / "manifest.json").write_bytes(b"{}")
+    build.build(small, out)  # completes: everything is staged again or reused
+    assert digest(out)["sm_90a/manifest.json"] == before["sm_90a/manifest.json"]
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build, "write_atomically", full)
+    (out / "sm_90a" / "manifest.json").unlink()
+    with pytest.raises(BuildError, match="No space left"):
+        build.build(small, out)
+    assert not (out / "sm_90a" / "manifest.json").exists()
+
+
+# ---- what a cubin says, and the audit
+
+
+@pytest.fixture(scope="module")
+def compiled() -> toolchain.Compiled:
+    return toolchain.compile_variant(Variant.parse(KEYS[0]), "sm90_fc1")
+
+
+def test_a_cubin_is_read(compiled: toolchain.Compiled) -> None:
+    facts = compiled.facts
+    assert facts.sm == 90
+    assert facts.symbol == Variant.parse(KEYS[0]).symbol
+    assert facts.stack == 0
+    assert facts.parameter_bytes == 84
+    assert facts.parameters == kernels.load("sm90_fc1").recipe(Variant.parse(KEYS[0])).offsets()
+    assert facts.ptxas == toolchain.PINNED_PTXAS
+
+
+@pytest.mark.parametrize("cut", [0, 10, 63, 200, 5000])
+def test_truncated_cubins_are_refused(compiled: toolchain.Compiled, cut: int) -> None:
+    with pytest.raises(AuditError):
+        elf.read_cubin(compiled.cubin[:cut])
+
+
+def test_damaged_headers_never_raise_anything_else(compiled: toolchain.Compiled) -> None:
+    for at in range(64):
+        data = bytearray(compiled.cubin)
+        data[at] ^= 0xFF
+        with contextlib.suppress(AuditError):
+            elf.read_cubin(bytes(data))
+
+
+def test_the_audit_names_every_fault(compiled: toolchain.Compiled) -> None:
+    import dataclasses
+
+    kernel = kernels.load("sm90_fc1")
+    variant = Variant.parse(KEYS[0])
+    audit.audit(variant, kernel, compiled)
+    spilled = dataclasses.replace(compiled, facts=dataclasses.replace(compiled.facts, stack=8, registers=255, parameters=((0, 8),)))
+    with pytest.raises(AuditError, match=r"(?s)8 bytes of stack.*255 registers.*parameters"):
+        audit.audit(variant, kernel, spilled)
+    audit.audit(variant, kernel, dataclasses.replace(compiled, facts=dataclasses.replace(compiled.facts, stack=8)), audit.Allowance(8, "why"))
+    fewer = dataclasses.replace(compiled, ptx=compiled.ptx.replace("mma.sync", "nop.sync", 1))
+    with pytest.raises(AuditError, match=r"31 mma\.sync.*implies 32"):
+        audit.audit(variant, kernel, fewer)
+
+
+def test_opcodes_inside_inline_assembly_are_counted() -> None:
+    text = ".entry k(\n)\n{\n{ .reg .pred p; setp.ne.b32 p, %r1, 0; @p ld.global.b32 %r2, [%rd1]; }\nadd.s32 %r1, %r2, 1; // x\n}"
+    assert audit.count_opcodes(text) == {"setp.ne.b32": 1, "ld.global.b32": 1, "add.s32": 1}
+
+
+def test_the_loaded_compiler_is_the_pinned_one(compiled: toolchain.Compiled) -> None:
+    assert toolchain.loaded_flavour() == toolchain.PINNED_FLAVOUR
+
+
+def test_another_flavour_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "loaded_flavour", lambda: "cu12")
+    with pytest.raises(ToolchainError, match="cu12 libraries, cu13 are pinned"):
+        toolchain.compile_variant(Variant.parse(KEYS[0]), "sm90_fc1")
+
+
+def test_the_build_log_says_what_compiling_took(small: matrix.Matrix, tmp_path: Path) -> None:
+    build.build(small, tmp_path / "out")
+    log = json.loads((tmp_path / "out" / "sm_90a" / build.LOG_NAME).read_text())
+    assert sorted(log["compile_seconds"]) == sorted(KEYS)
+    assert "compile_seconds" not in (tmp_path / "out" / "sm_90a" / "manifest.json").read_text()
