@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
+
 from densemoe.compile.emulator.formats import (
     FORMATS,
     INTEGER_ROUND,
@@ -25,7 +27,6 @@ from densemoe.compile.emulator.formats import (
     float_to_integer,
 )
 from densemoe.runtime.errors import EmulatorError
-from numpy.typing import NDArray
 
 __all__ = ["Converter", "make_converter"]
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from densemoe.runtime.errors import EmulatorError
 from numpy.typing import NDArray
+
+from densemoe.runtime.errors import EmulatorError
 
 __all__ = [
     "E2M1_PAIRS",
