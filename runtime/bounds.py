@@ -18,7 +18,7 @@ import numpy as np
 
 from densemoe.runtime.arrays import Array, Indices, constants, indices, long, namespace, power_of_two, sigmoid, to_host, unpack, untile
 from densemoe.runtime.errors import ProblemError
-from densemoe.runtime.nvfp4 import E2M1_VALUES, E4M3_VALUES, GROUP, bf16_bits, bf16_values, encode_e4m3
+from densemoe.runtime.nvfp4 import E2M1_VALUES, E4M3_VALUES, GROUP, convert, widen
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.reference import Fc1Result, Fc2Result
 
@@ -392,44 +392,13 @@ def _rule3_report(xp: Any, needed: Array, wrong: Array, exempt: Array, judged: A
 
 
 def _widened(array: Array, dtype: str) -> Array:
-    """float64 of an output tensor. numpy spells bf16 as uint16 and fp8 as uint8 bit patterns, or as ml_dtypes; torch has the dtypes."""
-    if not isinstance(array, np.ndarray):
-        return array.double()
-    if array.dtype == np.uint16:
-        return bf16_values(array).astype(np.float64)
-    if array.dtype == np.uint8:
-        return _fp8_values(dtype)[array]
-    return array.astype(np.float64)
-
-
-def _fp8_values(dtype: str) -> np.ndarray[Any, Any]:
-    if dtype == "e4m3":
-        return E4M3_VALUES
-    if dtype == "e5m2":  # the upper byte of an f16
-        return (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float64)
-    raise ProblemError(f"an output of dtype {dtype} came as uint8: give its own dtype")
+    """float64 of an output tensor."""
+    return widen(array, dtype) if isinstance(array, np.ndarray) else array.double()
 
 
 def _part(array: Array, rows: Indices | None, columns: Indices | None) -> Array:
     array = array if rows is None else array[indices(array, np.asarray(rows))]
     return array if columns is None else array[:, indices(array, np.asarray(columns))]
-
-
-def _round_f32(y: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
-    """float64 of float32 values converted once to a plain dtype (section 3, step 6)."""
-    _, _, largest, saturating = _format(dtype)
-    if dtype == "bf16":
-        return bf16_values(bf16_bits(y)).astype(np.float64)
-    if dtype == "f16":
-        with np.errstate(over="ignore"):
-            return y.astype(np.float16).astype(np.float64)
-    if dtype == "f32":
-        return y.astype(np.float64)
-    clipped = np.clip(y, -largest, largest) if saturating else y
-    if dtype == "e4m3":
-        return E4M3_VALUES[encode_e4m3(clipped)]
-    step = 2 * half_ulp(np.abs(clipped.astype(np.float64)), dtype)
-    return np.asarray(np.rint(clipped / step) * step, dtype=np.float64)
 
 
 def _exact_y(result: Fc1Result) -> np.ndarray[Any, Any]:
@@ -479,7 +448,7 @@ def compare_fc1(
     if problem.c_dtype != "nvfp4":
         got = _part(_widened(actual["c"], problem.c_dtype), rows, columns)
         if exact:
-            return compare_exact(to_host(got), _round_f32(y, problem.c_dtype), name=name)
+            return compare_exact(to_host(got), widen(convert(y, problem.c_dtype), problem.c_dtype), name=name)
         return compare_plain(got, y, bound, problem.c_dtype, name=name)
     if output_multiplier is None:
         raise ProblemError("output_multiplier is missing: NVFP4 output is judged with the multiplier that the kernel was given")
@@ -510,5 +479,6 @@ def compare_fc2(
     got, name = _part(_widened(actual["c"], problem.c_dtype), rows, columns), f"fc2 {problem.c_dtype}"
     if exact:
         with np.errstate(over="ignore"):
-            return compare_exact(to_host(got), _round_f32(to_host(result.c).astype(np.float32), problem.c_dtype), name=name)
+            expected = convert(to_host(result.c).astype(np.float32), problem.c_dtype)
+        return compare_exact(to_host(got), widen(expected, problem.c_dtype), name=name)
     return compare_plain(got, result.c, fc2_bound(result, problem.experts, problem.intermediate, truncation), problem.c_dtype, name=name)

@@ -296,9 +296,12 @@ def fc1_alpha(weights: Weights, a_scale: np.float32) -> Floats:
 
 
 def alpha_post(rng: np.random.Generator, m: int, experts: int, kind: str = "integers", zeros: float = 0.0) -> Floats:
-    """``alpha_post`` ``[M, E]``: uniform in [0.8, 1.2), or 1/2, 1 or 2 for exact data; a share ``zeros`` of it exactly 0."""
+    """``alpha_post`` ``[M, E]``: uniform in [0.8, 1.2); a share ``zeros`` of it exactly 0.
+
+    For exact data it is 2**-14, 2**-13 or 2**-12, which brings the large gates' outputs into the range of f16.
+    """
     if kind == "exact":
-        values = rng.choice(np.array([0.5, 1, 2], dtype=np.float32), (m, experts))
+        values = rng.choice(np.array([2.0**-14, 2.0**-13, 2.0**-12], dtype=np.float32), (m, experts))
     else:
         values = rng.uniform(0.8, 1.2, (m, experts)).astype(np.float32)
     values[rng.random((m, experts)) < zeros] = 0

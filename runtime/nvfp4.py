@@ -22,6 +22,7 @@ __all__ = [
     "Nvfp4Tensor",
     "bf16_bits",
     "bf16_values",
+    "convert",
     "encode_e2m1",
     "encode_e4m3",
     "global_scale_of",
@@ -30,6 +31,7 @@ __all__ = [
     "quantise_expert",
     "quantise_rows",
     "unpack_codes",
+    "widen",
 ]
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -103,6 +105,52 @@ def bf16_bits(x: npt.ArrayLike) -> npt.NDArray[np.uint16]:
 def bf16_values(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     """float32 values of bf16 bit patterns."""
     return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+_E5M2_VALUES: Final = (np.arange(256, dtype="<u2") << 8).view(np.float16).astype(np.float64)  # the upper byte of an f16
+LARGEST_E5M2: Final = 57344.0
+
+
+def convert(y: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
+    """float32 values converted once to a plain output dtype (contract section 3, step 6): nearest, ties to even.
+
+    Returns:
+        ``f32``: float32; ``f16``: float16, overflow to Inf; ``bf16``: uint16 bit patterns, overflow to Inf; ``e4m3``, ``e5m2``: uint8 bit
+        patterns, saturating.
+
+    Raises:
+        ProblemError: another dtype.
+    """
+    if dtype == "f32":
+        return y
+    if dtype == "f16":
+        with np.errstate(over="ignore"):
+            return y.astype(np.float16)
+    if dtype == "bf16":
+        return bf16_bits(y)
+    if dtype == "e4m3":
+        return encode_e4m3(y)
+    if dtype == "e5m2":
+        finite = np.nan_to_num(y.astype(np.float64), nan=0.0, posinf=LARGEST_E5M2, neginf=-LARGEST_E5M2)
+        byte = _encode(finite, _E5M2_VALUES[:124]) | (np.signbit(finite).astype(np.int64) << 7)
+        return np.where(np.isnan(y), 0x7F, byte).astype(np.uint8)
+    raise ProblemError(f"dtype={dtype!r}: use f32, f16, bf16, e4m3 or e5m2")
+
+
+def widen(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float64]:
+    """float64 of what ``convert`` gives, or of the same values in ml_dtypes' types.
+
+    Raises:
+        ProblemError: uint8 or uint16 of a dtype that is not spelled so.
+    """
+    tables = {"e4m3": E4M3_VALUES, "e5m2": _E5M2_VALUES}
+    if array.dtype == np.uint16 and dtype == "bf16":
+        return bf16_values(array).astype(np.float64)
+    if array.dtype == np.uint8 and dtype in tables:
+        return np.asarray(tables[dtype][array], dtype=np.float64)
+    if array.dtype.kind in "ui":
+        raise ProblemError(f"{dtype} as {array.dtype}: use the dtype itself, uint16 bits for bf16 or uint8 bits for e4m3 and e5m2")
+    return array.astype(np.float64)
 
 
 def pack_codes(codes: Bytes) -> Bytes:

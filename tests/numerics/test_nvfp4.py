@@ -237,3 +237,34 @@ def test_rows_are_quantised_alike_whatever_their_number() -> None:
     part_codes, part_scales = nvfp4.quantise_rows(x[333:340], np.float32(100))
     np.testing.assert_array_equal(codes[333:340], part_codes)
     np.testing.assert_array_equal(scales[333:340], part_scales)
+
+
+OUTPUTS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "f32": np.float32}
+
+
+@pytest.mark.parametrize("dtype", sorted(OUTPUTS))
+def test_plain_outputs_are_converted_once_like_ml_dtypes(dtype: str) -> None:
+    largest = {"e4m3": 448.0, "e5m2": 57344.0}.get(dtype)
+    kind = OUTPUTS[dtype]
+    if dtype in ("e4m3", "e5m2"):
+        values = np.arange(256, dtype=np.uint8).view(kind).astype(np.float64)
+        x = neighbourhoods(np.sort(np.unique(values[np.isfinite(values)])))
+    else:
+        rng = np.random.default_rng(0)
+        x = (rng.standard_normal(4000) * 2.0 ** rng.integers(-150, 120, 4000)).astype(np.float32)
+    x = np.concatenate([x, np.array([0, 1e9, -1e9, np.inf, -np.inf], dtype=np.float32)])
+    with np.errstate(over="ignore"):
+        expected = (np.clip(x, -largest, largest) if largest else x).astype(kind)
+    converted = nvfp4.convert(x, dtype)
+    np.testing.assert_array_equal(nvfp4.widen(converted, dtype), expected.astype(np.float64))
+    np.testing.assert_array_equal(nvfp4.widen(expected, dtype), expected.astype(np.float64))
+    assert np.isnan(nvfp4.widen(nvfp4.convert(np.array([np.nan], np.float32), dtype), dtype)).all()
+
+
+def test_conversions_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ProblemError, match="use f32, f16"):
+        nvfp4.convert(np.zeros(1, np.float32), "nvfp4")
+    with pytest.raises(ProblemError, match="f16 as uint16"):
+        nvfp4.widen(np.zeros(1, np.uint16), "f16")
+    with pytest.raises(ProblemError, match="bf16 as uint8"):
+        nvfp4.widen(np.zeros(1, np.uint8), "bf16")
