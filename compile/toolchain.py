@@ -21,7 +21,7 @@ from typing import Final
 from densemoe.compile import kernels
 from densemoe.compile.elf import Cubin, read_cubin
 from densemoe.runtime.errors import CompileError, DensemoeError, ToolchainError
-from densemoe.runtime.variant import Variant, architecture
+from densemoe.runtime.variant import Variant
 
 __all__ = ["PINNED_FLAVOUR", "PINNED_PTXAS", "Compiled", "Distribution", "compile_variant", "distributions", "identity", "loaded_flavour"]
 
@@ -100,7 +100,6 @@ def compile_variant(variant: Variant, kernel: str, *, options: str = "") -> Comp
         CompileError: the compiler failed, or gave something that is not this variant's cubin.
         ToolchainError: another flavour of the compiler was loaded than the pinned one.
     """
-    _prepare_environment(variant.arch)
     module = kernels.load(kernel)
     kernels.check(kernel, variant)
     import cutlass.cute as cute
@@ -145,13 +144,6 @@ def _check(variant: Variant, cubin: object, ptx: str) -> Cubin:
     if facts.ptxas != PINNED_PTXAS:
         raise ToolchainError(f"{variant.key}: assembled by {facts.ptxas!r}, {PINNED_PTXAS!r} is pinned: install densemoe[build] as locked")
     return facts
-
-
-def _prepare_environment(arch: str) -> None:
-    """CuTe DSL reads its environment once, at import, and asks a driver for the architecture where none is given."""
-    architecture(arch)
-    if "cutlass" not in sys.modules:
-        os.environ["CUTE_DSL_ARCH"] = arch
 
 
 class _captured_stderr:

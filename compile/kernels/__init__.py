@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,9 @@ def load(name: str) -> KernelModule:
     Raises:
         VariantError: there is no such module.
     """
+    # CuTe DSL reads its environment once, at import, and without an architecture asks a driver for one and then lacks its host runtime; each
+    # compile names its own with --gpu-arch
+    os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
     if name not in names():
         raise VariantError(f"kernel {name!r}: use one of {', '.join(names())}, or add {name}.py to compile/kernels")
     module: Any = importlib.import_module(f"{__name__}.{name}")
