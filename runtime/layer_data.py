@@ -17,7 +17,7 @@ import numpy.typing as npt
 from densemoe.runtime.data import LayerCase
 from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.layout import interleave_up_gate
-from densemoe.runtime.nvfp4 import bf16_bits, quantise_expert
+from densemoe.runtime.nvfp4 import LARGEST_E2M1, LARGEST_E4M3, bf16_bits, quantise_expert
 from densemoe.runtime.routing import route
 
 __all__ = ["LayerData"]
@@ -70,7 +70,7 @@ class LayerData:
 
     def projection(self, name: str, expert: int) -> npt.NDArray[np.float32]:
         """Unquantised weights, exact in bf16: ``up`` and ``gate`` ``[I, H]``, ``down`` ``[H, I]``."""
-        return self._integers(name, expert) * np.float32(self._step(name))
+        return np.asarray(self._integers(name, expert) * np.float32(self._step(name)), dtype=np.float32)
 
     def unquantised(self, expert: int) -> tuple[Any, Any, Any]:
         """(up, gate, down) as float64, for ``reference.layer``."""
@@ -91,4 +91,5 @@ class LayerData:
     @property
     def output_multiplier(self) -> np.float32:
         """``output_multiplier`` of FC1's NVFP4 output: largest value 16, which few elements reach (they saturate)."""
-        return np.float32(448 * 6 / 16)
+        multiplier: np.float32 = np.float32(LARGEST_E4M3 * LARGEST_E2M1 / 16)
+        return multiplier
