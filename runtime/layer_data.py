@@ -2,7 +2,7 @@
 
 Weights are integers in [-127, 127] times a power of two: exact in bf16, quick to make, one byte each while they wait to be quantised. Their
 size gives up and gate projections a standard deviation of about 1 and an expert's output one of about 0.2, so that NVFP4's own error stays
-below the 0.15 of the layers' mark. Nothing here holds more than one expert's projection at a time.
+below the 0.15 of the layers' mark. Nothing here holds more than one expert's weights at a time.
 """
 
 from __future__ import annotations

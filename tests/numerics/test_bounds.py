@@ -134,6 +134,39 @@ def test_the_truncation_constant_follows_from_the_bits_kept() -> None:
     assert bounds.truncation_constant(3, addends=9) == 9 / 8
 
 
+def tensor_core_sum(products: np.ndarray, kept_bits: int) -> float:
+    """A chain of MMA steps as the bound assumes them: 16 products and the accumulator cut off below the largest, then one cut to float32."""
+    total = 0.0
+    for step in products.reshape(-1, 16):
+        addends = np.append(step, total)
+        quantum = 2.0 ** (np.frexp(np.abs(addends).max())[1] - 1 - 23 - kept_bits)
+        total = float((np.trunc(addends / quantum) * quantum).sum())
+        place = 2.0 ** (np.frexp(total)[1] - 24)
+        total = float(np.trunc(total / place) * place)
+    return total
+
+
+@pytest.mark.parametrize("kept_bits", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", ["first largest", "positive", "mixed"])
+def test_a_chain_of_truncating_mma_steps_stays_inside_its_bound(kept_bits: int, kind: str) -> None:
+    """Chains so long that the floor of 2**-14 does not hide the term in n; the worst data are one large product before many small ones."""
+    rng = np.random.default_rng(kept_bits)
+    k = 16 * 2048
+    products = rng.uniform(0.5, 1, k)
+    if kind == "first largest":
+        products = np.full(k, 2.0 ** -(23 + kept_bits) * 0.999)  # each is cut off entirely
+        products[0] = 1.0
+    elif kind == "mixed":
+        products *= rng.choice([-1.0, 1.0], k)
+    error = abs(tensor_core_sum(products, kept_bits) - float(np.sum(products)))
+    magnitude = np.array([np.abs(products).sum()])
+    n_term = (k / 16 * (1 + bounds.truncation_constant(kept_bits)) + k / 128) * 2.0**-23 * magnitude[0]
+    assert bounds.accumulator_bound(k, magnitude, bounds.truncation_constant(kept_bits))[0] == pytest.approx(n_term)
+    assert 0 < error < n_term
+    if kind == "first largest":
+        assert error > 0.1 * n_term, "the bound is not far from what can happen"
+
+
 def fc2_result(alpha: np.ndarray, experts: int = 4, intermediate: int = 256) -> reference.Fc2Result:
     rng = np.random.default_rng(0)
     a = rng.standard_normal((len(alpha) if alpha.ndim == 2 else 2, experts * intermediate))
