@@ -26,7 +26,9 @@ __all__ = [
     "FORMATS",
     "FloatFormat",
     "decode",
+    "decode_bytes",
     "decode_table",
+    "decode_table64",
     "encode",
     "encode_integer",
     "float_to_integer",
@@ -167,6 +169,38 @@ def decode(bits: Bits, name: str) -> Values:
         values = table[np.asarray(bits) & (table.size - 1)]
         return values
     return table[bits]
+
+
+@cache
+def decode_table64(name: str) -> NDArray[np.float64]:
+    """`decode_table` as float64, the type in which products are summed."""
+    table = decode_table(name).astype(np.float64)
+    table.setflags(write=False)
+    return table
+
+
+def decode_bytes(data: NDArray[np.uint8], name: str) -> NDArray[np.float64]:
+    """Operand bytes to float64, exactly.
+
+    Args:
+        data: uint8, its last axis contiguous and whole elements.
+        name: ``e4m3 e5m2 s8 u8 f16 bf16 tf32``.
+
+    Returns:
+        float64 with the last axis counted in elements.
+    """
+    values: NDArray[np.float64]
+    if name in ("e4m3", "e5m2"):
+        values = decode_table64(name).take(data)
+    elif name in ("s8", "u8"):
+        values = data.view(np.int8 if name == "s8" else np.uint8).astype(np.float64)
+    elif name == "f16":
+        values = data.view(np.float16).astype(np.float64)
+    elif name in ("bf16", "tf32"):
+        values = decode(data.view(np.uint16 if name == "bf16" else np.uint32), name).astype(np.float64)
+    else:
+        raise EmulatorError(f"operand format {name!r}: use e4m3, e5m2, s8, u8, f16, bf16 or tf32")
+    return values
 
 
 # --- rounding ---------------------------------------------------------------------------------------------------------

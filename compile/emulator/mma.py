@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from densemoe.compile.emulator.formats import decode_table
+from densemoe.compile.emulator.formats import decode_table64
 from densemoe.runtime.errors import EmulatorError
 
 __all__ = ["Mma", "ldmatrix_addresses", "make_mma", "round_accumulator", "stmatrix_addresses"]
@@ -32,11 +32,6 @@ _VIEWS: dict[str, type[np.generic]] = {"f16": np.float16, "s8": np.int8, "u8": n
 _ROWS, _COLUMNS, _LANES = 16, 8, 32
 _GROUPS, _THREADS = 8, 4
 _SIXTEEN, _UPPER_HALF, _TF32 = np.uint32(16), np.uint32(0xFFFF0000), np.uint32(0xFFFFE000)
-
-
-@cache
-def _table64(name: str) -> NDArray[np.float64]:
-    return decode_table(name).astype(np.float64)
 
 
 def _unpack(words: Registers, name: str) -> NDArray[Any]:
@@ -55,7 +50,7 @@ def _unpack(words: Registers, name: str) -> NDArray[Any]:
     elif name in _VIEWS:
         elements = words.view(_VIEWS[name])
     else:
-        elements = _table64(name).take(words.view(np.uint8))
+        elements = decode_table64(name).take(words.view(np.uint8))
     return elements
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from densemoe.compile.emulator.formats import E2M1_PAIRS, decode, decode_table
+from densemoe.compile.emulator.formats import E2M1_PAIRS, decode_bytes, decode_table64
 from densemoe.compile.emulator.mma import round_accumulator
 from densemoe.compile.emulator.smem_descriptor import decode_sm100, gather_operand
 from densemoe.compile.emulator.tensor_memory import COLUMNS, AccumulatorLayout, accumulator_layout, split_address
@@ -257,18 +257,8 @@ def decode_operand(data: Bytes, name: str, kind: str) -> Matrix:
         groups = np.ascontiguousarray(data.reshape(rows, 2, 16)[..., :12]).reshape(rows, 8, 3).astype(np.uint32)
         triple = groups[..., 0] | groups[..., 1] << np.uint32(8) | groups[..., 2] << np.uint32(16)
         codes = triple[..., None] >> np.array([0, 6, 12, 18], np.uint32) & np.uint32(63)
-        return _table64(name).take(codes).reshape(rows, 32)
-    if name in ("e4m3", "e5m2"):
-        return _table64(name).take(data)
-    if name in ("s8", "u8"):
-        return data.view(np.int8 if name == "s8" else np.uint8).astype(np.float64)
-    values: Matrix = decode(data.view(np.uint32 if name == "tf32" else np.uint16), name).astype(np.float64)
-    return values
-
-
-@cache
-def _table64(name: str) -> NDArray[np.float64]:
-    return decode_table(name).astype(np.float64)
+        return decode_table64(name).take(codes).reshape(rows, 32)
+    return decode_bytes(data, name)
 
 
 @cache
@@ -353,7 +343,7 @@ def scale_operand(values: Matrix, scales: Bytes, scale_format: str) -> Matrix:
         scale_format: ``ue4m3`` or ``ue8m0``.
     """
     rows, k = values.shape
-    factors = _table64(scale_format).take(scales)
+    factors = decode_table64(scale_format).take(scales)
     return (values.reshape(rows, scales.shape[1], -1) * factors[..., None]).reshape(rows, k)
 
 
