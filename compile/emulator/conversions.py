@@ -82,8 +82,8 @@ def _make_converter(
 
     if rounding == "rs":
         raise illegal("stochastic rounding is not modelled")
-    if ftz and "f32" not in (destination, source):
-        raise illegal(".ftz needs f32 as source or destination")
+    if ftz and ("f32" not in (destination, source) or destination == "tf32" or destination.endswith("x2")):
+        raise illegal(".ftz needs f32 as source or destination of a scalar conversion")
     if destination.endswith("x2"):
         return _packed_converter(destination[:-2], source, rounding, satfinite, relu, saturate, illegal)
     if destination == "tf32":
@@ -138,6 +138,9 @@ def _integer_to_integer(destination: str, source: str, saturate: bool) -> Conver
 
 
 def _integer_to_float(destination: str, source: str, rounding: str, saturate: bool) -> Converter:
+    if saturate and destination == "bf16":
+        raise EmulatorError(f"cvt.sat.bf16.{source}: .sat does not belong to bf16 results")
+
     def convert(a: Bits) -> Bits:
         values = _integer_values(a, source)
         if saturate:
@@ -196,18 +199,23 @@ def _float_to_float(
 ) -> Converter:
     to, of = FORMATS[destination], FORMATS[source]
     narrowing = to.mantissa_bits < of.mantissa_bits or to.exponent_bits < of.exponent_bits
-    allowed: tuple[str | None, ...] = (
-        ("rn", "rz", "rm", "rp") if narrowing else (None, *INTEGER_ROUND) if destination == source else (None,)
-    )
+    directed = ("rn", "rz", "rm", "rp")
+    allowed: tuple[str | None, ...] = directed if narrowing else (None, *INTEGER_ROUND) if destination == source else (None,)
+    if source == "bf16" and not narrowing and destination != "bf16":
+        allowed = (None, *directed)  # ptxas takes a rounding here; it has nothing to round
     if rounding not in allowed:
         raise illegal(f"the rounding here is one of {', '.join(str(word) for word in allowed)}")
-    if (satfinite or relu) and (destination not in ("f16", "bf16") or source != "f32" or rounding not in ("rn", "rz")):
-        raise illegal(".relu and .satfinite belong to cvt.{rn,rz}.{f16,bf16}.f32")
+    if satfinite or relu:
+        if destination not in ("f16", "bf16") or source != "f32" or rounding not in ("rn", "rz") or saturate or ftz:
+            raise illegal(".relu and .satfinite belong to cvt.{rn,rz}.{f16,bf16}.f32 without .sat and .ftz")
+    elif saturate and destination == "bf16":
+        raise illegal(".sat does not belong to bf16 results")
 
     def general(a: Bits) -> Bits:
         values = _flush(decode(_narrow(a, source), source), ftz)
         if rounding in INTEGER_ROUND:
-            values = np.copysign(INTEGER_ROUND[rounding](values.astype(np.float64)), values)
+            with np.errstate(invalid="ignore"):  # signalling NaN
+                values = np.copysign(INTEGER_ROUND[rounding](values.astype(np.float64)), values)
         if saturate:
             values = np.where(values > 0, np.minimum(values, 1), 0)
         bits = encode(values, destination, rounding if rounding in ROUND else "rn", satfinite, relu)

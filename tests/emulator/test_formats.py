@@ -400,6 +400,11 @@ def test_flush_saturate_and_integer_rounding_in_f32() -> None:
         ("e4m3x2", "e5m2x2", {"rounding": "rn", "satfinite": True}),
         ("f32", "e4m3", {}),
         ("f32", "f32", {"rounding": "rn"}),
+        ("f16x2", "f32", {"rounding": "rn", "ftz": True}),
+        ("tf32", "f32", {"rounding": "rna", "ftz": True}),
+        ("bf16", "f32", {"rounding": "rn", "saturate": True}),
+        ("bf16", "s32", {"rounding": "rn", "saturate": True}),
+        ("f16", "f32", {"rounding": "rn", "relu": True, "ftz": True}),
     ],
 )
 def test_combinations_outside_the_isa_are_errors_that_name_the_instruction(
