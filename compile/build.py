@@ -29,6 +29,7 @@ from typing import Any, Final
 from densemoe.compile import kernels, toolchain
 from densemoe.compile.audit import audit
 from densemoe.compile.matrix import Matrix, Planned
+from densemoe.runtime.canonical import read_file, write_atomically
 from densemoe.runtime.errors import ArtifactError, BuildError, DensemoeError, MatrixError
 from densemoe.runtime.manifest import (
     INDEX_NAME,
@@ -39,8 +40,6 @@ from densemoe.runtime.manifest import (
     IndexEntry,
     Manifest,
     ManifestVariant,
-    read_file,
-    write_atomically,
 )
 from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.variant import Variant

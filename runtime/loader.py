@@ -16,8 +16,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from densemoe.runtime.canonical import read_file
 from densemoe.runtime.errors import AbiMismatch, ArchitectureMismatch, ArtifactCorrupt, ArtifactNotFound, DriverTooOld, SelectionError
-from densemoe.runtime.manifest import INDEX_NAME, LARGEST_CUBIN, LARGEST_MANIFEST, Index, Manifest, ManifestVariant, read_file
+from densemoe.runtime.manifest import INDEX_NAME, LARGEST_CUBIN, LARGEST_MANIFEST, Index, Manifest, ManifestVariant
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.select import Choice, load_table, select
 from densemoe.runtime.variant import Variant, architecture

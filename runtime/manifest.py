@@ -1,7 +1,7 @@
 """The manifest: what lies in an artifact set, with sizes, hashes and launch recipes; reader, checks and canonical writer.
 
 A set is one directory per architecture with ``manifest.json`` and its cubins; ``index.json`` above names each set with its manifest's sha256.
-JSON is canonical (sorted names, one line a variant), so equal sets have equal bytes. Reading checks every type and every name:
+JSON is canonical (canonical.py: sorted names, one line a variant), so equal sets have equal bytes. Reading checks every type and every name:
 a manifest comes from outside, and nothing in it is trusted.
 """
 
@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
-from densemoe.runtime.errors import ArtifactNotFound, ManifestError, RecipeError, VariantError
+from densemoe.runtime.canonical import canonical, parse_line, split_lines
+from densemoe.runtime.errors import ManifestError, RecipeError, VariantError
 from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.variant import Variant, architecture
 
-__all__ = ["INDEX_NAME", "MANIFEST_NAME", "SCHEMA", "Index", "IndexEntry", "Manifest", "ManifestVariant", "canonical", "write_atomically"]
+__all__ = ["INDEX_NAME", "LARGEST_CUBIN", "LARGEST_MANIFEST", "MANIFEST_NAME", "SCHEMA", "Index", "IndexEntry", "Manifest", "ManifestVariant"]
 
 SCHEMA: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
@@ -28,44 +26,6 @@ INDEX_NAME: Final = "index.json"
 #: A full set is some hundred variants of about 1.5 KB each; a file of this size is no manifest, and is not parsed.
 LARGEST_MANIFEST: Final = 64 << 20
 LARGEST_CUBIN: Final = 16 << 20
-
-
-def canonical(document: Mapping[str, Any]) -> bytes:
-    """The one spelling of a JSON document: sorted names, a line for each variant and each other member, no spaces (a reader parses every byte)."""
-
-    def one_line(value: Any) -> str:
-        return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-
-    members = []
-    for name in sorted(document):
-        value = document[name]
-        if isinstance(value, list) and value:
-            text = "[\n" + ",\n".join(one_line(item) for item in value) + "\n]"
-        elif isinstance(value, dict) and value:
-            text = "{\n" + ",\n".join(f"{json.dumps(key)}:{one_line(value[key])}" for key in sorted(value)) + "\n}"
-        else:
-            text = one_line(value)
-        members.append(f"{json.dumps(name)}:{text}")
-    return ("{\n" + ",\n".join(members) + "\n}\n").encode()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes ``data`` to ``path`` so that a reader, or a machine that loses power, sees the old bytes or the new ones, never a part.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written; the old file stays.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 class _Fields:
@@ -147,9 +107,8 @@ class ManifestVariant:
         return f"{self.key}.cubin"
 
     def to_json(self, recipe_id: str) -> dict[str, Any]:
-        """As it stands in the manifest, its recipe by reference."""
+        """As it stands in the manifest under its key, its recipe by reference."""
         return {
-            "key": self.key,
             "kernel": self.kernel,
             "symbol": self.variant.symbol,
             "file": self.file,
@@ -169,16 +128,15 @@ class ManifestVariant:
         }
 
     @classmethod
-    def from_json(cls, value: Any, path: str, arch: str, recipes: Mapping[str, Recipe]) -> ManifestVariant:
-        """Checks and reads one entry. Raises ManifestError."""
+    def from_json(cls, key: str, value: Any, path: str, arch: str, recipes: Mapping[str, Recipe]) -> ManifestVariant:
+        """Checks and reads the entry of ``key``. Raises ManifestError."""
         fields = _Fields(value, path)
-        key = fields.get("key", str)
         try:
             variant = Variant.parse(key)
         except VariantError as error:
-            raise ManifestError(f"{path}.key: {error}") from None
+            raise ManifestError(f"{path}: {error}") from None
         if variant.arch != arch:
-            raise ManifestError(f"{path}.key: {key} is for {variant.arch}, the set is for {arch}")
+            raise ManifestError(f"{path}: {key} is for {variant.arch}, the set is for {arch}")
         fields.get("symbol", str, lambda s: s == variant.symbol, f"{variant.symbol} belongs to this key")
         fields.get("file", str, lambda s: s == f"{key}.cubin", f"{key}.cubin belongs to this key")
         fields.get("arch_kind", str, lambda s: s == architecture(arch).kind, architecture(arch).kind)
@@ -221,7 +179,8 @@ class _Recipes(Mapping[str, Recipe]):
 
     def __getitem__(self, recipe_id: str) -> Recipe:
         if recipe_id not in self._read:
-            self._read[recipe_id] = _recipe(self._documents[recipe_id], f"{self._source}.recipes.{recipe_id}")
+            path = f"{self._source}.recipes.{recipe_id}"
+            self._read[recipe_id] = _recipe(_parsed(self._documents[recipe_id], path), path)
         return self._read[recipe_id]
 
     def __iter__(self) -> Iterator[str]:
@@ -245,21 +204,14 @@ class _Recipes(Mapping[str, Recipe]):
 class _Entries(Mapping[str, ManifestVariant]):
     """Entries of a manifest by key, each checked when it is first asked for: a cold start pays for the kernels that it uses."""
 
-    def __init__(self, values: Sequence[Any], source: str, arch: str, recipes: _Recipes) -> None:
-        self._source, self._arch, self.recipes = source, arch, recipes
-        self._values: dict[str, tuple[int, Any]] = {}
+    def __init__(self, values: Mapping[str, Any], source: str, arch: str, recipes: _Recipes) -> None:
+        self._values, self._source, self._arch, self.recipes = values, source, arch, recipes
         self._read: dict[str, ManifestVariant] = {}
-        for position, value in enumerate(values):
-            path = f"{source}.variants[{position}]"
-            key = _Fields(value, path).get("key", str)
-            if key in self._values:
-                raise ManifestError(f"{path}.key: {key} stands twice")
-            self._values[key] = (position, value)
 
     def __getitem__(self, key: str) -> ManifestVariant:
         if key not in self._read:
-            position, value = self._values[key]
-            self._read[key] = ManifestVariant.from_json(value, f"{self._source}.variants[{position}]", self._arch, self.recipes)
+            path = f"{self._source}.variants.{key}"
+            self._read[key] = ManifestVariant.from_json(key, _parsed(self._values[key], path), path, self._arch, self.recipes)
         return self._read[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -289,13 +241,13 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Canonical JSON. Equal recipes stand once."""
         recipes: dict[str, Any] = {}
-        entries = []
+        entries: dict[str, Any] = {}
         for key in sorted(self.variants):
             entry = self.variants[key]
             document = entry.recipe.to_json()
             recipe_id = hashlib.sha256(canonical(document)).hexdigest()[:16]
             recipes[recipe_id] = document
-            entries.append(entry.to_json(recipe_id))
+            entries[key] = entry.to_json(recipe_id)
         return canonical(
             {
                 "schema": SCHEMA,
@@ -314,20 +266,20 @@ class Manifest:
 
         Args:
             source: where the bytes came from, for messages.
-            full: check every entry now, and names that stand twice. Otherwise entries are checked when they are asked for: a cold start
-                reads a manifest whose sha256 the index states.
+            full: parse all of it and check every entry now, names that stand twice and the canonical form included. Otherwise entries are
+                parsed and checked when they are asked for: a cold start reads a manifest whose sha256 the index states.
 
         Raises:
             ManifestError: anything that is not a manifest of this schema.
         """
-        fields = _document(data, source, full)
+        fields = _document(data, source) if full else _lines(data, source)
         arch = fields.get("arch", str)
         try:
             architecture(arch)
         except VariantError as error:
             raise ManifestError(f"{source}.arch: {error}") from None
         recipes = _Recipes(fields.get("recipes", dict), source)
-        variants = _Entries(fields.get("variants", list), source, arch, recipes)
+        variants = _Entries(fields.get("variants", dict), source, arch, recipes)
         toolchain = _Fields(fields.get("toolchain", dict), f"{source}.toolchain")
         toolchain.get("flavour", str)
         toolchain.get("ptxas", str)
@@ -342,6 +294,8 @@ class Manifest:
         manifest = cls(arch, builder.value, toolchain.value, fields.size("minimum_driver", 10**6), variants)
         if full:
             manifest.check()
+            if canonical(fields.value) != data:
+                raise ManifestError(f"{source} is not in canonical form: edited by hand? Build or install the set again")
         return manifest
 
     def check(self) -> None:
@@ -373,10 +327,40 @@ def _recipe(document: Any, path: str) -> Recipe:
     return recipe
 
 
-def _document(data: bytes, source: str, full: bool = True) -> _Fields:
-    """The document's top level, with its schema checked."""
+def _parsed(value: Any, path: str) -> Any:
+    return parse_line(value, path) if isinstance(value, bytes) else value
+
+
+def _checked_size(data: bytes, source: str) -> None:
     if len(data) > LARGEST_MANIFEST:
         raise ManifestError(f"{source}: {len(data)} bytes; a manifest has at most {LARGEST_MANIFEST}")
+
+
+def _checked_schema(fields: _Fields) -> _Fields:
+    schema = fields.get("schema", int)
+    if schema != SCHEMA:
+        raise ManifestError(
+            f"{fields.path}: schema {schema}; this densemoe reads schema {SCHEMA}: install the densemoe that made the set, or rebuild it"
+        )
+    return fields
+
+
+def _lines(data: bytes, source: str) -> _Fields:
+    """The document's top level, with its schema checked; recipes and variants are left unparsed."""
+    _checked_size(data, source)
+    lazy = ("recipes", "variants")
+    value: dict[str, Any] = {}
+    for name, text in split_lines(data, source).items():
+        if isinstance(text, bytes):
+            value[name] = parse_line(text, f"{source}.{name}")
+        else:
+            value[name] = text if name in lazy else {key: parse_line(line, f"{source}.{name}.{key}") for key, line in text.items()}
+    return _checked_schema(_Fields(value, source))
+
+
+def _document(data: bytes, source: str) -> _Fields:
+    """The document's top level, all of it parsed, with its schema checked."""
+    _checked_size(data, source)
 
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -386,16 +370,10 @@ def _document(data: bytes, source: str, full: bool = True) -> _Fields:
         return result
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique if full else None)
-    except ManifestError:
-        raise
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{source}: not JSON: {error}; build or install the set again") from None
-    fields = _Fields(value, source)
-    schema = fields.get("schema", int)
-    if schema != SCHEMA:
-        raise ManifestError(f"{source}: schema {schema}; this densemoe reads schema {SCHEMA}: install the densemoe that made the set, or rebuild it")
-    return fields
+    return _checked_schema(_Fields(value, source))
 
 
 @dataclass(frozen=True)
@@ -436,23 +414,3 @@ class Index:
                 raise ManifestError(f"{fields.path}.arch: {arch} stands twice")
             sets[arch] = IndexEntry(arch, manifest, fields.sha256("sha256"), fields.size("variants", 10**6))
         return cls(sets)
-
-
-def read_file(path: Path, largest: int) -> bytes:
-    """Bytes of a regular file of at most ``largest`` bytes; symbolic links are not followed.
-
-    Raises:
-        ArtifactNotFound: there is none.
-        ManifestError: it is a link, no regular file, or too large.
-    """
-    try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
-    except FileNotFoundError:
-        raise ArtifactNotFound(f"{path} does not exist: run `densemoe build`, install a wheel with artifacts, or set DENSEMOE_ARTIFACTS") from None
-    except OSError as error:
-        raise ManifestError(f"{path} cannot be opened: {error.strerror}; symbolic links are not followed") from None
-    with os.fdopen(handle, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > largest:
-            raise ManifestError(f"{path}: {size} bytes; at most {largest} are read")
-        return file.read(largest + 1)

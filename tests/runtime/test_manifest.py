@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from densemoe.runtime.canonical import canonical, split_lines, write_atomically
 from densemoe.runtime.errors import ManifestError
-from densemoe.runtime.manifest import LARGEST_MANIFEST, Manifest, write_atomically
+from densemoe.runtime.manifest import LARGEST_MANIFEST, Manifest
 
 SCHEMA = Path(__file__).resolve().parents[2] / "artifacts" / "schema" / "manifest.schema.json"
 
@@ -44,23 +44,24 @@ def test_the_schema_accepts_what_is_built(data: bytes) -> None:
     jsonschema.validate(json.loads(data), json.loads(SCHEMA.read_text()))
 
 
+KEY = "fc1.sm90a.t8x64.c1x1.bf16-bf16"  # part of every profile
 FAULTS = [
     (("schema",), 2, "schema 2"),
     (("schema",), "1", "int belongs"),
     (("arch",), "sm_80", "not known"),
-    (("variants",), {}, "list belongs"),
-    (("variants", 0, "key"), "../../evil", "does not parse"),
-    (("variants", 0, "file"), "../x.cubin", "belongs to this key"),
-    (("variants", 0, "file"), "/etc/passwd", "belongs to this key"),
-    (("variants", 0, "symbol"), "other", "belongs to this key"),
-    (("variants", 0, "sha256"), "A" * 64, "hexadecimal"),
-    (("variants", 0, "size"), -1, "not allowed"),
-    (("variants", 0, "size"), 1 << 40, "not allowed"),
-    (("variants", 0, "size"), True, "int belongs"),
-    (("variants", 0, "recipe"), "none", "an id of recipes"),
-    (("variants", 0, "parameters"), [[0, 8]], "are not those of recipe"),
-    (("variants", 0, "parameters"), "x", "list belongs"),
-    (("variants", 0, "arch_kind"), "family", "exact"),
+    (("variants",), [], "dict belongs"),
+    (("variants", "../../evil"), {}, "does not parse"),
+    (("variants", KEY, "file"), "../x.cubin", "belongs to this key"),
+    (("variants", KEY, "file"), "/etc/passwd", "belongs to this key"),
+    (("variants", KEY, "symbol"), "other", "belongs to this key"),
+    (("variants", KEY, "sha256"), "A" * 64, "hexadecimal"),
+    (("variants", KEY, "size"), -1, "not allowed"),
+    (("variants", KEY, "size"), 1 << 40, "not allowed"),
+    (("variants", KEY, "size"), True, "int belongs"),
+    (("variants", KEY, "recipe"), "none", "an id of recipes"),
+    (("variants", KEY, "parameters"), [[0, 8]], "are not those of recipe"),
+    (("variants", KEY, "parameters"), "x", "list belongs"),
+    (("variants", KEY, "arch_kind"), "family", "exact"),
     (("minimum_driver",), "13000", "int belongs"),
     (("toolchain", "distributions", 0, "sha256"), "", "hexadecimal"),
     (("builder", "dirty"), 0, "bool belongs"),
@@ -80,12 +81,44 @@ def test_a_recipe_cannot_run_code(data: bytes) -> None:
 
 
 def test_names_and_keys_that_stand_twice_are_refused(data: bytes) -> None:
-    document = json.loads(data)
-    document["variants"].append(copy.deepcopy(document["variants"][0]))
+    line = next(line for line in data.split(b"\n") if line.startswith(b'"fc1.'))
     with pytest.raises(ManifestError, match="stands twice"):
-        Manifest.from_bytes(json.dumps(document).encode(), "m")
+        Manifest.from_bytes(data.replace(line, line + b"\n" + line), "m")
     with pytest.raises(ManifestError, match="'arch' stands twice"):
         Manifest.from_bytes(b'{"arch": "sm_90a", ' + data.lstrip(b"{\n"), "m")
+
+
+def test_a_manifest_that_is_not_canonical_is_refused(data: bytes) -> None:
+    """A cold start reads a manifest line by line, so its form is part of what `verify` and a build check."""
+    with pytest.raises(ManifestError, match="canonical"):
+        Manifest.from_bytes(json.dumps(json.loads(data)).encode(), "m")
+    for changed in (data[:-1], data[:-30], b" " + data, data.replace(b"},\n", b"}\n", 1), b"", b"{\n}"):
+        with pytest.raises(ManifestError, match="canonical"):
+            Manifest.from_bytes(changed, "m", full=False)
+
+
+def test_a_cold_start_parses_only_the_entries_that_it_uses(data: bytes) -> None:
+    other = next(line for line in data.split(b"\n") if line.startswith(b'"fc2.'))
+    damaged = data.replace(other, other.replace(b'"file"', b"'file'"))
+    manifest = Manifest.from_bytes(damaged, "m", full=False)
+    assert manifest.variants[KEY].to_json("r") == Manifest.from_bytes(data, "m").variants[KEY].to_json("r")
+    with pytest.raises(ManifestError, match=r"variants\.fc2.*not JSON"):
+        manifest.check()
+
+
+NAMES = st.text(alphabet="ab_.-0 ,{}[]'", max_size=8)  # a manifest's names need no escapes, and have none
+TEXTS = st.text(alphabet=st.characters(blacklist_categories=("Cs",)), max_size=8)
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | TEXTS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(NAMES, VALUES, min_size=1))
+def test_the_line_reader_reads_what_a_json_reader_reads(document: dict[str, Any]) -> None:
+    members = split_lines(canonical(document), "m")
+    found = {
+        name: json.loads(text) if isinstance(text, bytes) else {key: json.loads(line) for key, line in text.items()} for name, text in members.items()
+    }
+    assert found == document
 
 
 def test_an_oversized_manifest_is_not_parsed() -> None:
