@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from densemoe.runtime.errors import ArtifactNotFound, ManifestError
 
-__all__ = ["canonical", "parse_line", "read_file", "split_lines", "write_atomically"]
+__all__ = ["Lines", "canonical", "parse_line", "read_file", "split_lines", "write_atomically"]
 
 
 def canonical(document: Mapping[str, Any]) -> bytes:
@@ -38,56 +39,83 @@ def canonical(document: Mapping[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(members) + "\n}\n").encode()
 
 
-def split_lines(data: bytes, source: str) -> dict[str, bytes | dict[str, bytes]]:
-    """Members of a canonical document, unparsed: an object as a mapping of its members' lines, anything else as its text.
+class Lines(Mapping[str, memoryview]):
+    """An object of a canonical document, unparsed: its members' text by name, each found when it is asked for."""
+
+    def __init__(self, data: bytes, start: int, end: int, source: str) -> None:
+        self._data, self._start, self._end, self._source = data, start, end, source
+
+    def __getitem__(self, name: str) -> memoryview:
+        mark = b'\n"%s":' % name.encode()
+        at = self._data.find(mark, self._start, self._end)
+        if at < 0 or '"' in name or "\n" in name:
+            raise KeyError(name)
+        if self._data.find(mark, at + 1, self._end) >= 0:
+            raise ManifestError(f"{self._source}: the name {name!r} stands twice in one object")
+        end = self._data.index(b"\n", at + 1)
+        return memoryview(self._data)[at + len(mark) : end - (self._data[end - 1 : end] == b",")]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name.decode() for name in _NAMES.findall(self._data, self._start, self._end)])
+
+    def __len__(self) -> int:
+        return self._data.count(b'\n"', self._start, self._end)
+
+
+_NAMES: Final = re.compile(rb'\n"([^"\n]*)":')
+
+
+def split_lines(data: bytes, source: str, lazy: Collection[str]) -> dict[str, Any]:
+    """Members of a canonical document: parsed, but for the objects named in ``lazy``, which become `Lines`.
 
     A line that is used must hold one complete JSON value (`parse_line`), so what is read is what any JSON reader would read.
 
+    The object of ``lazy`` whose name sorts last must be the document's last member.
+
     Raises:
-        ManifestError: the document is not in canonical form. ``source`` names it.
+        ManifestError: the document is not in canonical form, or a member that is parsed is not JSON. ``source`` names it.
     """
-    lines = data.split(b"\n")
-    members: dict[str, bytes | dict[str, bytes]] = {}
+    members: dict[str, Any] = {}
+    view, final = memoryview(data), max(lazy) if lazy else None
     try:
-        if lines[0] != b"{" or lines[-2:] != [b"}", b""]:
+        if not data.startswith(b"{\n") or not data.endswith(b"\n}\n"):
             raise ValueError
-        position, last = 1, len(lines) - 2
+        position, last = 2, len(data) - 2  # the line of the closing brace
         while position < last:
-            line = lines[position]
-            end = b"" if position == last - 1 else b","
-            if line.endswith((b'":{', b'":[')):
-                close = b"}" if line.endswith(b"{") else b"]"
-                stop = lines.index(close + b",", position) if close + b"," in lines[position:last] else last - 1
-                if lines[stop].removesuffix(b",") != close:
-                    raise ValueError
-                inside = lines[position + 1 : stop]
-                if close == b"}":
-                    content = {item[1 : item.index(b'":')].decode(): item[item.index(b'":') + 2 :].removesuffix(b",") for item in inside}
-                    if len(content) != len(inside):
-                        raise ValueError
-                    members[line[1:-3].decode()] = content
-                else:
-                    members[line[1:-3].decode()] = b"[" + b"".join(inside) + b"]"
-                position = stop + 1
-                continue
-            name = line[1 : line.index(b'":')].decode()
-            if not line.endswith(end) or name in members:
+            end = data.index(b"\n", position)
+            colon = data.index(b'":', position, end)
+            name = str(view[position + 1 : colon], "utf-8")
+            if name in members or data[position : position + 1] != b'"':
                 raise ValueError
-            members[name] = line[len(name) + 3 :].removesuffix(b",")
-            position += 1
-    except (ValueError, IndexError):
+            opening = data[colon + 2 : end]
+            start = end
+            if opening in (b"{", b"["):
+                close = b"\n}" if opening == b"{" else b"\n]"
+                # searching a whole object for its end takes as long as the rest of a cold start's reading: the last lazy one stands last
+                end = -1 if name == final else data.find(close + b",\n", end, last)
+                if end < 0:
+                    end = last - len(close) - 1  # the last member's bracket, alone on its line
+                    if data[end:last] != close + b"\n":
+                        raise ValueError
+                end += len(close) + (end + len(close) + 1 < last)
+            if (data[end - 1 : end] == b",") == (end + 1 == last):
+                raise ValueError
+            text = view[colon + 2 : end - (end + 1 < last)]
+            members[name] = Lines(data, start, end - 2, source) if name in lazy and opening == b"{" else parse_line(text, f"{source}.{name}")
+            position = end + 1
+    except ValueError:
         raise ManifestError(f"{source} is not in canonical form: cut off, or edited by hand; build or install the set again") from None
     return members
 
 
-def parse_line(text: bytes, path: str) -> Any:
-    """The JSON value of one line.
+def parse_line(text: memoryview, path: str) -> Any:
+    """The JSON value of one line, or of any other complete text.
 
     Raises:
         ManifestError: it is none.
     """
     try:
-        return json.loads(text.decode())
+        return json.loads(str(text, "utf-8"))
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: not JSON: {error}; build or install the set again") from None
 

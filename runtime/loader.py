@@ -49,10 +49,9 @@ def artifact_root(path: str | os.PathLike[str] | None = None) -> Path:
         built = resources.files("densemoe.artifacts").joinpath("built")
         # an editable install may join several directories; joinpath gives the one that has the entry
         given, said = Path(str(built)), "the installed package"
-    if not (given / INDEX_NAME).is_file():
+    if not os.path.isfile(index := os.path.join(given, INDEX_NAME)):
         raise ArtifactNotFound(
-            f"{said} has no artifacts: {given / INDEX_NAME} does not exist. Run `densemoe build`, install a wheel with artifacts, or set"
-            " DENSEMOE_ARTIFACTS"
+            f"{said} has no artifacts: {index} does not exist. Run `densemoe build`, install a wheel with artifacts, or set DENSEMOE_ARTIFACTS"
         )
     return given
 
@@ -66,8 +65,8 @@ class ArtifactSet:
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.root = artifact_root(path)
-        index = self.root / INDEX_NAME
-        self.index = Index.from_bytes(read_file(index, LARGEST_MANIFEST), str(index))
+        index = os.path.join(self.root, INDEX_NAME)
+        self.index = Index.from_bytes(read_file(index, LARGEST_MANIFEST), index)
         self._manifests: dict[str, Manifest] = {}
         self._lock = threading.Lock()
 
@@ -90,13 +89,13 @@ class ArtifactSet:
             entry = self.index.sets.get(arch)
             if entry is None:
                 raise ArtifactNotFound(f"{self.root} has no set for {arch}: it has {', '.join(self.architectures) or 'none'}")
-            path = self.root / entry.manifest
+            path = os.path.join(self.root, entry.manifest)
             data = read_file(path, LARGEST_MANIFEST)
             if hashlib.sha256(data).hexdigest() != entry.sha256:
                 raise ArtifactCorrupt(
                     f"{path} is not the manifest that {INDEX_NAME} names: an interrupted build or a changed file; build or install again"
                 )
-            self._manifests[arch] = Manifest.from_bytes(data, str(path), full=False)
+            self._manifests[arch] = Manifest.from_bytes(data, path, full=False)
             return self._manifests[arch]
 
     def for_capability(self, capability: tuple[int, int]) -> Manifest:
@@ -121,7 +120,7 @@ class ArtifactSet:
             ArtifactNotFound: the file is missing.
             ArtifactCorrupt: its size or hash differs.
         """
-        path = self.root / entry.variant.arch / entry.file
+        path = os.path.join(self.root, entry.variant.arch, entry.file)
         data = read_file(path, LARGEST_CUBIN)
         if len(data) != entry.size:
             raise ArtifactCorrupt(f"{path} has {len(data)} bytes, the manifest says {entry.size}: truncated or replaced; build or install again")

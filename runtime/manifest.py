@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from densemoe.runtime.canonical import canonical, parse_line, split_lines
+from densemoe.runtime.canonical import Lines, canonical, parse_line, split_lines
 from densemoe.runtime.errors import ManifestError, RecipeError, VariantError
 from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.variant import Variant, architecture
@@ -28,23 +29,25 @@ LARGEST_MANIFEST: Final = 64 << 20
 LARGEST_CUBIN: Final = 16 << 20
 
 
+_MISSING: Final = object()
+
+
 class _Fields:
     """Typed access to one JSON object; every fault names its path in the document."""
 
     def __init__(self, value: Any, path: str) -> None:
-        if not isinstance(value, dict):
+        if not isinstance(value, (dict, Lines)):
             raise ManifestError(f"{path}: {_shown(value)} stands where an object belongs")
         self.value, self.path = value, path
 
-    def get(self, name: str, kind: type, check: Callable[[Any], bool] = lambda _: True, allowed: str = "") -> Any:
-        where = f"{self.path}.{name}"
-        if name not in self.value:
-            raise ManifestError(f"{where} is missing")
-        found = self.value[name]
-        if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
-            raise ManifestError(f"{where}: {_shown(found)} stands where a {kind.__name__} belongs")
-        if not check(found):
-            raise ManifestError(f"{where}: {_shown(found)} is not allowed{': ' + allowed if allowed else ''}")
+    def get(self, name: str, kind: type, check: Callable[[Any], bool] | None = None, allowed: str = "") -> Any:
+        found = self.value.get(name, _MISSING)
+        if type(found) is not kind and not (kind is dict and isinstance(found, Lines)):  # so a bool is no int
+            if found is _MISSING:
+                raise ManifestError(f"{self.path}.{name} is missing")
+            raise ManifestError(f"{self.path}.{name}: {_shown(found)} stands where a {kind.__name__} belongs")
+        if check is not None and not check(found):
+            raise ManifestError(f"{self.path}.{name}: {_shown(found)} is not allowed{': ' + allowed if allowed else ''}")
         return found
 
     def size(self, name: str, largest: int = 2**63 - 1) -> int:
@@ -63,8 +66,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
+
 def _is_sha256(text: str) -> bool:
-    return len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)
+    return _SHA256.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
@@ -312,11 +318,12 @@ class Manifest:
 
 def _recipe(document: Any, path: str) -> Recipe:
     fields = _Fields(document, path)
-    expression = (int, str)
     fields.get("parameters", list, lambda v: 0 < len(v) <= 256 and all(isinstance(p, dict) for p in v), "1 to 256 objects")
-    fields.get("grid", list, lambda v: len(v) == 3 and all(isinstance(e, expression) for e in v), "three expressions")
+    fields.get("grid", list, lambda v: len(v) == 3 and all(type(e) in (int, str) for e in v), "three expressions")
     fields.triple("block")
     for position, parameter in enumerate(document["parameters"]):
+        if all(type(parameter.get(name)) is str for name in ("name", "kind", "value")):
+            continue
         each = _Fields(parameter, f"{path}.parameters[{position}]")
         for name in ("name", "kind", "value"):
             each.get(name, str)
@@ -328,7 +335,7 @@ def _recipe(document: Any, path: str) -> Recipe:
 
 
 def _parsed(value: Any, path: str) -> Any:
-    return parse_line(value, path) if isinstance(value, bytes) else value
+    return parse_line(value, path) if isinstance(value, memoryview) else value
 
 
 def _checked_size(data: bytes, source: str) -> None:
@@ -348,13 +355,7 @@ def _checked_schema(fields: _Fields) -> _Fields:
 def _lines(data: bytes, source: str) -> _Fields:
     """The document's top level, with its schema checked; recipes and variants are left unparsed."""
     _checked_size(data, source)
-    lazy = ("recipes", "variants")
-    value: dict[str, Any] = {}
-    for name, text in split_lines(data, source).items():
-        if isinstance(text, bytes):
-            value[name] = parse_line(text, f"{source}.{name}")
-        else:
-            value[name] = text if name in lazy else {key: parse_line(line, f"{source}.{name}.{key}") for key, line in text.items()}
+    value = split_lines(data, source, lazy=("recipes", "variants"))
     return _checked_schema(_Fields(value, source))
 
 

@@ -84,6 +84,7 @@ _KEY = re.compile(
     r"(?P<op>[a-z0-9]+)\.(?P<arch>sm[0-9]+[af]?)\.t(?P<tile_m>[1-9][0-9]*)x(?P<tile_n>[1-9][0-9]*)"
     r"\.c(?P<cluster_m>[1-9][0-9]*)x(?P<cluster_n>[1-9][0-9]*)\.(?P<a>[a-z0-9]+)-(?P<c>[a-z0-9]+)(?P<options>(?:\.[a-z]+(?:[1-9][0-9]*)?)*)"
 )
+_NOT_IN_SYMBOLS = re.compile(r"[^a-z0-9]+")  # compiled once here, not in a cold start
 _KEY_OPTION = re.compile(r"\.([a-z]+)([1-9][0-9]*)?")
 
 
@@ -164,7 +165,7 @@ class Variant:
     @property
     def symbol(self) -> str:
         """The kernel's symbol in the cubin. It follows the key, since the name is an input of ptxas, and never contains "cutlass"."""
-        return "densemoe_" + re.sub(r"[^a-z0-9]+", "_", self.key) + "_0"
+        return "densemoe_" + _NOT_IN_SYMBOLS.sub("_", self.key) + "_0"
 
     @classmethod
     def parse(cls, key: str) -> Variant:
