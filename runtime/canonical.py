@@ -42,16 +42,14 @@ def canonical(document: Mapping[str, Any]) -> bytes:
 class Lines(Mapping[str, memoryview]):
     """An object of a canonical document, unparsed: its members' text by name, each found when it is asked for."""
 
-    def __init__(self, data: bytes, start: int, end: int, source: str) -> None:
-        self._data, self._start, self._end, self._source = data, start, end, source
+    def __init__(self, data: bytes, start: int, end: int) -> None:
+        self._data, self._start, self._end = data, start, end
 
     def __getitem__(self, name: str) -> memoryview:
         mark = b'\n"%s":' % name.encode()
         at = self._data.find(mark, self._start, self._end)
         if at < 0 or '"' in name or "\n" in name:
             raise KeyError(name)
-        if self._data.find(mark, at + 1, self._end) >= 0:
-            raise ManifestError(f"{self._source}: the name {name!r} stands twice in one object")
         end = self._data.index(b"\n", at + 1)
         return memoryview(self._data)[at + len(mark) : end - (self._data[end - 1 : end] == b",")]
 
@@ -101,7 +99,7 @@ def split_lines(data: bytes, source: str, lazy: Collection[str]) -> dict[str, An
             if (data[end - 1 : end] == b",") == (end + 1 == last):
                 raise ValueError
             text = view[colon + 2 : end - (end + 1 < last)]
-            members[name] = Lines(data, start, end - 2, source) if name in lazy and opening == b"{" else parse_line(text, f"{source}.{name}")
+            members[name] = Lines(data, start, end - 2) if name in lazy and opening == b"{" else parse_line(text, f"{source}.{name}")
             position = end + 1
     except ValueError:
         raise ManifestError(f"{source} is not in canonical form: cut off, or edited by hand; build or install the set again") from None
@@ -139,8 +137,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def read_file(path: str | os.PathLike[str], largest: int) -> bytes:
+def read_file(path: str | os.PathLike[str], largest: int, size: int | None = None) -> bytes:
     """Bytes of a regular file of at most ``largest`` bytes; symbolic links are not followed.
+
+    Args:
+        size: how many bytes the caller expects: one more is read at most, and he compares; this saves a cold start a question.
 
     Raises:
         ArtifactNotFound: there is none.
@@ -153,6 +154,8 @@ def read_file(path: str | os.PathLike[str], largest: int) -> bytes:
     except OSError as error:
         raise ManifestError(f"{path} cannot be opened: {error.strerror}; symbolic links are not followed") from None
     try:
+        if size is not None:
+            return os.read(handle, min(size, largest) + 1)
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise ManifestError(f"{path} is no regular file")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Final
 
 from densemoe.runtime.errors import ArchitectureMismatch, DriverError, DriverTooOld, DriverUnavailable
@@ -176,15 +177,29 @@ class Driver:
 
     def parameters(self, kernel: Any) -> tuple[tuple[int, int], ...]:
         """(offset, size) of every parameter, in order. Needs a 12.4 driver."""
+        # a kernel has a dozen parameters: called through the binding this would be the longest part of loading it
+        query = self._parameter_info
+        handle, offset, size = int(kernel), ctypes.c_size_t(), ctypes.c_size_t()
+        at_offset, at_size = ctypes.byref(offset), ctypes.byref(size)
         found: list[tuple[int, int]] = []
-        while True:
-            result = self._cuda.cuKernelGetParamInfo(kernel, len(found))
-            if int(result[0]) != 0:
-                if self._name(result[0]) == "CUDA_ERROR_INVALID_VALUE":  # one past the last
-                    return tuple(found)
-                name = self._name(result[0])
-                raise DriverError(f"cuKernelGetParamInfo: {name} ({int(result[0])})", call="cuKernelGetParamInfo", code=int(result[0]))
-            found.append((int(result[1]), int(result[2])))
+        while (code := query(handle, len(found), at_offset, at_size)) == 0:
+            found.append((offset.value, size.value))
+        if code != self._cuda.CUresult.CUDA_ERROR_INVALID_VALUE:  # one past the last
+            name = self._name(self._cuda.CUresult(code))
+            raise DriverError(f"cuKernelGetParamInfo: {name} ({code}): {self._remedy(name)}", call="cuKernelGetParamInfo", code=code)
+        return tuple(found)
+
+    @cached_property
+    def _parameter_info(self) -> Callable[..., int]:
+        """``cuKernelGetParamInfo`` of the driver that cuda-bindings loaded, as a C function."""
+        if self.version() < 12040:
+            raise DriverTooOld(
+                f"the driver supports CUDA {self.version() / 1000:.1f} and has no cuKernelGetParamInfo: a kernel's parameters cannot be compared"
+                " with the manifest's; update NVIDIA's driver to one for CUDA 12.4 or later"
+            )
+        address, _ = self._call("cuGetProcAddress", b"cuKernelGetParamInfo", 12040, 0)
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p)
+        return kind(int(address))
 
     def prepare(self, kernel: Any, ordinal: int, dynamic_smem: int, carveout: int) -> None:
         """Allows a kernel its dynamic shared memory on a device, and states the preferred carveout (percent, -1: the driver's choice)."""

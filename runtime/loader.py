@@ -67,6 +67,7 @@ class ArtifactSet:
         self.root = artifact_root(path)
         index = os.path.join(self.root, INDEX_NAME)
         self.index = Index.from_bytes(read_file(index, LARGEST_MANIFEST), index)
+        self._prefix = os.path.join(self.root, "")
         self._manifests: dict[str, Manifest] = {}
         self._lock = threading.Lock()
 
@@ -89,7 +90,7 @@ class ArtifactSet:
             entry = self.index.sets.get(arch)
             if entry is None:
                 raise ArtifactNotFound(f"{self.root} has no set for {arch}: it has {', '.join(self.architectures) or 'none'}")
-            path = os.path.join(self.root, entry.manifest)
+            path = f"{self._prefix}{entry.manifest}"
             data = read_file(path, LARGEST_MANIFEST)
             if hashlib.sha256(data).hexdigest() != entry.sha256:
                 raise ArtifactCorrupt(
@@ -120,10 +121,11 @@ class ArtifactSet:
             ArtifactNotFound: the file is missing.
             ArtifactCorrupt: its size or hash differs.
         """
-        path = os.path.join(self.root, entry.variant.arch, entry.file)
-        data = read_file(path, LARGEST_CUBIN)
+        path = f"{self._prefix}{entry.arch}{os.sep}{entry.file}"
+        data = read_file(path, LARGEST_CUBIN, entry.size)
         if len(data) != entry.size:
-            raise ArtifactCorrupt(f"{path} has {len(data)} bytes, the manifest says {entry.size}: truncated or replaced; build or install again")
+            found = os.path.getsize(path)
+            raise ArtifactCorrupt(f"{path} has {found} bytes, the manifest says {entry.size}: truncated or replaced; build or install again")
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise ArtifactCorrupt(f"{path} is not the file that was built (its sha256 differs from the manifest's): build or install again")
         return data
@@ -207,8 +209,7 @@ class Loader:
                 loaded = self._load(manifest, key, device)
                 self._kernels[key] = loaded
             if (key, device) not in self._prepared:
-                recipe = loaded.entry.recipe
-                self.driver.prepare(loaded.handle, device, recipe.dynamic_smem, recipe.smem_carveout)
+                self.driver.prepare(loaded.handle, device, loaded.entry.dynamic_smem, loaded.entry.smem_carveout)
                 self._prepared.add((key, device))
             return loaded
 
@@ -217,8 +218,8 @@ class Loader:
         if entry is None:
             raise SelectionError(f"{key} is not in the {manifest.arch} set of {self.artifacts.root}: `densemoe list` shows what is")
         image = self.artifacts.image(entry)
-        library = self.driver.load(image, file=entry.file, arch=entry.variant.arch, ordinal=device)
-        handle = self.driver.kernel(library, entry.variant.symbol)
+        library = self.driver.load(image, file=entry.file, arch=entry.arch, ordinal=device)
+        handle = self.driver.kernel(library, entry.symbol)
         found = self.driver.parameters(handle)
         if found != entry.parameters:
             self.driver.unload(library)
@@ -245,4 +246,3 @@ class Loader:
         choice = self.select(problem, device, variant)
         loaded = self.kernel(choice.variant.key, device)
         return Plan(self.driver, loaded.entry, loaded.handle, problem, tensors, device, workspace)
-

@@ -8,16 +8,16 @@ a manifest comes from outside, and nothing in it is trusted.
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
-from densemoe.runtime.canonical import Lines, canonical, parse_line, split_lines
+from densemoe.runtime.canonical import canonical, parse_line, split_lines
 from densemoe.runtime.errors import ManifestError, RecipeError, VariantError
+from densemoe.runtime.fields import Fields, check_schema, is_sha256, parse_document
 from densemoe.runtime.recipe import Recipe
-from densemoe.runtime.variant import Variant, architecture
+from densemoe.runtime.variant import Variant, architecture, symbol_of
 
 __all__ = ["INDEX_NAME", "LARGEST_CUBIN", "LARGEST_MANIFEST", "MANIFEST_NAME", "SCHEMA", "Index", "IndexEntry", "Manifest", "ManifestVariant"]
 
@@ -29,50 +29,6 @@ LARGEST_MANIFEST: Final = 64 << 20
 LARGEST_CUBIN: Final = 16 << 20
 
 
-_MISSING: Final = object()
-
-
-class _Fields:
-    """Typed access to one JSON object; every fault names its path in the document."""
-
-    def __init__(self, value: Any, path: str) -> None:
-        if not isinstance(value, (dict, Lines)):
-            raise ManifestError(f"{path}: {_shown(value)} stands where an object belongs")
-        self.value, self.path = value, path
-
-    def get(self, name: str, kind: type, check: Callable[[Any], bool] | None = None, allowed: str = "") -> Any:
-        found = self.value.get(name, _MISSING)
-        if type(found) is not kind and not (kind is dict and isinstance(found, Lines)):  # so a bool is no int
-            if found is _MISSING:
-                raise ManifestError(f"{self.path}.{name} is missing")
-            raise ManifestError(f"{self.path}.{name}: {_shown(found)} stands where a {kind.__name__} belongs")
-        if check is not None and not check(found):
-            raise ManifestError(f"{self.path}.{name}: {_shown(found)} is not allowed{': ' + allowed if allowed else ''}")
-        return found
-
-    def size(self, name: str, largest: int = 2**63 - 1) -> int:
-        return int(self.get(name, int, lambda value: 0 <= value <= largest, f"0 to {largest}"))
-
-    def sha256(self, name: str) -> str:
-        return str(self.get(name, str, _is_sha256, "64 lower-case hexadecimal digits"))
-
-    def triple(self, name: str) -> tuple[int, int, int]:
-        found = self.get(name, list, lambda v: len(v) == 3 and all(type(i) is int and 1 <= i <= 2**31 for i in v), "three positive integers")
-        return (found[0], found[1], found[2])
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-_SHA256: Final = re.compile(r"[0-9a-f]{64}")
-
-
-def _is_sha256(text: str) -> bool:
-    return _SHA256.fullmatch(text) is not None
-
-
 @dataclass(frozen=True)
 class ManifestVariant:
     """One cubin and how it is launched. Sizes in bytes.
@@ -81,6 +37,7 @@ class ManifestVariant:
         variant: what it is; ``file`` is ``<key>.cubin`` beside the manifest.
         kernel: the kernel module that it was compiled from.
         layout: name and version of the packed weights that it reads.
+        recipe: how it is launched; parsed when it is first asked for.
         parameters: (offset, size) in the parameter block, as the cubin states them.
         source_digest: sha256 over everything that decides its bytes; a build reuses the cubin while it stays equal.
         audit: numbers of the static audit.
@@ -94,6 +51,8 @@ class ManifestVariant:
     layout: str
     recipe: Recipe
     static_smem: int
+    dynamic_smem: int
+    smem_carveout: int
     registers: int
     stack: int
     parameters: tuple[tuple[int, int], ...]
@@ -102,12 +61,25 @@ class ManifestVariant:
     audit: Mapping[str, Any] = field(default_factory=dict)
     verification: tuple[Mapping[str, Any], ...] = ()
 
-    @property
+    # Derived from the variant. An entry that was read from a manifest has them set, and its variant and recipe are parsed when they are asked
+    # for: loading a kernel needs neither.
+
+    @cached_property
     def key(self) -> str:
         """The variant's key."""
         return self.variant.key
 
-    @property
+    @cached_property
+    def arch(self) -> str:
+        """The variant's architecture."""
+        return self.variant.arch
+
+    @cached_property
+    def symbol(self) -> str:
+        """The kernel's symbol in the cubin."""
+        return self.variant.symbol
+
+    @cached_property
     def file(self) -> str:
         """Name of the cubin, beside the manifest."""
         return f"{self.key}.cubin"
@@ -116,14 +88,16 @@ class ManifestVariant:
         """As it stands in the manifest under its key, its recipe by reference."""
         return {
             "kernel": self.kernel,
-            "symbol": self.variant.symbol,
+            "symbol": self.symbol,
             "file": self.file,
             "sha256": self.sha256,
             "size": self.size,
-            "arch_kind": architecture(self.variant.arch).kind,
+            "arch_kind": architecture(self.arch).kind,
             "layout": self.layout,
             "recipe": recipe_id,
             "static_smem": self.static_smem,
+            "dynamic_smem": self.dynamic_smem,
+            "smem_carveout": self.smem_carveout,
             "registers": self.registers,
             "stack": self.stack,
             "parameters": [list(pair) for pair in self.parameters],
@@ -133,47 +107,90 @@ class ManifestVariant:
             "verification": [dict(record) for record in self.verification],
         }
 
+    def __getattr__(self, name: str) -> Any:
+        # only names that the instance lacks come here
+        read = self.__dict__.get("_unread", {}).get(name)
+        if read is None:
+            raise AttributeError(name)
+        value = self.__dict__[name] = read()
+        return value
+
     @classmethod
     def from_json(cls, key: str, value: Any, path: str, arch: str, recipes: Mapping[str, Recipe]) -> ManifestVariant:
-        """Checks and reads the entry of ``key``. Raises ManifestError."""
-        fields = _Fields(value, path)
-        try:
-            variant = Variant.parse(key)
-        except VariantError as error:
-            raise ManifestError(f"{path}: {error}") from None
-        if variant.arch != arch:
-            raise ManifestError(f"{path}: {key} is for {variant.arch}, the set is for {arch}")
-        fields.get("symbol", str, lambda s: s == variant.symbol, f"{variant.symbol} belongs to this key")
-        fields.get("file", str, lambda s: s == f"{key}.cubin", f"{key}.cubin belongs to this key")
-        fields.get("arch_kind", str, lambda s: s == architecture(arch).kind, architecture(arch).kind)
-        recipe_id = fields.get("recipe", str, lambda s: s in recipes, "an id of recipes")
-        pairs = fields.get(
-            "parameters",
-            list,
-            lambda v: all(isinstance(p, list) and len(p) == 2 and all(type(i) is int and 0 <= i <= 1 << 16 for i in p) for p in v),
-            "pairs of offset and size",
-        )
-        recipe = recipes[recipe_id]
-        parameters = tuple((pair[0], pair[1]) for pair in pairs)
-        if parameters != recipe.offsets():
-            raise ManifestError(f"{path}.parameters: {list(parameters)} are not those of recipe {recipe_id}: {list(recipe.offsets())}")
-        verification = fields.get("verification", list, lambda v: all(isinstance(r, dict) for r in v), "objects")
-        return cls(
-            variant=variant,
-            kernel=fields.get("kernel", str),
-            sha256=fields.sha256("sha256"),
-            size=fields.size("size", LARGEST_CUBIN),
-            layout=fields.get("layout", str),
-            recipe=recipe,
-            static_smem=fields.size("static_smem", 1 << 20),
-            registers=fields.size("registers", 255),
-            stack=fields.size("stack", 1 << 20),
-            parameters=parameters,
-            parameter_bytes=fields.size("parameter_bytes", 1 << 16),
-            source_digest=fields.sha256("source_digest"),
-            audit=fields.get("audit", dict),
-            verification=tuple(verification),
-        )
+        """Checks and reads the entry of ``key``; its variant and recipe when they are asked for. Raises ManifestError."""
+        fields = Fields(value, path)
+        found = {name: fields.get(name, kind, check, allowed) for name, (kind, check, allowed) in _ENTRY.items()}
+        belonging = (("symbol", symbol_of(key)), ("file", f"{key}.cubin"), ("arch_kind", architecture(arch).kind))
+        for name, belongs in belonging:
+            if found[name] != belongs:
+                fields.get(name, str, lambda _: False, f"{belongs} belongs to this key")
+        recipe_id = found.pop("recipe")
+        parameters = found["parameters"] = tuple([(pair[0], pair[1]) for pair in found["parameters"]])
+        found["verification"] = tuple(found["verification"])
+        del found["arch_kind"]
+
+        def read_recipe() -> Recipe:
+            recipe = recipes.get(recipe_id)
+            if recipe is None:
+                raise ManifestError(f"{path}.recipe: {recipe_id!r} is not allowed: an id of recipes")
+            if parameters != recipe.offsets():
+                raise ManifestError(f"{path}.parameters: {list(parameters)} are not those of recipe {recipe_id}: {list(recipe.offsets())}")
+            for name in ("dynamic_smem", "smem_carveout"):
+                if getattr(recipe, name) != found[name]:
+                    raise ManifestError(f"{path}.{name}: {found[name]}, its recipe {recipe_id} says {getattr(recipe, name)}")
+            return recipe
+
+        entry = object.__new__(cls)
+        entry.__dict__.update(found, key=key, arch=arch, _unread={"variant": lambda: _variant(key, arch, path), "recipe": read_recipe})
+        return entry
+
+
+def _variant(key: str, arch: str, path: str) -> Variant:
+    """The variant of a key in the set of ``arch``."""
+    try:
+        variant = Variant.parse(key)
+    except VariantError as error:
+        raise ManifestError(f"{path}: {error}") from None
+    if variant.arch != arch:
+        raise ManifestError(f"{path}: {key} is for {variant.arch}, the set is for {arch}")
+    return variant
+
+
+def _pairs(value: list[Any]) -> bool:
+    for pair in value:
+        if type(pair) is not list or len(pair) != 2:
+            return False
+        offset, size = pair
+        if type(offset) is not int or type(size) is not int or not (0 <= offset <= 1 << 16 and 0 <= size <= 1 << 16):
+            return False
+    return True
+
+
+def _size(largest: int, least: int = 0) -> tuple[type, Callable[[Any], bool], str]:
+    return int, lambda value: bool(least <= value <= largest), f"{least} to {largest}"
+
+
+#: Members of an entry: name → type, check and what is allowed, in words.
+_ENTRY: Final[Mapping[str, tuple[type, Callable[[Any], bool] | None, str]]] = {
+    "kernel": (str, None, ""),
+    "symbol": (str, None, ""),
+    "file": (str, None, ""),
+    "sha256": (str, is_sha256, "64 lower-case hexadecimal digits"),
+    "size": _size(LARGEST_CUBIN),
+    "arch_kind": (str, None, ""),
+    "layout": (str, None, ""),
+    "recipe": (str, None, ""),
+    "static_smem": _size(1 << 20),
+    "dynamic_smem": _size(1 << 20),
+    "smem_carveout": _size(100, -1),
+    "registers": _size(255),
+    "stack": _size(1 << 20),
+    "parameters": (list, _pairs, "pairs of offset and size"),
+    "parameter_bytes": _size(1 << 16),
+    "source_digest": (str, is_sha256, "64 lower-case hexadecimal digits"),
+    "audit": (dict, None, ""),
+    "verification": (list, lambda records: all(isinstance(record, dict) for record in records), "objects"),
+}
 
 
 class _Recipes(Mapping[str, Recipe]):
@@ -236,6 +253,7 @@ class Manifest:
         toolchain: ``distributions`` (name, version, sha256), ``flavour`` actually loaded, ``ptxas``.
         minimum_driver: CUDA version that the driver must support, as ``cuDriverGetVersion`` counts (13000 is 13.0).
         variants: by key, in key order.
+        source: where it was read from, for messages.
     """
 
     arch: str
@@ -243,6 +261,7 @@ class Manifest:
     toolchain: Mapping[str, Any]
     minimum_driver: int
     variants: Mapping[str, ManifestVariant]
+    source: str = field(default="manifest", compare=False)
 
     def to_bytes(self) -> bytes:
         """Canonical JSON. Equal recipes stand once."""
@@ -278,7 +297,7 @@ class Manifest:
         Raises:
             ManifestError: anything that is not a manifest of this schema.
         """
-        fields = _document(data, source) if full else _lines(data, source)
+        fields = parse_document(data, source, SCHEMA, LARGEST_MANIFEST) if full else _lines(data, source)
         arch = fields.get("arch", str)
         try:
             architecture(arch)
@@ -286,18 +305,7 @@ class Manifest:
             raise ManifestError(f"{source}.arch: {error}") from None
         recipes = _Recipes(fields.get("recipes", dict), source)
         variants = _Entries(fields.get("variants", dict), source, arch, recipes)
-        toolchain = _Fields(fields.get("toolchain", dict), f"{source}.toolchain")
-        toolchain.get("flavour", str)
-        toolchain.get("ptxas", str)
-        for position, value in enumerate(toolchain.get("distributions", list)):
-            distribution = _Fields(value, f"{source}.toolchain.distributions[{position}]")
-            distribution.get("name", str)
-            distribution.get("version", str)
-            distribution.sha256("sha256")
-        builder = _Fields(fields.get("builder", dict), f"{source}.builder")
-        builder.get("version", str)
-        builder.get("dirty", bool)
-        manifest = cls(arch, builder.value, toolchain.value, fields.size("minimum_driver", 10**6), variants)
+        manifest = cls(arch, fields.get("builder", dict), fields.get("toolchain", dict), fields.size("minimum_driver", 10**6), variants, source)
         if full:
             manifest.check()
             if canonical(fields.value) != data:
@@ -310,21 +318,32 @@ class Manifest:
         Raises:
             ManifestError: the first fault.
         """
+        toolchain = Fields(self.toolchain, f"{self.source}.toolchain")
+        toolchain.get("flavour", str)
+        toolchain.get("ptxas", str)
+        for distribution in toolchain.items("distributions"):
+            distribution.get("name", str)
+            distribution.get("version", str)
+            distribution.sha256("sha256")
+        builder = Fields(self.builder, f"{self.source}.builder")
+        builder.get("version", str)
+        builder.get("dirty", bool)
         for key in self.variants:
-            self.variants[key]
+            _variant(key, self.arch, f"{self.source}.variants.{key}")
+            self.variants[key].recipe  # noqa: B018 - reading it checks it
         if isinstance(self.variants, _Entries):
             self.variants.recipes.check()
 
 
 def _recipe(document: Any, path: str) -> Recipe:
-    fields = _Fields(document, path)
+    fields = Fields(document, path)
     fields.get("parameters", list, lambda v: 0 < len(v) <= 256 and all(isinstance(p, dict) for p in v), "1 to 256 objects")
     fields.get("grid", list, lambda v: len(v) == 3 and all(type(e) in (int, str) for e in v), "three expressions")
     fields.triple("block")
     for position, parameter in enumerate(document["parameters"]):
         if all(type(parameter.get(name)) is str for name in ("name", "kind", "value")):
             continue
-        each = _Fields(parameter, f"{path}.parameters[{position}]")
+        each = Fields(parameter, f"{path}.parameters[{position}]")
         for name in ("name", "kind", "value"):
             each.get(name, str)
     try:
@@ -338,43 +357,13 @@ def _parsed(value: Any, path: str) -> Any:
     return parse_line(value, path) if isinstance(value, memoryview) else value
 
 
-def _checked_size(data: bytes, source: str) -> None:
-    if len(data) > LARGEST_MANIFEST:
-        raise ManifestError(f"{source}: {len(data)} bytes; a manifest has at most {LARGEST_MANIFEST}")
-
-
-def _checked_schema(fields: _Fields) -> _Fields:
-    schema = fields.get("schema", int)
-    if schema != SCHEMA:
-        raise ManifestError(
-            f"{fields.path}: schema {schema}; this densemoe reads schema {SCHEMA}: install the densemoe that made the set, or rebuild it"
-        )
-    return fields
-
-
-def _lines(data: bytes, source: str) -> _Fields:
+def _lines(data: bytes, source: str) -> Fields:
     """The document's top level, with its schema checked; recipes and variants are left unparsed."""
-    _checked_size(data, source)
-    value = split_lines(data, source, lazy=("recipes", "variants"))
-    return _checked_schema(_Fields(value, source))
-
-
-def _document(data: bytes, source: str) -> _Fields:
-    """The document's top level, all of it parsed, with its schema checked."""
-    _checked_size(data, source)
-
-    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ManifestError(f"{source}: the name {next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
-        return result
-
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{source}: not JSON: {error}; build or install the set again") from None
-    return _checked_schema(_Fields(value, source))
+    if len(data) > LARGEST_MANIFEST:
+        raise ManifestError(f"{source}: {len(data)} bytes; at most {LARGEST_MANIFEST} are read")
+    fields = Fields(split_lines(data, source, lazy=("recipes", "variants")), source)
+    check_schema(fields, SCHEMA)
+    return fields
 
 
 @dataclass(frozen=True)
@@ -402,8 +391,8 @@ class Index:
     def from_bytes(cls, data: bytes, source: str) -> Index:
         """Checks and reads an index. Raises ManifestError."""
         sets: dict[str, IndexEntry] = {}
-        for position, value in enumerate(_document(data, source).get("sets", list)):
-            fields = _Fields(value, f"{source}.sets[{position}]")
+        for position, value in enumerate(parse_document(data, source, SCHEMA, LARGEST_MANIFEST).get("sets", list)):
+            fields = Fields(value, f"{source}.sets[{position}]")
             arch = fields.get("arch", str)
             try:
                 architecture(arch)

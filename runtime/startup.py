@@ -13,7 +13,8 @@ from densemoe.runtime.errors import DensemoeError
 __all__ = ["measure"]
 
 RUNS: Final = 7
-LAUNCHES: Final = 2000
+BATCHES: Final = 60
+LAUNCHES: Final = 200  # fewer than the device's queue holds
 
 _FIRST_KERNEL: Final = """
 import time, ctypes, sys
@@ -101,14 +102,14 @@ def _launch(loader: Any) -> float:
         with loader.plan(problem, pointers, 0) as plan:
             stream = driver.stream()
             times = []
-            for _ in range(RUNS):
+            for _ in range(BATCHES):
                 driver.synchronize()
                 start = time.perf_counter()
-                for _ in range(LAUNCHES // RUNS):
+                for _ in range(LAUNCHES):
                     plan.launch(stream)
-                times.append((time.perf_counter() - start) * 1e6 / (LAUNCHES // RUNS))
+                times.append((time.perf_counter() - start) * 1e6 / LAUNCHES)
             driver.synchronize()
-            return statistics.median(times)
+            return statistics.median(times[BATCHES // 2 :])  # the first half warms clocks and caches
     finally:
         for pointer in pointers.values():
             driver.free(pointer)

@@ -16,11 +16,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Final
 
 from densemoe.runtime.errors import VariantError
 
-__all__ = ["ARCHITECTURES", "A_DTYPES", "B_DTYPES", "C_DTYPES", "OPS", "Architecture", "Variant", "architecture"]
+__all__ = ["ARCHITECTURES", "A_DTYPES", "B_DTYPES", "C_DTYPES", "OPS", "Architecture", "Variant", "architecture", "symbol_of"]
 
 OPS: Final = ("fc1", "fc2")
 A_DTYPES: Final = ("nvfp4", "bf16")
@@ -48,7 +49,7 @@ class Architecture:
     kind: str
     largest_smem: int
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The name as it stands in variant keys and directory names: without the underscore."""
         return self.name.replace("_", "")
@@ -86,6 +87,11 @@ _KEY = re.compile(
 )
 _NOT_IN_SYMBOLS = re.compile(r"[^a-z0-9]+")  # compiled once here, not in a cold start
 _KEY_OPTION = re.compile(r"\.([a-z]+)([1-9][0-9]*)?")
+
+
+def symbol_of(key: str) -> str:
+    """The kernel symbol that belongs to a variant key."""
+    return "densemoe_" + _NOT_IN_SYMBOLS.sub("_", key) + "_0"
 
 
 @dataclass(frozen=True, order=True)
@@ -149,7 +155,7 @@ class Variant:
         merged = {**dict(self.options), **values}
         return replace(self, options=tuple(sorted((name, value) for name, value in merged.items() if value)))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The readable key; see the module's docstring for the grammar."""
         parts = [
@@ -162,12 +168,13 @@ class Variant:
         ]
         return ".".join(parts)
 
-    @property
+    @cached_property
     def symbol(self) -> str:
         """The kernel's symbol in the cubin. It follows the key, since the name is an input of ptxas, and never contains "cutlass"."""
-        return "densemoe_" + _NOT_IN_SYMBOLS.sub("_", self.key) + "_0"
+        return symbol_of(self.key)
 
     @classmethod
+    @lru_cache(maxsize=4096)  # a cold start meets each key in the manifest and in the selection
     def parse(cls, key: str) -> Variant:
         """The Variant that ``key`` spells.
 
