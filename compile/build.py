@@ -346,14 +346,17 @@ def _staged(staging: Path, digest: str) -> Mapping[str, Any] | None:
 
 
 def _entry(variant: Variant, kernel: str, facts: Mapping[str, Any]) -> ManifestVariant:
+    recipe = Recipe.from_json(facts["recipe"])
     return ManifestVariant(
         variant=variant,
         kernel=kernel,
         sha256=facts["sha256"],
         size=facts["size"],
         layout=facts["layout"],
-        recipe=Recipe.from_json(facts["recipe"]),
+        recipe=recipe,
         static_smem=facts["static_smem"],
+        dynamic_smem=recipe.dynamic_smem,
+        smem_carveout=recipe.smem_carveout,
         registers=facts["registers"],
         stack=facts["stack"],
         parameters=tuple((offset, size) for offset, size in facts["parameters"]),
