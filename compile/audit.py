@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,7 +62,12 @@ def audit(variant: Variant, kernel: KernelModule, compiled: Compiled, allowance:
         faults.append(f"block {threads} in the PTX, {recipe.block} in the recipe")
     if faults:
         raise AuditError("\n".join(f"{variant.key}: {fault}" for fault in faults))
-    return {"text_bytes": facts.text_bytes, "ptx_instructions": sum(counts.values()), "expected": dict(sorted(expected.ptx_counts.items()))}
+    return {
+        "text_bytes": facts.text_bytes,
+        "ptx_instructions": sum(counts.values()),
+        "ptx_sha256": hashlib.sha256(compiled.ptx.encode()).hexdigest(),
+        "expected": dict(sorted(expected.ptx_counts.items())),
+    }
 
 
 _INSTRUCTION = re.compile(r"(?:@!?%?\w+\s+)?([a-z][\w.:]*)\b")

@@ -11,12 +11,12 @@ from __future__ import annotations
 import ast
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -31,6 +31,7 @@ from densemoe.compile.audit import audit
 from densemoe.compile.matrix import Matrix, Planned
 from densemoe.runtime.canonical import read_file, write_atomically
 from densemoe.runtime.errors import ArtifactError, BuildError, DensemoeError, MatrixError
+from densemoe.runtime.lock import Lock
 from densemoe.runtime.manifest import (
     INDEX_NAME,
     LARGEST_CUBIN,
@@ -44,7 +45,7 @@ from densemoe.runtime.manifest import (
 from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.variant import Variant
 
-__all__ = ["BuildResult", "Failure", "build", "source_digest"]
+__all__ = ["BuildResult", "Failure", "build", "kernel_digest", "source_digest"]
 
 _SOURCES: Final = Path(__file__).resolve().parent
 STAGING: Final = ".staging"
@@ -52,6 +53,8 @@ LOCK: Final = ".build.lock"
 LOG_NAME: Final = "build_log.json"
 #: CUDA 12.8 is the first whose driver loads sm_100 family cubins; sm_90a cubins of ptxas 13.4 are ELF ABI 8, which the 13.x drivers read.
 MINIMUM_DRIVER: Final = 13000
+#: Raised when an entry says more of equal bytes than before, so that an incremental build gives the manifest that a fresh one gives.
+ENTRY_FORMAT: Final = 2
 DEFAULT_TIMEOUT: Final = 120.0  # seconds a variant; one kernel of 30 lines once took two minutes (docs/facts.md)
 
 
@@ -94,7 +97,8 @@ def _imports_of(name: str) -> tuple[Path, ...]:
 
 
 @cache
-def _kernel_digest(name: str) -> str:
+def kernel_digest(name: str) -> str:
+    """sha256 over the sources of the kernel module ``name``: its file and those of compile/kernels that it imports."""
     digest = hashlib.sha256()
     for path in sorted(_imports_of(name)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -103,7 +107,7 @@ def _kernel_digest(name: str) -> str:
 
 def source_digest(planned: Planned) -> str:
     """sha256 over what decides a variant's bytes and its manifest entry: key, kernel sources, options, toolchain."""
-    parts = (planned.variant.key, planned.kernel, _kernel_digest(planned.kernel), planned.compiler_options, toolchain.identity())
+    parts = (ENTRY_FORMAT, planned.variant.key, planned.kernel, kernel_digest(planned.kernel), planned.compiler_options, toolchain.identity())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -370,29 +374,20 @@ def _manifest(arch: str, entries: Mapping[str, ManifestVariant]) -> Manifest:
     installed = [{"name": d.name, "version": d.version, "sha256": d.sha256} for d in toolchain.distributions()]
     return Manifest(
         arch=arch,
-        builder=_builder(),
+        builder=_builder(entries),
         toolchain={"distributions": installed, "flavour": toolchain.PINNED_FLAVOUR, "ptxas": toolchain.PINNED_PTXAS},
         minimum_driver=MINIMUM_DRIVER,
         variants=entries,
     )
 
 
-@cache
-def _builder() -> dict[str, Any]:
-    """Version of densemoe, and whether its sources are those of a commit."""
-    import importlib.metadata
-
-    dirty = True
-    with suppress(OSError, subprocess.SubprocessError):
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--", "compile", "runtime", "build_matrix.yaml"],
-            cwd=_SOURCES.parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-        dirty = bool(status.stdout.strip())
+def _builder(entries: Mapping[str, ManifestVariant]) -> dict[str, Any]:
+    """Version of densemoe, and whether a cubin is not the one that the committed lock states: the same in a checkout and in an sdist."""
+    try:
+        locked = Lock.read().cubins
+    except ArtifactError:
+        locked = {}
+    dirty = any(key not in locked or locked[key].sha256 != entry.sha256 for key, entry in entries.items())
     return {"version": importlib.metadata.version("densemoe"), "dirty": dirty}
 
 

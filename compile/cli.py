@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from densemoe.compile import build as building
-from densemoe.compile import matrix
+from densemoe.compile import locking, matrix
+from densemoe.runtime.lock import Lock
 
 __all__ = ["build", "list_profile"]
 
@@ -28,6 +29,9 @@ def build(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     out = Path(args.out) if args.out else DEFAULT_OUT
+    lock = Lock.read() if args.locked else None
+    if lock is not None:
+        locking.check_toolchain(lock)
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("building", total=None)
         result = building.build(
@@ -52,7 +56,14 @@ def build(args: argparse.Namespace) -> int:
         print(f"FAILED {failure.key}\n  {failure.error}", file=sys.stderr)
     if result.failures:
         print(f"{len(result.failures)} variants failed; the set that stood before is unchanged", file=sys.stderr)
-    return 1 if result.failures else 0
+    differing = 0
+    if lock is not None and not result.failures:
+        differences = locking.compare(lock, _matrix(args.matrix), args.profile, out, frozenset((*result.built, *result.reused)))
+        differing = len(differences)
+        for each in differences:
+            print(f"NOT AS LOCKED {each}", file=sys.stderr)
+        print(f"{differing} of {len(result.built) + len(result.reused)} cubins are not as locked", file=sys.stderr)
+    return 1 if result.failures or differing else 0
 
 
 def list_profile(args: argparse.Namespace) -> int:

@@ -8,11 +8,12 @@ ordinal, offset, size) and 0x19 the parameter block's size.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from densemoe.runtime.errors import AuditError
 
-__all__ = ["Cubin", "read_cubin"]
+__all__ = ["Cubin", "read_cubin", "read_sections"]
 
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
@@ -87,15 +88,32 @@ def read_cubin(data: bytes) -> Cubin:
         raise AuditError(f"not a cubin that can be read ({len(data)} bytes): {error}") from None
 
 
-def _read(data: bytes) -> Cubin:
+def read_sections(data: bytes) -> dict[str, bytes]:
+    """Every section of a cubin by name, in the file's order, to compare two of them; a section without bytes in the file is empty.
+
+    Raises:
+        AuditError: the bytes are truncated, or not a CUDA ELF.
+    """
+    try:
+        _, headers, content = _headers(data)
+        return {name: content(header) for name, header in headers.items()}
+    except (struct.error, IndexError, ValueError, OverflowError) as error:
+        raise AuditError(f"not a cubin that can be read ({len(data)} bytes): {error}") from None
+
+
+_Header = tuple[int, ...]
+
+
+def _headers(data: bytes) -> tuple[int, dict[str, _Header], Callable[[_Header], bytes]]:
+    """Architecture number, section headers by name, and what gives a section's bytes."""
     identity, _, machine, _, _, _, sections_at, flags, _, _, _, section_size, section_count, names_index = _HEADER.unpack_from(data)
     if identity[:5] != b"\x7fELF\x02" or machine != _EM_CUDA or section_size != _SECTION.size:
         raise AuditError(f"not a cubin: {len(data)} bytes that start with {data[:8]!r}, not a 64-bit CUDA ELF")
     # ELF ABI 8 and later keep the architecture in bits 8–15, earlier ones in bits 0–7
     sm = (flags >> 8) & 0xFF if identity[8] >= 8 else flags & 0xFF
-    headers = [_SECTION.unpack_from(data, sections_at + i * section_size) for i in range(section_count)]
+    headers: list[_Header] = [_SECTION.unpack_from(data, sections_at + i * section_size) for i in range(section_count)]
 
-    def content(header: tuple[int, ...]) -> bytes:
+    def content(header: _Header) -> bytes:
         if header[1] == _SHT_NOBITS:
             return b""
         if header[4] + header[5] > len(data):
@@ -103,7 +121,11 @@ def _read(data: bytes) -> Cubin:
         return data[header[4] : header[4] + header[5]]
 
     name_table = content(headers[names_index])
-    sections = {_text(name_table, header[0]): header for header in headers}
+    return sm, {_text(name_table, header[0]): header for header in headers}, content
+
+
+def _read(data: bytes) -> Cubin:
+    sm, sections, content = _headers(data)
     kernels = [name[len(".text.") :] for name in sections if name.startswith(".text.")]
     if len(kernels) != 1:
         raise AuditError(f"a cubin with {len(kernels)} kernels ({', '.join(kernels)}): one is expected")
@@ -140,10 +162,8 @@ def _read(data: bytes) -> Cubin:
     )
 
 
-def _symbol_index(content: object, sections: dict[str, tuple[int, ...]], symbol: str) -> int:
-    read = content
-    assert callable(read)
-    symbols, strings = read(sections[".symtab"]), read(sections[".strtab"])
+def _symbol_index(content: Callable[[_Header], bytes], sections: dict[str, _Header], symbol: str) -> int:
+    symbols, strings = content(sections[".symtab"]), content(sections[".strtab"])
     for index in range(len(symbols) // _SYMBOL.size):
         name, info, *_ = _SYMBOL.unpack_from(symbols, index * _SYMBOL.size)
         if info == _GLOBAL_FUNCTION and _text(strings, name) == symbol:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from densemoe.runtime import release_cli
 from densemoe.runtime.errors import (
     ArtifactError,
     BuildError,
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--jobs", type=_positive, help="compiler processes (default: the cores this process may use)")
     build.add_argument("--filter", help="shell pattern over variant keys; other variants of the set stay")
     build.add_argument("--timeout", type=float, default=120.0, help="seconds a variant may take (default: 120)")
+    build.add_argument("--locked", action="store_true", help="compare every cubin with artifacts/manifest.lock; one differing byte fails")
     build.add_argument("--json", action="store_true", help="print the result as JSON")
 
     listing = add("list", "variants of an artifact root, or of a profile before any build", "densemoe list --profile quick --json", "list")
@@ -121,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = add("bench", "measure on this machine", "densemoe bench startup", "bench")
     bench.add_argument("what", choices=("startup",))
     _common(bench)
+    release_cli.add_commands(add)
     return parser
 
 
@@ -394,13 +397,15 @@ def _host_side(module: str) -> Any:
 
 
 def _build_side(function: str) -> Callable[[argparse.Namespace], int]:
+    """The function that ``module:name`` names, or a name in the build side's main module."""
+    name, _, attribute = function.rpartition(":")
     try:
-        module = importlib.import_module(_BUILD)
+        module = importlib.import_module(name or _BUILD)
     except ImportError as error:
         if (error.name or "").split(".")[0] in ("yaml", "rich", "cutlass", "numpy", "cuda"):
             raise ToolchainError(f"this command needs {error.name}: install densemoe[build]") from None
         raise
-    found: Callable[[argparse.Namespace], int] = getattr(module, function)
+    found: Callable[[argparse.Namespace], int] = getattr(module, attribute)
     return found
 
 
@@ -420,8 +425,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; its exit code. Errors go to standard error, results to standard output."""
     args = _parser().parse_args(arguments)
     try:
-        if args.run.startswith(_BUILD):
-            return _build_side(args.run.split(":")[1])(args)
+        if ":" in args.run:
+            return _build_side(args.run)(args)
         return _COMMANDS[args.run](args)
     except DensemoeError as error:
         print(f"densemoe {args.command}: {error}", file=sys.stderr)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +54,28 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _FOLDER.glob("sm*_fc[12]*.py")))
 
 
+@contextmanager
+def _no_driver() -> Iterator[None]:
+    """Hides the host's CUDA driver from CuTe DSL's import, which would otherwise take the compiler that the driver's age suggests: then the build
+    host's driver would decide the bytes of every cubin. Without one, the newest installed compiler is taken, the pinned one."""
+    original = ctypes.CDLL
+
+    class Hidden(original):  # type: ignore[valid-type,misc]
+        def __init__(self, name: Any, *arguments: Any, **options: Any) -> None:
+            if name == "libcuda.so.1":
+                raise OSError(f"{name} is hidden while the compiler is imported")
+            super().__init__(name, *arguments, **options)
+
+    if "cutlass" in sys.modules:
+        yield
+        return
+    ctypes.CDLL = Hidden  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        ctypes.CDLL = original  # type: ignore[misc]
+
+
 def load(name: str) -> KernelModule:
     """The kernel module called ``name``. Imports CuTe DSL.
 
@@ -62,7 +87,8 @@ def load(name: str) -> KernelModule:
     os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
     if name not in names():
         raise VariantError(f"kernel {name!r}: use one of {', '.join(names())}, or add {name}.py to compile/kernels")
-    module: Any = importlib.import_module(f"{__name__}.{name}")
+    with _no_driver():
+        module: Any = importlib.import_module(f"{__name__}.{name}")
     found: KernelModule = module
     return found
 

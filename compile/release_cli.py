@@ -1,0 +1,72 @@
+"""Command-line functions of releases that need the compiler; ``densemoe.runtime.release_cli`` parses and calls them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from densemoe.compile import build as building
+from densemoe.compile import environment, locking, matrix
+from densemoe.compile.cli import DEFAULT_OUT
+from densemoe.runtime.canonical import write_atomically
+from densemoe.runtime.errors import ArtifactNotFound, BuildError
+from densemoe.runtime.lock import Lock, LockedWheel, default_lock
+
+__all__ = ["lock", "report_differences"]
+
+
+def _built(args: argparse.Namespace, plan: matrix.Matrix, out: Path) -> building.BuildResult:
+    result = building.build(plan, out, profile=args.profile, jobs=args.jobs)
+    if result.failures:
+        raise BuildError("\n".join(f"{failure.key}: {failure.error}" for failure in result.failures))
+    return result
+
+
+def _wheels(path: Path, resolve: bool) -> Mapping[str, LockedWheel]:
+    """Wheels of the lock that stands, or, where there is none or it is asked for, what the package index states."""
+    if not resolve:
+        try:
+            return Lock.read(path).wheels
+        except ArtifactNotFound:
+            pass
+    return environment.resolve(environment.interpreters())
+
+
+def lock(args: argparse.Namespace) -> int:
+    """``densemoe lock``: 0 when the lock is written, or with --check says what was built; 1 where it does not."""
+    path = Path(args.lock) if args.lock else default_lock()
+    plan = matrix.load(Path(args.matrix) if args.matrix else matrix.DEFAULT_MATRIX)
+    out = Path(args.out) if args.out else DEFAULT_OUT
+    if args.check:
+        standing = Lock.read(path)
+        locking.check_toolchain(standing)
+        _built(args, plan, out)
+        return report_differences(locking.compare(standing, plan, args.profile, out), args.json)
+    _built(args, plan, out)
+    made = locking.make(plan, args.profile, out, _wheels(path, args.resolve))
+    data = made.to_bytes()
+    changed = not path.exists() or path.read_bytes() != data
+    if changed:
+        write_atomically(path, data)
+        if path == default_lock():
+            _built(args, plan, out)  # manifests say whether their cubins are the locked ones
+    if args.json:
+        print(json.dumps({"lock": str(path), "changed": changed, "cubins": len(made.cubins), "wheels": len(made.wheels)}, indent=2, sort_keys=True))
+    else:
+        print(f"{path}: {len(made.cubins)} cubins, {len(made.wheels)} wheels of the toolchain; {'written' if changed else 'unchanged'}")
+    return 0
+
+
+def report_differences(differences: list[locking.Difference], as_json: bool) -> int:
+    """Prints differences from the lock; the exit code."""
+    if as_json:
+        print(json.dumps({"differences": [dataclasses.asdict(each) for each in differences]}, indent=2, sort_keys=True))
+    else:
+        for each in differences:
+            print(each)
+        print(f"{len(differences)} variants are not as locked" if differences else "every cubin is the locked one, byte for byte", file=sys.stderr)
+    return 1 if differences else 0

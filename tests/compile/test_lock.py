@@ -1,0 +1,189 @@
+"""The lock: what stands in it is what is built, and one other byte is found, named and explained."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from densemoe.compile import build, environment, locking, matrix
+from densemoe.runtime import cli
+from densemoe.runtime.errors import ManifestError, ToolchainError
+from densemoe.runtime.lock import Lock, LockedWheel
+from densemoe.runtime.manifest import Manifest
+
+SCHEMA = Path(__file__).resolve().parents[2] / "artifacts" / "schema" / "lock.schema.json"
+KEY = "fc1.sm90a.t8x64.c1x1.bf16-bf16"
+
+
+@pytest.fixture(scope="module")
+def lock() -> Lock:
+    return Lock.read()
+
+
+def write_cubin(root: Path, key: str, image: bytes) -> None:
+    """Puts ``image`` into a set as a build would have: manifest and index name it."""
+    folder = root / "sm_90a"
+    manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes(), "m")
+    entry = dataclasses.replace(manifest.variants[key], sha256=hashlib.sha256(image).hexdigest(), size=len(image))
+    changed = dataclasses.replace(manifest, variants={**manifest.variants, key: entry}).to_bytes()
+    (folder / f"{key}.cubin").write_bytes(image)
+    (folder / "manifest.json").write_bytes(changed)
+    index = json.loads((root / "index.json").read_text())
+    index["sets"][0]["sha256"] = hashlib.sha256(changed).hexdigest()
+    from densemoe.runtime.canonical import canonical
+
+    (root / "index.json").write_bytes(canonical(index))
+
+
+def test_what_is_built_is_what_is_locked(lock: Lock, artifacts: Path) -> None:
+    """A spread of the full profile, compiled in this run: both ops, both activation dtypes."""
+    assert locking.compare(lock, matrix.load(), "quick", artifacts) == []
+
+
+@pytest.mark.full
+def test_the_whole_profile_is_what_is_locked(lock: Lock, tmp_path: Path) -> None:
+    assert not build.build(matrix.load(), tmp_path).failures
+    assert locking.compare(lock, matrix.load(), "full", tmp_path) == []
+
+
+def test_the_lock_covers_the_full_profile_and_this_toolchain(lock: Lock) -> None:
+    assert sorted(lock.cubins) == sorted(each.variant.key for each in matrix.load().profile("full"))
+    locking.check_toolchain(lock)
+
+
+def test_the_lock_is_canonical_small_and_follows_its_schema(lock: Lock) -> None:
+    data = lock.to_bytes()
+    assert Lock.from_bytes(data, "lock") == lock
+    jsonschema.validate(json.loads(data), json.loads(SCHEMA.read_text()))
+    lines = [line for line in data.decode().splitlines() if KEY in line]
+    assert len(lines) == 1  # a changed cubin is one changed line
+    assert len(data) < 400 * (len(lock.cubins) + len(lock.wheels))
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [(".text", "machine code differs"), (".note.nv.tkinfo", "machine code is equal, other sections differ")],
+)
+def test_one_differing_byte_is_found_and_named(lock: Lock, artifacts_copy: Path, section: str, said: str) -> None:
+    image = bytearray((artifacts_copy / "sm_90a" / f"{KEY}.cubin").read_bytes())
+    from densemoe.compile.elf import read_sections
+
+    content = next(data for name, data in read_sections(bytes(image)).items() if name.startswith(section))
+    image[image.index(content) + len(content) // 2] ^= 1
+    write_cubin(artifacts_copy, KEY, bytes(image))
+    (found,) = locking.compare(lock, matrix.load(), "quick", artifacts_copy)
+    assert found.key == KEY
+    assert said in found.what
+    assert lock.cubins[KEY].sha256[:12] in found.what
+
+
+def edited(lock: Lock, **changes: object) -> Lock:
+    return dataclasses.replace(lock, cubins={**lock.cubins, KEY: dataclasses.replace(lock.cubins[KEY], **changes)})  # type: ignore[arg-type]
+
+
+def test_the_likely_cause_is_named(lock: Lock, artifacts: Path) -> None:
+    """Each cause alone, from a lock that was edited so that only it can be meant."""
+    other = "0" * 64
+
+    def cause(changed: Lock) -> str:
+        (found,) = locking.compare(changed, matrix.load(), "quick", artifacts)
+        return found.cause
+
+    assert cause(edited(lock, sha256=other)).startswith("symbol or flags")
+    assert cause(edited(lock, sha256=other, text="0" * 16)).startswith("flags")
+    assert cause(edited(lock, sha256=other, text="0" * 16, ptx="0" * 16)).startswith("code generation")
+    source = dataclasses.replace(edited(lock, sha256=other), kernels={**lock.kernels, "sm90_fc1": "0" * 16})
+    assert "compile/kernels/sm90_fc1.py" in cause(source)
+    toolchain = dataclasses.replace(edited(lock, sha256=other), distributions={**lock.distributions, "nvidia-cutlass-dsl": "4.8.0"})
+    assert "nvidia-cutlass-dsl 4.8.0 is locked" in cause(toolchain)
+
+
+def test_new_and_vanished_variants_are_named(lock: Lock, artifacts: Path) -> None:
+    without = dataclasses.replace(lock, cubins={key: each for key, each in lock.cubins.items() if key != KEY})
+    assert "does not name it" in locking.compare(without, matrix.load(), "quick", artifacts)[0].what
+    plan = matrix.load()
+    smaller = dataclasses.replace(plan, profiles={"full": plan.profile("quick")})
+    gone = locking.compare(lock, smaller, "full", artifacts)
+    assert len(gone) == len(lock.cubins) - len(plan.profile("quick"))
+    assert all("left the matrix" in each.cause for each in gone)
+
+
+def test_another_toolchain_is_refused_before_anything_compiles(lock: Lock) -> None:
+    newer = dataclasses.replace(lock, distributions={**lock.distributions, "nvidia-cutlass-dsl-libs-cu13": "4.9.0"})
+    with pytest.raises(ToolchainError, match=r"libs-cu13 4\.9\.0 is locked, 4\.8\.1 is installed"):
+        locking.check_toolchain(newer)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": 2}, "schema 2"),
+        ({"cubins": {"../evil": {}}}, "does not parse"),
+        ({"wheels": {"../x.whl": {"sha256": "0" * 64, "pythons": ["3.11"]}}}, "no file name of a wheel"),
+        ({"wheels": {"x.whl": {"sha256": "0", "pythons": ["3.11"]}}}, "hexadecimal"),
+        ({"profile": None}, "str belongs"),
+        ({"more": 1}, "canonical form"),
+    ],
+)
+def test_a_faulty_lock_is_refused(lock: Lock, change: dict[str, object], said: str) -> None:
+    with pytest.raises(ManifestError, match=said):
+        Lock.from_bytes(json.dumps({**json.loads(lock.to_bytes()), **change}).encode(), "lock")
+
+
+def test_build_locked_fails_on_a_differing_lock(tmp_path: Path, artifacts: Path, lock: Lock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> int:
+        return cli.main(["build", "--profile", "quick", "--locked", "--out", str(artifacts)])
+
+    assert run() == cli.OK
+    path = tmp_path / "manifest.lock"
+    path.write_bytes(edited(lock, sha256="0" * 64).to_bytes())
+    monkeypatch.setattr("densemoe.runtime.lock.default_lock", lambda: path)
+    assert run() == cli.FAILED
+
+
+def test_lock_writes_what_it_builds_and_check_compares(tmp_path: Path, artifacts_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the quick profile with its own lock file, from one that stands: the wheels are kept, nothing asks the package index."""
+    path = tmp_path / "manifest.lock"
+    wheels = {"x-1-py3-none-any.whl": LockedWheel("0" * 64, ("3.11",))}
+    made = locking.make(matrix.load(), "quick", artifacts_copy, wheels)
+    path.write_bytes(edited(made, sha256="0" * 64).to_bytes())
+    command = ["lock", "--profile", "quick", "--lock", str(path), "--out", str(artifacts_copy)]
+    assert cli.main([*command, "--check"]) == cli.FAILED
+    assert KEY in capsys.readouterr().out
+    assert cli.main(command) == cli.OK
+    assert Lock.read(path) == made
+    assert cli.main([*command, "--check"]) == cli.OK
+
+
+# ---- the environment that a lock describes
+
+
+def test_requirements_are_hashed_and_of_one_python_and_machine(lock: Lock) -> None:
+    text = environment.hashed_requirements(lock, "3.11", "aarch64")
+    names = [line.split("==")[0] for line in text.splitlines()]
+    assert len(names) == len(set(names))
+    assert {"nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-cu12", "nvidia-cutlass-dsl-libs-cu13", "numpy"} <= set(names)
+    assert all("--hash=sha256:" in line for line in text.splitlines())
+    for wheel, each in lock.wheels.items():
+        if "x86_64" in wheel:
+            assert each.sha256 not in text
+
+
+def test_a_python_that_the_lock_lacks_is_named(lock: Lock) -> None:
+    with pytest.raises(ToolchainError, match=r"Python 3\.9 on x86_64: it has Python 3\.10"):
+        environment.hashed_requirements(lock, "3.9", "x86_64")
+
+
+def test_interpreters_are_those_that_start() -> None:
+    found = environment.interpreters()
+    assert f"3.{sys.version_info[1]}" in found
+    for version, path in found.items():
+        said = subprocess.run([path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True, check=True)
+        assert said.stdout.strip() == version
