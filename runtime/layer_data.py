@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from densemoe.runtime import packing
 from densemoe.runtime.data import LayerCase
 from densemoe.runtime.errors import ProblemError
-from densemoe.runtime.layout import interleave_up_gate
+from densemoe.runtime.layout import interleave_up_gate, tile_scales
 from densemoe.runtime.nvfp4 import LARGEST_E2M1, LARGEST_E4M3, bf16_bits, quantise_expert
+from densemoe.runtime.reference import Weights
 from densemoe.runtime.routing import route
 
-__all__ = ["LayerData"]
+__all__ = ["LayerData", "LayerExpert"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -28,6 +30,23 @@ _PROJECTIONS: Final = {"up": 0, "gate": 1, "down": 2}
 _LARGEST_INTEGER: Final = 127
 _INTEGER_STD: Final = math.sqrt(_LARGEST_INTEGER * (_LARGEST_INTEGER + 1) / 3)
 _OUTPUT_STD: Final = 0.33  # of a down projection's row times √I
+
+
+class LayerExpert(NamedTuple):
+    """One expert's weights in every form that a run needs.
+
+    Attributes:
+        fc1_packed, fc2_packed: uint8 ``[expert_stride(op, H, I)]``.
+        fc1, fc2: the same for the reference: an op of one expert, number 0.
+        fc1_scale, fc2_scale: global scales.
+    """
+
+    fc1_packed: Bytes
+    fc2_packed: Bytes
+    fc1: Weights
+    fc2: Weights
+    fc1_scale: np.float32
+    fc2_scale: np.float32
 
 
 @dataclass(frozen=True)
@@ -87,6 +106,19 @@ class LayerData:
         """One expert of FC2 in NVFP4: codes ``[H, I/2]``, row-major scales ``[H, I/16]``, its global scale."""
         codes, scales, scale = quantise_expert(self._integers("down", expert))
         return codes, scales, np.float32(scale * np.float32(self._step("down")))
+
+    def expert(self, expert: int) -> LayerExpert:
+        """One expert quantised and packed, beside what the reference reads."""
+        codes1, scales1, scale1 = self.fc1_expert(expert)
+        codes2, scales2, scale2 = self.fc2_expert(expert)
+        return LayerExpert(
+            packing.pack_expert("fc1", codes1, scales1),
+            packing.pack_expert("fc2", codes2, scales2),
+            Weights("fc1", codes1[None], tile_scales(scales1), 1),
+            Weights("fc2", codes2, tile_scales(scales2), 1),
+            scale1,
+            scale2,
+        )
 
     @property
     def output_multiplier(self) -> np.float32:
