@@ -6,15 +6,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from typing import Final
 
-__all__ = ["add_commands"]
+from densemoe.runtime.errors import ProblemError
+
+__all__ = ["add_commands", "check"]
 
 _BUILD: Final = "densemoe.compile.release_cli"
 
 #: (name, summary, example, function) → the command's parser
 Add = Callable[[str, str, str, str], argparse.ArgumentParser]
+
+
+def _artifacts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--artifacts", help="artifact root (default: DENSEMOE_ARTIFACTS, else the installed package's)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def add_commands(add: Add) -> None:
@@ -33,3 +41,46 @@ def add_commands(add: Add) -> None:
     lock.add_argument("--check", action="store_true", help="build, compare and write nothing; exit code 1 where something differs")
     lock.add_argument("--resolve", action="store_true", help="ask the package index for the wheels of the build environment anew")
     lock.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    diff = add(
+        "diff",
+        "what two artifact roots or wheels differ in: variants, sizes, registers, symbols, toolchain, selection",
+        "densemoe diff densemoe-0.1.0-py3-none-any.whl artifacts/built",
+        "densemoe.compile.diff:main",
+    )
+    diff.add_argument("first", help="artifact root, or .whl file")
+    diff.add_argument("second", help="artifact root, or .whl file")
+    diff.add_argument("--json", action="store_true", help="print JSON")
+
+    check = add(
+        "check",
+        "whether the artifacts are valid, run but not optimally, or are invalid on this machine, and what to do; loads no kernel",
+        "densemoe check --device-profile h200 --device-profile b200 --driver 12.8",
+        "densemoe.runtime.release_cli:check",
+    )
+    check.add_argument("--device-profile", action="append", default=[], metavar="NAME|FILE", help="judge for this device; may be repeated")
+    check.add_argument("--driver", help="with profiles: CUDA version of the driver, as in 12.8 (default: the profile's)")
+    check.add_argument("--strict", action="store_true", help="exit code 1 for 'runs but not optimal' too")
+    _artifacts(check)
+
+
+def check(args: argparse.Namespace) -> int:
+    """``densemoe check``; exit codes as ``densemoe.runtime.check`` says."""
+    from densemoe.runtime import check as checking
+
+    if args.driver and not args.device_profile:
+        raise ProblemError("--driver belongs to --device-profile: this machine's own driver is asked where none is given")
+    driver = checking.parse_version(args.driver) if args.driver else None
+    devices = [checking.profile(name, driver) for name in args.device_profile] or checking.here()
+    verdicts = [checking.check_device(device, args.artifacts) for device in devices]
+    if args.json:
+        print(json.dumps([each.to_json() for each in verdicts], indent=2, sort_keys=True))
+    else:
+        for each in verdicts:
+            served = f", set {each.arch}" if each.arch else ""
+            driver_text = checking.version_text(each.device.driver)
+            print(f"{each.device.where}: {each.device.name}, driver for CUDA {driver_text}{served}: {each.state.upper()}")
+            for finding in each.findings:
+                print(f"  [{finding.state}] {finding.reason}\n      do: {finding.remedy}")
+    states = {each.state for each in verdicts}
+    return int(checking.INVALID in states or (args.strict and checking.NOT_OPTIMAL in states))
