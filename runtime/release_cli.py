@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final
 
 from densemoe.runtime.errors import ProblemError
 
-__all__ = ["add_commands", "check"]
+if TYPE_CHECKING:
+    from densemoe.runtime.coverage import Cell
+
+__all__ = ["add_commands", "check", "coverage"]
 
 _BUILD: Final = "densemoe.compile.release_cli"
 
@@ -63,6 +67,19 @@ def add_commands(add: Add) -> None:
     check.add_argument("--strict", action="store_true", help="exit code 1 for 'runs but not optimal' too")
     _artifacts(check)
 
+    coverage = add(
+        "coverage",
+        "which of a model's shapes and buckets of M have a variant, measured or modelled, and which have none",
+        "densemoe coverage deepseek-v3 --tp 8",
+        "densemoe.runtime.release_cli:coverage",
+    )
+    coverage.add_argument("model", help="config.json of a Hugging Face model, a folder with one, or a known model's name")
+    coverage.add_argument("--tp", type=int, default=1, help="tensor parallelism: ranks that share each expert's I (default: 1)")
+    coverage.add_argument("--ep", type=int, default=1, help="expert parallelism: ranks that share the experts (default: 1)")
+    coverage.add_argument("--a-dtype", choices=("bf16", "nvfp4"), help="only these activations (default: both)")
+    coverage.add_argument("--m", type=int, action="append", help="only these numbers of tokens; may be repeated")
+    _artifacts(coverage)
+
 
 def check(args: argparse.Namespace) -> int:
     """``densemoe check``; exit codes as ``densemoe.runtime.check`` says."""
@@ -84,3 +101,54 @@ def check(args: argparse.Namespace) -> int:
                 print(f"  [{finding.state}] {finding.reason}\n      do: {finding.remedy}")
     states = {each.state for each in verdicts}
     return int(checking.INVALID in states or (args.strict and checking.NOT_OPTIMAL in states))
+
+
+def coverage(args: argparse.Namespace) -> int:
+    """``densemoe coverage``; exit codes as ``densemoe.runtime.coverage`` says."""
+    from densemoe.runtime import coverage as covering
+    from densemoe.runtime.model_config import read_config
+
+    for name, values in (("--tp", [args.tp]), ("--ep", [args.ep]), ("--m", args.m or [])):
+        if any(value < 1 for value in values):
+            raise ProblemError(f"{name} {min(values)}: use a positive integer")
+    layer = read_config(args.model)
+    if layer.refused:
+        if args.json:
+            print(json.dumps({"layer": vars(layer), "cells": []}, indent=2, sort_keys=True))
+        else:
+            print(f"{layer.model} ({layer.model_type}) cannot run on densemoe:")
+            for reason in layer.refused:
+                print(f"  {reason}")
+        return 1
+    cells = covering.cover(
+        layer,
+        args.artifacts,
+        tensor_parallel=args.tp,
+        expert_parallel=args.ep,
+        activations=[args.a_dtype] if args.a_dtype else ("bf16", "nvfp4"),
+        tokens=args.m or covering.TOKENS,
+    )
+    missing = [cell for cell in cells if cell.state == covering.NONE]
+    if args.json:
+        print(json.dumps({"layer": vars(layer), "cells": [vars(cell) for cell in cells]}, indent=2, sort_keys=True))
+        return int(bool(missing))
+    experts, intermediate = layer.shard(args.tp, args.ep)
+    shared = f", beside shared experts with I {layer.shared}" if layer.shared else ""
+    sizes = f"E {experts}, H {layer.hidden}, I {intermediate}, k {layer.top_k} of {layer.experts}"
+    print(f"{layer.model} ({layer.model_type}): on each rank {sizes}{shared}")
+    for name, state, text in _runs(cells):
+        print(f"  {name:24} {state:9} {text}")
+    counts = {state: sum(cell.state == state for cell in cells) for state in ("measured", "modelled", covering.NONE)}
+    print(f"{len(cells)} buckets: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+    return int(bool(missing))
+
+
+def _runs(cells: Sequence[Cell]) -> Iterator[tuple[str, str, str]]:
+    """Neighbouring buckets of one kernel with one outcome, as a row: name, state, M and variant or reason."""
+
+    def outcome(cell: Cell) -> tuple[str, str, str]:
+        return f"{cell.arch} {cell.activations} {cell.op}", cell.state, cell.key or cell.reason
+
+    for (kernel, state, text), group in itertools.groupby(cells, outcome):
+        m = [cell.m for cell in group]
+        yield kernel, state, f"{f'M = {m[0]}' if len(m) == 1 else f'M = {m[0]} to {m[-1]}'}  {text}"
