@@ -1,6 +1,7 @@
 """Artifact roots and the loader: which set serves a device, and kernels loaded once, checked, on first use.
 
-Roots, the first that is given wins: an explicit path, ``DENSEMOE_ARTIFACTS``, the installed package. A set whose architecture is exactly the
+Roots, the first that is given wins: an explicit path, ``DENSEMOE_ARTIFACTS``, the installed package and, for architectures that it lacks, add-on
+wheels (addons.py). A set whose architecture is exactly the
 device's is preferred to a family set. At load the file's size and sha256 are compared with the manifest's, once per process, and the driver's
 view of the kernel's parameters with the manifest's. Thread-safe. A forked child is told so instead of crashing.
 """
@@ -21,7 +22,7 @@ from densemoe.runtime.errors import AbiMismatch, ArchitectureMismatch, ArtifactC
 from densemoe.runtime.manifest import INDEX_NAME, LARGEST_CUBIN, LARGEST_MANIFEST, Index, Manifest, ManifestVariant
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.select import Choice, load_table, select
-from densemoe.runtime.variant import Variant, architecture
+from densemoe.runtime.variant import Architecture, Variant, architecture
 
 if TYPE_CHECKING:
     from densemoe.runtime.driver import Driver
@@ -57,14 +58,21 @@ def artifact_root(path: str | os.PathLike[str] | None = None) -> Path:
 
 
 class ArtifactSet:
-    """An artifact root, its manifests read on first use.
+    """An artifact root, its manifests read on first use; without a path, the installed one and what add-on wheels bring.
 
     Raises:
         ArtifactNotFound, ManifestError: the root has no index that can be read.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.root = artifact_root(path)
+        self._extensible = path is None and not os.environ.get("DENSEMOE_ARTIFACTS")
+        self._addons: tuple[ArtifactSet, ...] | None = None
+        try:
+            self.root = artifact_root(path)
+        except ArtifactNotFound:
+            if not self.addons:
+                raise
+            self.root = self.addons[0].root
         index = os.path.join(self.root, INDEX_NAME)
         self.index = Index.from_bytes(read_file(index, LARGEST_MANIFEST), index)
         self._prefix = os.path.join(self.root, "")
@@ -73,8 +81,25 @@ class ArtifactSet:
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        """Architectures of the root's sets."""
-        return tuple(sorted(self.index.sets))
+        """Architectures of the root's sets, and of add-ons'."""
+        return tuple(sorted({*self.index.sets, *(arch for each in self.addons for arch in each.index.sets)}))
+
+    @property
+    def addons(self) -> tuple[ArtifactSet, ...]:
+        """Roots of add-on wheels, looked for once, when they are first asked for; none where a root was given.
+
+        Raises:
+            ArtifactError: an add-on cannot be read, or two have different sets for one architecture.
+        """
+        if self._addons is None:
+            self._addons = _open_addons() if self._extensible else ()
+        return self._addons
+
+    def _owner(self, arch: str) -> ArtifactSet | None:
+        """The root that has the set of ``arch``: this one, else an add-on."""
+        if arch in self.index.sets:
+            return self
+        return next((each for each in self.addons if arch in each.index.sets), None)
 
     def manifest(self, arch: str) -> Manifest:
         """The manifest of one architecture.
@@ -89,6 +114,9 @@ class ArtifactSet:
                 return self._manifests[arch]
             entry = self.index.sets.get(arch)
             if entry is None:
+                owner = self._owner(arch)
+                if owner is not None:
+                    return owner.manifest(arch)
                 raise ArtifactNotFound(f"{self.root} has no set for {arch}: it has {', '.join(self.architectures) or 'none'}")
             path = f"{self._prefix}{entry.manifest}"
             data = read_file(path, LARGEST_MANIFEST)
@@ -105,7 +133,7 @@ class ArtifactSet:
         Raises:
             ArchitectureMismatch: no set does.
         """
-        fitting = [architecture(arch) for arch in self.architectures if capability in architecture(arch).capabilities]
+        fitting = _serving(self.index.sets, capability) or _serving(self.architectures, capability)
         if not fitting:
             raise ArchitectureMismatch(
                 f"the device has compute capability {capability[0]}.{capability[1]}; {self.root} has sets for {', '.join(self.architectures)}:"
@@ -121,7 +149,8 @@ class ArtifactSet:
             ArtifactNotFound: the file is missing.
             ArtifactCorrupt: its size or hash differs.
         """
-        path = f"{self._prefix}{entry.arch}{os.sep}{entry.file}"
+        owner = self._owner(entry.arch) or self
+        path = f"{owner._prefix}{entry.arch}{os.sep}{entry.file}"
         data = read_file(path, LARGEST_CUBIN, entry.size)
         if len(data) != entry.size:
             found = os.path.getsize(path)
@@ -129,6 +158,29 @@ class ArtifactSet:
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise ArtifactCorrupt(f"{path} is not the file that was built (its sha256 differs from the manifest's): build or install again")
         return data
+
+
+def _serving(names: Iterable[str], capability: tuple[int, int]) -> list[Architecture]:
+    return [architecture(name) for name in names if capability in architecture(name).capabilities]
+
+
+def _open_addons() -> tuple[ArtifactSet, ...]:
+    from densemoe.runtime.addons import GROUP, find
+
+    opened: list[ArtifactSet] = []
+    stated: dict[str, tuple[str, str]] = {}
+    for each in find():
+        if each.root is None:
+            raise ArtifactNotFound(f"add-on {each.name!r} ({GROUP}) brings no artifacts: {each.fault}; install it again, or uninstall it")
+        found = ArtifactSet(each.root)
+        for arch, entry in found.index.sets.items():
+            name, sha256 = stated.setdefault(arch, (each.name, entry.sha256))
+            if sha256 != entry.sha256:
+                raise ArtifactCorrupt(
+                    f"add-ons {name!r} and {each.name!r} have different sets for {arch}: uninstall one, or name a root with DENSEMOE_ARTIFACTS"
+                )
+        opened.append(found)
+    return tuple(opened)
 
 
 @dataclass(frozen=True)
