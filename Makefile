@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUILT := artifacts/built
+# OFF makes a wheel of cubins that artifacts/manifest.lock does not state: for trying, never for a release
+LOCKED ?= ON
 
 .PHONY: help quickstart test test-full lint typecheck wheel device-bundle clean
 
@@ -47,8 +49,8 @@ test-full: $(STAMP) $(VENV)/.torch lint typecheck
 	$(BIN)/python -m pytest --full
 
 wheel: $(STAMP)
-	$(BIN)/densemoe build --profile full
-	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist \
+	    -C cmake.define.DENSEMOE_ARTIFACTS=$(CURDIR)/$(BUILT) -C cmake.define.DENSEMOE_LOCKED=$(LOCKED)
 
 device-bundle: wheel
 	$(BIN)/python scripts/device_bundle.py

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -45,7 +46,7 @@ from densemoe.runtime.manifest import (
 from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.variant import Variant
 
-__all__ = ["BuildResult", "Failure", "build", "kernel_digest", "source_digest"]
+__all__ = ["BuildResult", "Failure", "build", "kernel_digest", "source_digest", "version"]
 
 _SOURCES: Final = Path(__file__).resolve().parent
 STAGING: Final = ".staging"
@@ -388,7 +389,15 @@ def _builder(entries: Mapping[str, ManifestVariant]) -> dict[str, Any]:
     except ArtifactError:
         locked = {}
     dirty = any(key not in locked or locked[key].sha256 != entry.sha256 for key, entry in entries.items())
-    return {"version": importlib.metadata.version("densemoe"), "dirty": dirty}
+    return {"version": version(), "dirty": dirty}
+
+
+@cache
+def version() -> str:
+    """Version of densemoe: of the source tree where this is one, which need not be installed, else of the installed package."""
+    project = _SOURCES.parent / "pyproject.toml"
+    stated = re.search(r'^version = "([^"]+)"$', project.read_text(), re.MULTILINE) if project.is_file() else None
+    return stated[1] if stated else importlib.metadata.version("densemoe")
 
 
 def _update_index(out: Path, arch: str, manifest: bytes, variants: int) -> None:
