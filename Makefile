@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 BUILT := artifacts/built
 # OFF makes a wheel of cubins that artifacts/manifest.lock does not state: for trying, never for a release
 LOCKED ?= ON
+# what `make wheel` puts in: a profile of build_matrix.yaml, and architectures separated by commas, all where empty
+PROFILE ?= full
+ARCHITECTURES ?=
 
 .PHONY: help quickstart test test-full lint typecheck wheel device-bundle clean
 
@@ -50,7 +53,8 @@ test-full: $(STAMP) $(VENV)/.torch lint typecheck
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist \
-	    -C cmake.define.DENSEMOE_ARTIFACTS=$(CURDIR)/$(BUILT) -C cmake.define.DENSEMOE_LOCKED=$(LOCKED)
+	    -C cmake.define.DENSEMOE_ARTIFACTS=$(CURDIR)/$(BUILT) -C cmake.define.DENSEMOE_LOCKED=$(LOCKED) \
+	    -C cmake.define.DENSEMOE_PROFILE=$(PROFILE) -C cmake.define.DENSEMOE_ARCHITECTURES=$(ARCHITECTURES)
 
 device-bundle: wheel
 	$(BIN)/python scripts/device_bundle.py

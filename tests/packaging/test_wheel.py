@@ -55,9 +55,16 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the cubins of ``wheel`` are built."""
+    return tmp_path_factory.mktemp("built")
+
+
+@pytest.fixture(scope="session")
+def wheel(tree: Path, built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dist")
-    done = build(tree, out, QUICK, "cmake.define.DENSEMOE_ARCHITECTURES=sm_90a", SOURCE_DATE_EPOCH="1700000000")
+    options = (QUICK, "cmake.define.DENSEMOE_ARCHITECTURES=sm_90a", f"cmake.define.DENSEMOE_ARTIFACTS={built}")
+    done = build(tree, out, *options, SOURCE_DATE_EPOCH="1700000000")
     assert not done.returncode, done.stdout + done.stderr
     (found,) = out.glob("*.whl")
     return found
@@ -90,10 +97,10 @@ def test_an_sdist_in_another_tree_builds_the_same_wheel(wheel: Path, tree: Path,
     assert digest(second) == digest(wheel)
 
 
-def test_building_again_compiles_nothing(tree: Path, wheel: Path, tmp_path: Path) -> None:
-    cubin = next((tree / "build" / "wheel" / "artifacts" / "sm_90a").glob("*.cubin"))
+def test_building_again_compiles_nothing(tree: Path, wheel: Path, built: Path, tmp_path: Path) -> None:
+    cubin = next((built / "sm_90a").glob("*.cubin"))
     before = cubin.stat().st_mtime_ns
-    done = build(tree, tmp_path, QUICK, "cmake.define.DENSEMOE_ARCHITECTURES=sm_90a", SOURCE_DATE_EPOCH="1700000000")
+    done = build(tree, tmp_path, QUICK, f"cmake.define.DENSEMOE_ARTIFACTS={built}", SOURCE_DATE_EPOCH="1700000000")
     assert not done.returncode, done.stdout + done.stderr
     assert cubin.stat().st_mtime_ns == before
     assert digest(next(tmp_path.glob("*.whl"))) == digest(wheel)
@@ -168,11 +175,13 @@ def test_licence_and_sbom_lie_in_the_metadata(wheel: Path) -> None:
         ("lock", QUICK, r"sha256 000000000000… is locked"),
     ],
 )
-def test_a_build_that_cannot_be_whole_fails(tree: Path, tmp_path: Path, wheel: Path, edit: str, option: str, said: str) -> None:
+def test_a_build_that_cannot_be_whole_fails(
+    tree: Path, tmp_path: Path, wheel: Path, built: Path, edit: str, option: str, said: str
+) -> None:
     """A wrong architecture, a budget that is passed and other bytes than the locked ones: no wheel, and the reason in the output."""
     copy = tmp_path / "tree"
-    shutil.copytree(tree, copy, ignore=shutil.ignore_patterns("build"))
-    shutil.copytree(tree / "build" / "wheel" / "artifacts", tmp_path / "artifacts")  # what is built already, so that nothing compiles
+    shutil.copytree(tree, copy)
+    shutil.copytree(built, tmp_path / "artifacts")  # what is built already, so that nothing compiles
     if edit == "budget":
         path = copy / "artifacts" / "size_budget.json"
         budget = json.loads(path.read_text())
