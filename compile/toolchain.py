@@ -68,8 +68,9 @@ def distributions() -> tuple[Distribution, ...]:
         name = each.metadata["Name"] or ""
         if name.lower().startswith("nvidia-cutlass-dsl"):
             record = each.read_text("RECORD") or ""
-            # rows of compiled bytecode and of the installer differ between machines; the rest is the wheel's content
-            rows = sorted(row for row in record.splitlines() if ".pyc" not in row and "dist-info/" not in row)
+            # rows of compiled bytecode, of the installer, and of scripts (whose first line names the environment) differ between machines; the
+            # rest is the wheel's content
+            rows = sorted(row for row in record.splitlines() if ".pyc" not in row and "dist-info/" not in row and not row.startswith("../"))
             found[name.lower()] = Distribution(name.lower(), each.version, hashlib.sha256("\n".join(rows).encode()).hexdigest())
     if not found:
         raise ToolchainError("nvidia-cutlass-dsl is not installed: install densemoe[build] to compile kernels")
