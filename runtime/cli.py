@@ -218,7 +218,7 @@ def _show(args: argparse.Namespace) -> int:
     entry = artifacts.manifest(variant.arch).variants.get(args.key)
     if entry is None:
         raise SelectionError(f"{args.key} is not in {artifacts.root}: `densemoe list` shows what is")
-    document = entry.to_json("")
+    document = {"key": entry.key, **entry.to_json("")}
     document["recipe"] = entry.recipe.to_json()
     if args.json:
         _print_json(document)

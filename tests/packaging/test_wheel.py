@@ -14,9 +14,9 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,54 +27,15 @@ from densemoe.runtime.loader import ArtifactSet
 from densemoe.runtime.lock import Lock
 
 ROOT = Path(__file__).resolve().parents[2]
-#: What a checkout holds, less what never decides a wheel.
-TREE = ("CMakeLists.txt", "LICENSE", "README.md", "artifacts", "build_matrix.yaml", "compile", "pyproject.toml", "runtime", "scripts", ".gitignore")
-
-
-def copy_tree(folder: Path) -> Path:
-    for name in TREE:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "built"))
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-def build(tree: Path, out: Path, *options: str, what: str = "--wheel", **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "build", what, "--no-isolation", "--outdir", str(out), *(part for each in options for part in ("-C", each))]
-    return subprocess.run(command, cwd=tree, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
-
-
 QUICK = "cmake.define.DENSEMOE_PROFILE=quick"
-
-
-@pytest.fixture(scope="session")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_tree(tmp_path_factory.mktemp("tree") / "one")
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the cubins of ``wheel`` are built."""
-    return tmp_path_factory.mktemp("built")
-
-
-@pytest.fixture(scope="session")
-def wheel(tree: Path, built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    options = (QUICK, "cmake.define.DENSEMOE_ARCHITECTURES=sm_90a", f"cmake.define.DENSEMOE_ARTIFACTS={built}")
-    done = build(tree, out, *options, SOURCE_DATE_EPOCH="1700000000")
-    assert not done.returncode, done.stdout + done.stderr
-    (found,) = out.glob("*.whl")
-    return found
+Build = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_an_sdist_in_another_tree_builds_the_same_wheel(wheel: Path, tree: Path, tmp_path: Path) -> None:
+def test_an_sdist_in_another_tree_builds_the_same_wheel(wheel: Path, tree: Path, tmp_path: Path, build: Build) -> None:
     """Another folder, other file times, another umask and job count; out of the sdist of the first tree."""
     done = build(tree, tmp_path, what="--sdist", SOURCE_DATE_EPOCH="1700000000")
     assert not done.returncode, done.stdout + done.stderr
@@ -97,7 +58,7 @@ def test_an_sdist_in_another_tree_builds_the_same_wheel(wheel: Path, tree: Path,
     assert digest(second) == digest(wheel)
 
 
-def test_building_again_compiles_nothing(tree: Path, wheel: Path, built: Path, tmp_path: Path) -> None:
+def test_building_again_compiles_nothing(tree: Path, wheel: Path, built: Path, tmp_path: Path, build: Build) -> None:
     cubin = next((built / "sm_90a").glob("*.cubin"))
     before = cubin.stat().st_mtime_ns
     done = build(tree, tmp_path, QUICK, f"cmake.define.DENSEMOE_ARTIFACTS={built}", SOURCE_DATE_EPOCH="1700000000")
@@ -176,7 +137,7 @@ def test_licence_and_sbom_lie_in_the_metadata(wheel: Path) -> None:
     ],
 )
 def test_a_build_that_cannot_be_whole_fails(
-    tree: Path, tmp_path: Path, wheel: Path, built: Path, edit: str, option: str, said: str
+    tree: Path, tmp_path: Path, wheel: Path, built: Path, build: Build, edit: str, option: str, said: str
 ) -> None:
     """A wrong architecture, a budget that is passed and other bytes than the locked ones: no wheel, and the reason in the output."""
     copy = tmp_path / "tree"
