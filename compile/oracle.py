@@ -3,8 +3,11 @@
 CuTe DSL compiles the ``@cute.jit`` host function too, and exports it as an object file. Linked with a shim that stands in for the CUDA runtime, its
 entry runs on any CPU; the shim receives what the host code would have launched: grid, block, cluster, dynamic shared memory, attributes and every
 parameter. What our packer computes from the recipe must be equal. The mask of compared bytes is derived from the cubin's parameter ABI (offset and
-size of each parameter) and is part of the report; nothing else is left out but a tensor map's second half, which the compiler's own encoder
-does not define.
+size of each parameter) and is part of the report; it covers every byte of every parameter.
+
+Tensor maps are encoded by the driver, which is not here: the shim's ``cuTensorMapEncodeTiled`` writes down what it is given (address, type,
+sizes, strides, box, element strides, interleave, swizzle, L2 promotion, fill) as the 128 bytes of the map, and our packer does the same with what
+the recipe says. So the comparison is of the arguments, in every kernel's parameters.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import ctypes
 import os
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +27,12 @@ from typing import Any, Final
 
 from densemoe.compile import kernels
 from densemoe.runtime.errors import AuditError, ToolchainError
-from densemoe.runtime.plan import PackedLaunch, pack
+from densemoe.runtime.plan import OPTIONAL_ROLES, PackedLaunch, pack
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.variant import Variant
 
-__all__ = ["Comparison", "Observed", "addresses", "compare", "differences", "observe", "pack", "shapes"]
+__all__ = ["Comparison", "Observed", "addresses", "compare", "differences", "observe", "pack", "recorded_tensor_map", "shapes"]
 
 LARGEST_PARAMETERS: Final = 64
 LARGEST_PARAMETER: Final = 128
@@ -68,7 +72,41 @@ int _cudaLibraryGetKernel(void **kernel, void *library, const char *name) { (voi
 int _cudaLibraryLoadData(void **library, const void *code, void *a, void *b, unsigned c, void *d, void *e, unsigned f) {
   (void)code; (void)a; (void)b; (void)c; (void)d; (void)e; (void)f; *library = &one; return 0; }
 int _cudaLibraryUnload(void *library) { (void)library; return 0; }
+/* the order and widths of recorded_tensor_map */
+int _cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *address, const uint64_t *sizes, const uint64_t *strides, const uint32_t *box,
+                            const uint32_t *element_strides, int interleave, int swizzle, int promotion, int fill) {
+  struct { uint64_t address, sizes[5], strides[4]; uint32_t box[5]; uint8_t element_strides[5], type, rank, interleave, swizzle, promotion, fill;
+           uint8_t rest[17]; } record;
+  memset(&record, 0, sizeof record);
+  if (rank > 5) return 1;
+  record.address = (uint64_t)address; record.type = (uint8_t)type; record.rank = (uint8_t)rank;
+  for (uint32_t i = 0; i < rank; i++) {
+    record.sizes[i] = sizes[i]; record.box[i] = box[i]; record.element_strides[i] = (uint8_t)element_strides[i];
+    if (i) record.strides[i - 1] = strides[i - 1]; }
+  record.interleave = (uint8_t)interleave; record.swizzle = (uint8_t)swizzle; record.promotion = (uint8_t)promotion; record.fill = (uint8_t)fill;
+  memcpy(map, &record, 128);
+  return 0; }
+void cuda_dialect_assert_success(int status) { (void)status; }
 """
+
+#: As the driver numbers them: CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion.
+_TYPES: Final = {"u8": 0, "u16": 1, "u32": 2, "f16": 6, "f32": 7, "bf16": 9}
+_SWIZZLES: Final = {"none": 0, "32B": 1, "64B": 2, "128B": 3}
+_PROMOTIONS: Final = {"none": 0, "64B": 1, "128B": 2, "256B": 3}
+_RECORD: Final = struct.Struct("<10Q5I11B17x")
+
+
+def recorded_tensor_map(
+    address: int, dtype: str, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzle: str, l2_promotion: str
+) -> bytes:
+    """128 bytes that hold the arguments of ``cuTensorMapEncodeTiled``, as the shim writes them: an encoder for ``pack``."""
+
+    def padded(values: tuple[int, ...], count: int) -> tuple[int, ...]:
+        return (*values, *(0,) * (count - len(values)))
+
+    rank = len(sizes)
+    numbers = (_TYPES[dtype], rank, 0, _SWIZZLES[swizzle], _PROMOTIONS[l2_promotion], 0)
+    return _RECORD.pack(address, *padded(sizes, 5), *padded(strides, 4), *padded(box, 5), *padded((1,) * rank, 5), *numbers)
 
 
 class _Seen(ctypes.Structure):
@@ -127,7 +165,7 @@ def observe(variant: Variant, kernel: str, options: str = "") -> Iterator[Any]:
     host, arguments = kernels.load(kernel).compile_arguments(variant)
     import cutlass.cute as cute
 
-    with tempfile.TemporaryDirectory(prefix="densemoe-oracle-") as name:
+    with tempfile.TemporaryDirectory(prefix="densemoe-oracle-") as name, _exportable(variant.arch):
         folder = Path(name)
         flags = f"--gpu-arch={variant.arch} --keep-cubin --keep-ptx --dump-dir={folder} {options}".rstrip()
         compiled = cute.compile(host, *arguments, options=flags)
@@ -145,6 +183,20 @@ def observe(variant: Variant, kernel: str, options: str = "") -> Iterator[Any]:
             return _run(loaded, entry, values, recipe, device_attribute)
 
         yield run
+
+
+@contextmanager
+def _exportable(arch: str) -> Iterator[None]:
+    """Tells the DSL that this machine is an ``arch``: it exports the host code of no other, though the host code is the same everywhere."""
+    from cutlass.cutlass_dsl import CuTeDSL
+
+    environment = CuTeDSL._get_dsl().envar
+    before = environment.arch
+    environment.arch = arch
+    try:
+        yield
+    finally:
+        environment.arch = before
 
 
 def _entry_name(header: str) -> str:
@@ -178,10 +230,10 @@ def shapes(variant: Variant) -> tuple[Problem, ...]:
     """Problems that exercise a variant's recipe: one token, a ragged middle, many tiles; both states of its run-time switches."""
 
     def make(m: int, experts: int, hidden: int, intermediate: int, switch: bool) -> Problem:
-        post, scalar = switch and variant.op == "fc1", switch and variant.op == "fc2"
-        return Problem(variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype, post, scalar)
+        post, scalar, listed = switch and variant.op == "fc1", switch and variant.op == "fc2", switch and variant.arch != "sm_90a"
+        return Problem(variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype, post, scalar, listed)
 
-    return (make(1, 1, 256, 256, False), make(37, 5, 320 if variant.arch == "sm_90a" else 512, 768, True), make(511, 128, 2048, 768, False))
+    return (make(1, 1, 256, 256, False), make(37, 5, 320, 768, True), make(511, 128, 2048, 768, False))
 
 
 def compare(variant: Variant, kernel: str, sm_count: int = 132, options: str = "") -> list[Comparison]:
@@ -194,13 +246,13 @@ def compare(variant: Variant, kernel: str, sm_count: int = 132, options: str = "
     recipe = module.recipe(variant)
     results = []
     with observe(variant, kernel, options) as run:
-        for problem in shapes(variant):
-            names = {**problem.names(), "sm_count": sm_count}
+        for position, problem in enumerate(shapes(variant)):
+            settings = {name: allowed[position % len(allowed)] for name, allowed in recipe.settings}
+            names = {**problem.names(), "sm_count": sm_count, **settings}
             where = addresses(recipe, problem)
             observed: Observed = run(module.oracle_arguments(variant, names, where), recipe, sm_count)
-            packed = pack(recipe, names, where)
-            mask = tuple((offset, min(size, 64)) for offset, size in packed.offsets)
-            results.append(Comparison(variant.key, problem, mask, differences(recipe, packed, observed)))
+            packed = pack(recipe, names, where, recorded_tensor_map)
+            results.append(Comparison(variant.key, problem, packed.offsets, differences(recipe, packed, observed)))
     return results
 
 
@@ -208,8 +260,8 @@ def addresses(recipe: Recipe, problem: Problem) -> Mapping[str, int]:
     """Distinct made-up addresses, with bits in every byte, for each role; 0 for an optional tensor that the problem lacks."""
     roles = sorted({each.value for each in recipe.parameters if each.kind in ("pointer", "tensor_map")})
     found = {role: 0x7F1122334400 + (index << 32) for index, role in enumerate(roles)}
-    if not problem.alpha_post and "alpha_post" in found:
-        found["alpha_post"] = 0
+    present = {"alpha_post": problem.alpha_post, "active_experts": problem.active_list}
+    found.update({role: 0 for role in OPTIONAL_ROLES if role in found and not present[role]})
     return found
 
 
@@ -226,8 +278,7 @@ def differences(recipe: Recipe, packed: PackedLaunch, observed: Observed) -> lis
         if ours != theirs:
             found.append(f"{name}: recipe {ours}, compiler {theirs}")
     for parameter, (offset, size), theirs_bytes in zip(recipe.parameters, packed.offsets, observed.parameters, strict=True):
-        compared = min(size, 64)  # of a tensor map the first 64 bytes are defined
-        ours_bytes = bytes(packed.parameters[offset : offset + compared])
-        if ours_bytes != theirs_bytes[:compared]:
-            found.append(f"parameter {parameter.name}: recipe {ours_bytes.hex()}, compiler {theirs_bytes[:compared].hex()}")
+        ours_bytes = bytes(packed.parameters[offset : offset + size])
+        if ours_bytes != theirs_bytes:
+            found.append(f"parameter {parameter.name}: recipe {ours_bytes.hex()}, compiler {theirs_bytes.hex()}")
     return found

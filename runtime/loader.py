@@ -284,17 +284,23 @@ class Loader:
             self.kernel(key, device)
 
     def plan(
-        self, problem: Problem, tensors: Mapping[str, Any], device: int, variant: str | None = None, workspace: Mapping[str, Any] | None = None
+        self,
+        problem: Problem,
+        tensors: Mapping[str, Any],
+        device: int,
+        variant: str | None = None,
+        workspace: Mapping[str, Any] | None = None,
+        settings: Mapping[str, int] | None = None,
     ) -> Plan:
         """A Plan for ``problem`` on ``device``, whose context is current on this thread.
 
         Args:
-            tensors, workspace: see Plan.
+            tensors, workspace, settings: see Plan.
             variant: a key to use instead of the selection's.
 
         Raises:
-            PlanError, ProblemError, SelectionError, ArtifactError, DriverError, AbiMismatch: nothing was launched.
+            PlanError, ProblemError, RecipeError, SelectionError, ArtifactError, DriverError, AbiMismatch: nothing was launched.
         """
         choice = self.select(problem, device, variant)
         loaded = self.kernel(choice.variant.key, device)
-        return Plan(self.driver, loaded.entry, loaded.handle, problem, tensors, device, workspace)
+        return Plan(self.driver, loaded.entry, loaded.handle, problem, tensors, device, workspace, settings)

@@ -18,8 +18,17 @@ _TYPES: Final = {
     "bf16": ("<u2", "<i2", "<V2", "|V2"),
     "f16": ("<f2",),
     "f32": ("<f4",),
+    "i32": ("<i4",),
 }
-_TORCH_NAMES: Final = {"u8": "uint8", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+_TORCH_NAMES: Final = {
+    "u8": "uint8",
+    "e4m3": "float8_e4m3fn",
+    "e5m2": "float8_e5m2",
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "f32": "float32",
+    "i32": "int32",
+}
 
 
 @dataclass(frozen=True)

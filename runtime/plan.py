@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from densemoe.runtime.errors import PlanError, ProblemError, RecipeError, SelectionError
 from densemoe.runtime.memory import DeviceTensor, check_tensor
-from densemoe.runtime.problem import Problem
+from densemoe.runtime.problem import GROUP, SCALE_ROWS, Problem
 from densemoe.runtime.recipe import Parameter, Recipe, evaluate
 from densemoe.runtime.rules import can_implement
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from densemoe.runtime.driver import Driver, LaunchConfig
     from densemoe.runtime.manifest import ManifestVariant
 
-__all__ = ["PackedLaunch", "Plan", "pack", "packed_weight_bytes"]
+__all__ = ["OPTIONAL_ROLES", "WEIGHT_LAYOUTS", "PackedLaunch", "Plan", "pack", "packed_weight_bytes", "weight_parts"]
 
 #: (address, dtype, sizes, strides, box, swizzle, l2_promotion) → the 128 bytes of a tensor map
 TensorMapEncoder = Callable[[int, str, tuple[int, ...], tuple[int, ...], tuple[int, ...], str, str], bytes]
@@ -33,6 +33,15 @@ LARGEST_GRID_YZ: Final = 65535
 WORKSPACE_ALIGNMENT: Final = 128
 WEIGHT_ALIGNMENT: Final = 128  # sources of bulk copies; whole 128-byte lines besides
 _SUPERBLOCK: Final = (64, 128, 4608)  # rows, K and bytes of sm90a-superblock/1
+WEIGHT_LAYOUTS: Final = ("sm90a-superblock/1", "sm100-interchange/1")
+#: Optional tensors: a kernel that points to one that the problem lacks is given a null pointer.
+OPTIONAL_ROLES: Final = ("alpha_post", "active_experts")
+
+
+def _interchange_bytes(problem: Problem) -> tuple[int, int]:
+    """Bytes of the codes and of the tiled scales of sm100-interchange/1 (contract sections 2 to 4)."""
+    rows = 2 * problem.experts * problem.intermediate if problem.op == "fc1" else problem.hidden
+    return rows * problem.k // 2, -(-rows // SCALE_ROWS) * SCALE_ROWS * (problem.k // GROUP)
 
 
 def packed_weight_bytes(layout: str, problem: Problem) -> int:
@@ -41,11 +50,26 @@ def packed_weight_bytes(layout: str, problem: Problem) -> int:
     Raises:
         RecipeError: the layout is not known to this version.
     """
-    if layout != "sm90a-superblock/1":
-        raise RecipeError(f"weight layout {layout!r} is not known: this densemoe knows sm90a-superblock/1; update densemoe or rebuild the artifacts")
+    if layout not in WEIGHT_LAYOUTS:
+        known = " and ".join(WEIGHT_LAYOUTS)
+        raise RecipeError(f"weight layout {layout!r} is not known: this densemoe knows {known}; update densemoe or rebuild the artifacts")
+    if layout == "sm100-interchange/1":
+        return sum(_interchange_bytes(problem))
     rows, k, size = _SUPERBLOCK
     weight_rows, depth = (2 * problem.intermediate, problem.hidden) if problem.op == "fc1" else (problem.hidden, problem.intermediate)
     return problem.experts * (weight_rows // rows) * -(-depth // k) * size
+
+
+def weight_parts(layout: str, problem: Problem) -> Mapping[str, int]:
+    """Roles that a kernel of ``layout`` may point to inside the packed weights, and where each begins, in bytes.
+
+    Raises:
+        RecipeError: the layout is not known to this version.
+    """
+    packed_weight_bytes(layout, problem)
+    if layout == "sm100-interchange/1":
+        return {"b": 0, "b.codes": 0, "b.scales": _interchange_bytes(problem)[0]}
+    return {"b": 0}
 
 
 @dataclass(frozen=True)
@@ -113,8 +137,10 @@ class Plan:
         tensors: device memory by role: those of ``Problem.tensors()`` and ``b``, the packed weights. ``alpha_post`` is given exactly where the
             problem has it. Anything with ``__cuda_array_interface__``, a torch tensor, or an address.
         workspace: device memory for the kernel's workspaces by role, zeroed by the caller where the recipe says so; allocated where absent.
+        settings: run-time tuning switches by name, those of the kernel's recipe; its defaults where absent.
 
     Raises:
+        RecipeError: a setting that the kernel lacks or a value that it does not have.
         SelectionError: the variant cannot run the problem.
         ProblemError: a tensor is missing, not asked for, or not what the contract says.
     """
@@ -128,6 +154,7 @@ class Plan:
         tensors: Mapping[str, Any],
         ordinal: int,
         workspace: Mapping[str, Any] | None = None,
+        settings: Mapping[str, int] | None = None,
     ) -> None:
         accepted, reason = can_implement(entry.variant, problem)
         if not accepted:
@@ -143,10 +170,15 @@ class Plan:
         if problem.m == 0:
             return
         recipe = entry.recipe
-        self._names = {**problem.names(), "sm_count": driver.sm_count(ordinal)}
+        unknown = sorted({*(settings or {})} - {name for name, _ in recipe.settings})
+        if unknown:
+            known = ", ".join(name for name, _ in recipe.settings) or "none"
+            raise RecipeError(f"settings {unknown} are not those of {entry.key}: it has {known}")
+        self._names = {**problem.names(), "sm_count": driver.sm_count(ordinal), **(settings or {})}
         try:
-            self._addresses = {role: tensor.pointer for role, tensor in self._tensors.items()}
-            self._addresses.setdefault("alpha_post", 0)
+            self._addresses = dict.fromkeys(OPTIONAL_ROLES, 0)
+            self._addresses.update({role: tensor.pointer for role, tensor in self._tensors.items()})
+            self._place_weights()
             self._addresses.update(self._workspaces(recipe, workspace or {}))
             self._packed = pack(recipe, self._names, self._addresses, driver.encode_tensor_map)
             self._prepared = driver.launch_config(
@@ -168,6 +200,11 @@ class Plan:
     def key(self) -> str:
         """Key of the variant that this Plan launches."""
         return self.entry.key
+
+    def _place_weights(self) -> None:
+        """Addresses of the parts of the packed weights."""
+        for role, offset in weight_parts(self.entry.layout, self.problem).items():
+            self._addresses[role] = self._tensors["b"].pointer + offset
 
     def _check(self, tensors: Mapping[str, Any]) -> dict[str, DeviceTensor]:
         specs = self.problem.tensors()
@@ -248,6 +285,7 @@ class Plan:
             if self.problem.m == 0:
                 return
             self._addresses[role] = checked[role].pointer
+            self._place_weights()
             packed = pack(self.entry.recipe, self._names, self._addresses, self._driver.encode_tensor_map)
             self._packed.parameters[:] = packed.parameters
 

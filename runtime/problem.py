@@ -28,7 +28,7 @@ class TensorSpec:
 
     Attributes:
         role: for example ``a.codes``; see ``Problem.tensors``.
-        dtype: ``u8``, ``bf16``, ``f16``, ``f32``, ``e4m3``, ``e5m2``.
+        dtype: ``u8``, ``bf16``, ``f16``, ``f32``, ``e4m3``, ``e5m2``, ``i32``.
         shape: in elements of ``dtype``, the last dimension contiguous.
         alignment: of the base address, in bytes.
         output: the kernel writes it.
@@ -69,6 +69,7 @@ class Problem:
         c_dtype: an output dtype that the contract allows for the op.
         alpha_post: FC1 multiplies by a per-token-per-expert scale after SwiGLU.
         scalar_alpha: FC2's alpha is one f32 scalar instead of ``[M, E]``.
+        active_list: only listed experts are computed (contract section 5): the tensor ``active_experts`` holds their count and ids.
 
     Raises:
         ProblemError: a value that the contract's section 8 refuses.
@@ -83,6 +84,7 @@ class Problem:
     c_dtype: str = "bf16"
     alpha_post: bool = False
     scalar_alpha: bool = False
+    active_list: bool = False
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -120,7 +122,8 @@ class Problem:
     def tensors(self) -> dict[str, TensorSpec]:
         """Every tensor of the problem but the packed weights (whose layout belongs to the architecture), by role.
 
-        Roles: ``a`` or ``a.codes`` + ``a.scales``; ``alpha``; ``alpha_post``; ``output_multiplier``; ``c`` or ``c.codes`` + ``c.scales``.
+        Roles: ``a`` or ``a.codes`` + ``a.scales``; ``alpha``; ``alpha_post``; ``active_experts`` (the
+        count, then as many expert ids, ascending); ``output_multiplier``; ``c`` or ``c.codes`` + ``c.scales``.
         """
         rows = _ceil_to(self.m, SCALE_ROWS)
         specs: list[TensorSpec] = []
@@ -135,6 +138,8 @@ class Problem:
                 specs.append(TensorSpec("alpha_post", "f32", (self.m, self.experts), 4))
         else:
             specs.append(TensorSpec("alpha", "f32", (1,) if self.scalar_alpha else (self.m, self.experts), 4))
+        if self.active_list:
+            specs.append(TensorSpec("active_experts", "i32", (1 + self.experts,), 4))
         if self.c_dtype == "nvfp4":
             specs.append(TensorSpec("output_multiplier", "f32", (1,), 4))
             specs.append(TensorSpec("c.codes", "u8", (self.m, self.n_out // 2), CODES_ALIGNMENT, output=True))
@@ -154,6 +159,7 @@ class Problem:
             "N_out": self.n_out,
             "has_alpha_post": int(self.alpha_post),
             "scalar_alpha": int(self.scalar_alpha),
+            "has_active_list": int(self.active_list),
             # strides of FC2's alpha in elements: 0 makes one scalar serve every token and expert
             "alpha_stride_m": 0 if self.op == "fc1" or self.scalar_alpha else self.experts,
             "alpha_stride_e": 0 if self.scalar_alpha else 1,

@@ -199,6 +199,7 @@ class Recipe:
         programmatic_launch: the kernel calls griddepcontrol and may be launched with programmatic stream serialisation.
         smem_carveout: percent of the L1 to prefer as shared memory (the driver attribute of that name); -1 leaves it to the
             driver, which may then give fewer CTAs an SM than the shared memory allows.
+        settings: (name, allowed values) of the kernel's run-time tuning switches, the default first; expressions use them as names.
     """
 
     parameters: tuple[Parameter, ...]
@@ -210,10 +211,18 @@ class Recipe:
     workspaces: tuple[Workspace, ...] = ()
     programmatic_launch: bool = False
     smem_carveout: int = -1
+    settings: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def bind(self, names: Mapping[str, int]) -> dict[str, int]:
-        """``names`` with the recipe's ``let`` names added."""
-        bound = dict(names)
+        """``names`` with the defaults of absent settings and the recipe's ``let`` names added.
+
+        Raises:
+            RecipeError: a setting has a value that is not allowed, or an expression is wrong.
+        """
+        bound = {**{name: allowed[0] for name, allowed in self.settings}, **names}
+        for name, allowed in self.settings:
+            if bound[name] not in allowed:
+                raise RecipeError(f"setting {name}={bound[name]}: use one of {', '.join(map(str, allowed))}")
         for name, expression in self.let:
             bound[name] = evaluate(expression, bound)
         return bound
@@ -249,6 +258,9 @@ class Recipe:
         sizes = (*self.block, *self.cluster, self.dynamic_smem, self.smem_carveout)
         if len(self.block) != 3 or len(self.cluster) != 3 or any(type(size) is not int for size in sizes):
             raise RecipeError("block and cluster are three integers each, dynamic_smem and smem_carveout one")
+        for name, allowed in self.settings:
+            if type(name) is not str or not allowed or any(type(value) is not int for value in allowed):
+                raise RecipeError(f"setting {name!r} with the values {allowed!r}: use a name and at least one integer")
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values, defaults left out."""
@@ -266,6 +278,8 @@ class Recipe:
             document["programmatic_launch"] = True
         if self.smem_carveout != -1:
             document["smem_carveout"] = self.smem_carveout
+        if self.settings:
+            document["settings"] = [[name, list(allowed)] for name, allowed in self.settings]
         return document
 
     @classmethod
@@ -286,6 +300,7 @@ class Recipe:
                 workspaces=tuple(Workspace(w["role"], w["nbytes"], w["zeroed"]) for w in document.get("workspaces", ())),
                 programmatic_launch=document.get("programmatic_launch", False),
                 smem_carveout=document.get("smem_carveout", -1),
+                settings=tuple((name, tuple(allowed)) for name, allowed in document.get("settings", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, RecipeError):

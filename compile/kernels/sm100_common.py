@@ -1,0 +1,642 @@
+"""What the tcgen05 kernels share: tile geometry, shared memory, tensor memory, loads, the block-scaled multiply.
+
+A CTA is warp-specialised and persistent. One warp issues TMA copies, one issues tcgen05.mma, the rest are epilogues:
+
+    global ──TMA──► ring of K 256 stages: A codes │ B codes │ A scales │ B scales        full[stage]: bytes arrived   empty[stage]: MMA has read
+                        │                              │ tcgen05.cp
+                        └────────► tcgen05.mma ◄───────┘ tensor memory: scale factors
+                                       │
+                          ring of accumulators in tensor memory      accumulator_full[i]: MMA done   accumulator_empty[i]: epilogue has read
+                                       │ tcgen05.ld
+                                   epilogue warps ──► global
+
+Activations are A, 128 rows (tokens) a CTA; weights are B. A tile of N = 256 is two MMAs of N = 128 into two accumulators, so that three
+accumulators of 128 columns make a ring and MMA and epilogue overlap at every tile width. Operands are bytes to TMA: no 4-bit type is needed.
+
+A tile of 256 tokens is a pair of CTAs (cta_group::2): each brings 128 rows of A, its half of the rows of B, the scales of its own A rows and all
+of B's scales; the even CTA expects the bytes of both, multiplies for both and tells both. In a cluster the CTAs of one row of tiles share A and
+those of one column share B: each loads its part and multicasts it. Tiles past the end of a tensor run the same loop on zeros that TMA fills in
+and store nothing, so that a cluster never waits for an absent CTA.
+
+Contract sections 2 (NVFP4 and scale order), 7 and 8. Emulated, never run on hardware.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint8, Uint32
+from cutlass.experimental import primitives as pr
+
+from densemoe.runtime.errors import VariantError
+from densemoe.runtime.variant import Variant
+
+ARCHITECTURES: Final = ("sm_100a", "sm_100f", "sm_103a")
+WEIGHT_LAYOUT: Final = "sm100-interchange/1"
+
+CTA_ROWS: Final = 128  # tokens a CTA
+K_TILE: Final = 256  # k of one stage: 128 bytes of codes, one row of the 128-byte swizzle
+K_STEPS: Final = 4  # MMAs of K 64 in a K tile
+CODE_ROW_BYTES: Final = K_TILE // 2
+SCALE_ATOM_BYTES: Final = 512  # scales of 128 rows x K 64 (contract section 2)
+SCALE_ATOM_WORDS: Final = SCALE_ATOM_BYTES // 2  # as TMA sees it: 16-bit elements, since a box has at most 256
+SCALE_ATOMS: Final = K_STEPS  # of 128 rows in a K tile
+SCALE_TILE_BYTES: Final = SCALE_ATOM_BYTES * SCALE_ATOMS
+WIDEST_MMA: Final = 128  # columns of one accumulator
+TMEM_COLUMNS: Final = 512
+SCALE_COLUMNS: Final = 16  # TMEM columns of the scales of 128 rows x K 256: 4 an atom
+LARGEST_SMEM: Final = 232_448
+BARRIER_BYTES: Final = 8
+TMEM_SPACE: Final = 6  # the address space of tensor-memory pointers
+LANES_SHIFT: Final = 16  # a tensor-memory address is lane << 16 | column
+EPILOGUE_WARPS: Final = 4  # a group: warp w reads lanes 32w … 32w + 31
+WARP: Final = 32
+WAIT_HINT: Final = 10_000_000  # nanoseconds that one try_wait may suspend
+
+#: Descriptor fields in units of 16 bytes. Operands are K-major under the 128-byte swizzle: 8 rows x 128 bytes are 1024 contiguous bytes.
+K_STEP_UNITS: Final = K_TILE // 2 // K_STEPS // 16
+SCALE_ATOM_UNITS: Final = SCALE_ATOM_BYTES // 16
+SCALE_TILE_UNITS: Final = SCALE_TILE_BYTES // 16
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compile-time parameters of one tcgen05 kernel; every size that follows from them.
+
+    Attributes:
+        tile_m: tokens of a tile: 128, or 256 for a pair of CTAs.
+        tile_n: weight rows of a tile.
+        cluster_m, cluster_n: CTAs of a cluster along the tile axes.
+        c_dtype: output dtype.
+        epilogue_groups: groups of four epilogue warps.
+    """
+
+    tile_m: int
+    tile_n: int
+    cluster_m: int
+    cluster_n: int
+    c_dtype: str
+    epilogue_groups: int
+
+    @property
+    def pair(self) -> int:
+        """CTAs that work on one tile."""
+        return self.tile_m // CTA_ROWS
+
+    @property
+    def pairs_m(self) -> int:
+        """Tiles of a cluster along M."""
+        return self.cluster_m // self.pair
+
+    @property
+    def cluster_size(self) -> int:
+        """CTAs of a cluster."""
+        return self.cluster_m * self.cluster_n
+
+    @property
+    def group(self) -> Any:
+        """The cta_group of every tcgen05 instruction."""
+        return pr.CTAGroup.CTA_2 if self.pair == 2 else pr.CTAGroup.CTA_1
+
+    @property
+    def columns(self) -> int:
+        """Columns of one accumulator."""
+        return min(self.tile_n, WIDEST_MMA)
+
+    @property
+    def halves(self) -> int:
+        """Accumulators of one tile."""
+        return self.tile_n // self.columns
+
+    @property
+    def b_rows(self) -> int:
+        """Rows of B that a CTA holds for one accumulator."""
+        return self.columns // self.pair
+
+    @property
+    def a_bytes(self) -> int:
+        """A's codes in a stage of one CTA."""
+        return CTA_ROWS * CODE_ROW_BYTES
+
+    @property
+    def b_half_bytes(self) -> int:
+        """B's codes of one accumulator in a stage of one CTA."""
+        return self.b_rows * CODE_ROW_BYTES
+
+    @property
+    def b_bytes(self) -> int:
+        """B's codes in a stage of one CTA."""
+        return self.halves * self.b_half_bytes
+
+    @property
+    def b_scale_bytes(self) -> int:
+        """B's scales in a stage of one CTA: those of all tile_n rows."""
+        return self.halves * SCALE_TILE_BYTES
+
+    @property
+    def stage_bytes(self) -> int:
+        """Everything that one stage of one CTA holds."""
+        return self.a_bytes + self.b_bytes + SCALE_TILE_BYTES + self.b_scale_bytes
+
+    @property
+    def weight_stage_bytes(self) -> int:
+        """Bytes of weights, codes and scales, in a stage of one CTA."""
+        return self.b_bytes + self.b_scale_bytes
+
+    @property
+    def accumulators(self) -> int:
+        """Accumulators in the ring: as many as tensor memory holds beside the scales, at most four."""
+        return min(4, (TMEM_COLUMNS - SCALE_COLUMNS * (1 + self.halves)) // self.columns)
+
+    @property
+    def stages(self) -> int:
+        """Stages of the ring: what fits beside the barriers."""
+        return (LARGEST_SMEM - self.fixed_bytes) // (self.stage_bytes + 2 * BARRIER_BYTES)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Shared memory that does not grow with the stages: barriers of accumulators, and 16 bytes for the epilogues and TMEM's address."""
+        return 2 * BARRIER_BYTES * self.accumulators + 16
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of one CTA."""
+        return self.stages * (self.stage_bytes + 2 * BARRIER_BYTES) + self.fixed_bytes
+
+    @property
+    def tmem_columns_used(self) -> int:
+        """Columns of tensor memory that hold something; all 512 are allocated."""
+        return self.accumulators * self.columns + SCALE_COLUMNS * (1 + self.halves)
+
+    @property
+    def epilogue_warps(self) -> int:
+        """Warps 0 … epilogue_warps - 1."""
+        return self.epilogue_groups * EPILOGUE_WARPS
+
+    @property
+    def mma_warp(self) -> int:
+        """The warp that issues tcgen05 instructions and owns the tensor memory."""
+        return self.epilogue_warps
+
+    @property
+    def tma_warp(self) -> int:
+        """The warp that issues copies."""
+        return self.epilogue_warps + 1
+
+    @property
+    def moves_registers(self) -> bool:
+        """Warps exchange registers: two epilogue groups need more than an equal share."""
+        return self.epilogue_groups > 1
+
+    @property
+    def warps(self) -> int:
+        """Warps of a CTA; whole groups of four where registers are exchanged, which is done by groups."""
+        return self.epilogue_warps + (4 if self.moves_registers else 2)
+
+    @property
+    def releases(self) -> int:
+        """Arrivals that empty a stage: every tile of the cluster that shares A or B with this one, itself included."""
+        return self.cluster_n + self.pairs_m - 1
+
+
+def check_tile(variant: Variant, tiles_n: tuple[int, ...]) -> None:
+    """Raises VariantError where the tcgen05 kernels have no such tile or option.
+
+    Args:
+        tiles_n: the op's tile widths.
+    """
+    if variant.tile_m not in (CTA_ROWS, 2 * CTA_ROWS) or variant.tile_n not in tiles_n:
+        allowed = ", ".join(f"{m}x{n}" for m in (CTA_ROWS, 2 * CTA_ROWS) for n in tiles_n)
+        raise VariantError(f"tile {variant.tile_m}x{variant.tile_n} of {variant.key}: the tcgen05 {variant.op} kernel has {allowed}")
+    if variant.options:
+        raise VariantError(f"options {[name for name, _ in variant.options]} of {variant.key}: this kernel has none")
+
+
+# ---- plain PTX where the primitives have no exact counterpart; outputs are write-only, which is the form that compiles right
+
+
+def load_f32_if(address: Any, valid: Any) -> Any:
+    """One float32 of global memory where ``valid`` is not 0, else 0."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; mov.b32 {$w0}, 0; @p ld.global.f32 {$w0}, [{$r0}]; }",
+        write_only_types=[Float32],
+        read_only_args=[address, valid],
+    )
+
+
+def load_i32_or(address: Any, valid: Any, otherwise: Any) -> Any:
+    """One 32-bit word of global memory where ``valid`` is not 0, else ``otherwise``."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; mov.b32 {$w0}, {$r2}; @p ld.global.b32 {$w0}, [{$r0}]; }",
+        write_only_types=[Int32],
+        read_only_args=[address, valid, otherwise],
+    )
+
+
+def select(condition: Any, if_true: Any, if_false: Any) -> Any:
+    """``if_true`` where ``condition`` is not 0, else ``if_false``, both 32-bit."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.b32 p, {$r0}, 0; selp.b32 {$w0}, {$r1}, {$r2}, p; }",
+        write_only_types=[type(if_true)],
+        read_only_args=[condition, if_true, if_false],
+    )
+
+
+def store_if(width: str, address: Any, valid: Any, words: list[Any]) -> None:
+    """Stores ``words`` to global memory as one access of type ``width`` (``v8.b32``, ``b32`` …) where ``valid`` is not 0."""
+    operands = ", ".join("{$r%d}" % (index + 2) for index in range(len(words)))
+    value = "{%s}" % operands if len(words) > 1 else operands
+    pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; @p st.global." + width + " [{$r0}], " + value + "; }",
+        read_only_args=[address, valid, *words],
+    )
+
+
+# ---- who a CTA is
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a CTA stands in its cluster; ranks count from 0.
+
+    Attributes:
+        m_rank, n_rank: along M in CTAs, along N in tiles.
+        pair_rank: in its pair; the even CTA leads.
+        leader: cluster rank of its pair's leader.
+        m_pair: its pair along M.
+    """
+
+    m_rank: Any
+    n_rank: Any
+    pair_rank: Any
+    leader: Any
+    m_pair: Any
+
+
+def place_of(config: Config) -> Place:
+    """This CTA's place. Ranks run along M first, so that a pair is two neighbours, as cta_group::2 has it."""
+    if config.cluster_size == 1:
+        zero = Int32(0)
+        return Place(zero, zero, zero, zero, zero)
+    rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+    m_rank, n_rank = rank % config.cluster_m, rank // config.cluster_m
+    pair_rank = m_rank % config.pair
+    return Place(m_rank, n_rank, pair_rank, rank - pair_rank, m_rank // config.pair)
+
+
+def _every(count: int, step: int, bits: int = 1) -> int:
+    """``count`` copies of ``bits``, ``step`` bits apart."""
+    return sum(bits << (step * index) for index in range(count))
+
+
+def a_mask(config: Config, place: Place) -> Any:
+    """CTAs that share this CTA's rows of A: its row of the cluster."""
+    mask = _every(config.cluster_n, config.cluster_m)
+    return mask if config.cluster_m == 1 else Int32(mask) << place.m_rank
+
+
+def b_mask(config: Config, place: Place) -> Any:
+    """CTAs that share this CTA's rows of B: those of equal pair rank in its column of the cluster."""
+    return Int32(_every(config.pairs_m, config.pair)) << (place.n_rank * config.cluster_m + place.pair_rank)
+
+
+def release_mask(config: Config, place: Place) -> Any:
+    """CTAs that copy into this pair's stages: all of its row and column of the cluster."""
+    whole = (1 << config.pair) - 1
+    row = _every(config.cluster_n, config.cluster_m, whole)
+    column = _every(config.pairs_m, config.pair, whole)
+    if config.pairs_m == 1:
+        return row  # one pair along M: the row is the cluster
+    return (Int32(row) << (place.m_pair * config.pair)) | (Int32(column) << (place.n_rank * config.cluster_m))
+
+
+# ---- shared and tensor memory
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A CTA's shared memory.
+
+    Attributes:
+        a, b, a_scales, b_scales: the ring's operands, each ``[stages][bytes]``.
+        full, empty: mbarriers of the stages.
+        accumulator_full, accumulator_empty: mbarriers of the accumulators.
+        tmem: where tcgen05.alloc writes the base address.
+        words: three words for the epilogues.
+    """
+
+    a: Any
+    b: Any
+    a_scales: Any
+    b_scales: Any
+    full: Any
+    empty: Any
+    accumulator_full: Any
+    accumulator_empty: Any
+    tmem: Any
+    words: Any
+
+
+def shared_memory(config: Config) -> Shared:
+    """Allocates shared memory; operands first, each a multiple of the swizzle's 1024 bytes."""
+    space = cutlass.AddressSpace.smem
+
+    def operand(stage_bytes: int) -> Any:
+        return cutlass.Array(Uint8, stage_bytes * config.stages, space=space, alignment=1024)
+
+    def barriers(count: int) -> Any:
+        return cutlass.Array(Int64, count, space=space, alignment=BARRIER_BYTES)
+
+    return Shared(
+        operand(config.a_bytes),
+        operand(config.b_bytes),
+        operand(SCALE_TILE_BYTES),
+        operand(config.b_scale_bytes),
+        barriers(config.stages),
+        barriers(config.stages),
+        barriers(config.accumulators),
+        barriers(config.accumulators),
+        cutlass.Array(Int32, 1, space=space, alignment=4),
+        cutlass.Array(Int32, 3, space=space, alignment=4),
+    )
+
+
+def initialise_barriers(config: Config, shared: Shared) -> None:
+    """One thread: gives every mbarrier its count of arrivals."""
+    for stage in range(config.stages):
+        pr.mbarrier_init(shared.full.subview(stage), 1)
+        pr.mbarrier_init(shared.empty.subview(stage), config.releases)
+    for index in range(config.accumulators):
+        pr.mbarrier_init(shared.accumulator_full.subview(index), 1)
+        pr.mbarrier_init(shared.accumulator_empty.subview(index), EPILOGUE_WARPS * config.pair)
+
+
+def synchronise(config: Config) -> None:
+    """All threads of the cluster, or of the CTA where it is alone."""
+    if config.cluster_size > 1:
+        pr.barrier_cluster_arrive()
+        pr.barrier_cluster_wait()
+    else:
+        pr.barrier_cta_sync(0)
+
+
+@cute.jit
+def set_up(config: cutlass.Constexpr, shared: cutlass.Constexpr, warp):
+    """Barriers and tensor memory; returns after the whole cluster has them. Gives the base address of tensor memory."""
+    if warp == 0:
+        if pr.elect_sync():
+            initialise_barriers(config, shared)
+        pr.fence_mbarrier_init()
+    if cutlass.const_expr(config.cluster_size > 1):
+        synchronise(config)  # both CTAs of a pair run before either allocates for both
+    if warp == config.mma_warp:
+        pr.tcgen05_alloc(shared.tmem, TMEM_COLUMNS, group=config.group)
+        pr.tcgen05_relinquish_alloc_permit(group=config.group)
+    pr.tcgen05_fence(pr.Tcgen05Fence.BEFORE_THREAD_SYNC)
+    synchronise(config)
+    pr.tcgen05_fence(pr.Tcgen05Fence.AFTER_THREAD_SYNC)
+    return shared.tmem.load()
+
+
+@cute.jit
+def tear_down(config: cutlass.Constexpr, warp, tmem):
+    """Frees tensor memory after every warp of the cluster is done with it and with its neighbours' shared memory."""
+    synchronise(config)
+    if warp == config.mma_warp:
+        pr.tcgen05_dealloc(cutlass.inttoptr(tmem, TMEM_SPACE, Int32), TMEM_COLUMNS, group=config.group)
+
+
+@cute.jit
+def wait(barrier, phase):
+    """Until ``barrier`` has left the phase of this parity."""
+    while not pr.mbarrier_try_wait_parity(barrier, phase, time_limit=WAIT_HINT):
+        pass
+
+
+def stage_of(config: Config, count: Any) -> tuple[Any, Any]:
+    """Stage and parity of the ring's ``count``-th use."""
+    return count % Uint32(config.stages), (count // Uint32(config.stages)) & Uint32(1)
+
+
+def accumulator_of(config: Config, count: Any) -> tuple[Any, Any]:
+    """Accumulator and parity of its ring's ``count``-th use."""
+    return count % Uint32(config.accumulators), (count // Uint32(config.accumulators)) & Uint32(1)
+
+
+# ---- the TMA warp
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Tensor maps of the operands."""
+
+    a: Any
+    b: Any
+    a_scales: Any
+    b_scales: Any
+
+
+def _copy(config: Config, destination: Any, tensor_map: Any, coordinates: tuple[Any, ...], barrier: Any, mask: Any) -> None:
+    """One TMA copy, multicast to the CTAs of ``mask`` where it is given."""
+    options = {}
+    if config.pair == 2:
+        options["group"] = config.group
+    if mask is not None:
+        options["multicast_mask"] = mask
+    pr.cp_async_bulk_tensor_shared_cluster_global(destination, tensor_map.get_ptr(), coordinates, barrier, [], **options)
+
+
+def load_weights(config: Config, place: Place, shared: Shared, maps: Maps, stage: Any, k_tile: Any, n_tile: Any) -> None:
+    """One thread: this CTA's part of B's codes and scales of one K tile."""
+    barrier = shared.full.subview(stage)
+    mask = b_mask(config, place) if config.pairs_m > 1 else None
+    rows = config.b_rows // config.pairs_m
+    atoms = SCALE_ATOMS // config.pairs_m
+    for half in range(config.halves):
+        codes = stage * config.b_bytes + half * config.b_half_bytes + place.m_pair * (rows * CODE_ROW_BYTES)
+        row = n_tile * config.tile_n + half * config.columns + place.pair_rank * config.b_rows + place.m_pair * rows
+        _copy(config, shared.b.subview(codes), maps.b, (k_tile * CODE_ROW_BYTES, row), barrier, mask)
+        scales = stage * config.b_scale_bytes + half * SCALE_TILE_BYTES + place.m_pair * (atoms * SCALE_ATOM_BYTES)
+        at = (0, k_tile * SCALE_ATOMS + place.m_pair * atoms, scale_tile(config, n_tile, half))
+        _copy(config, shared.b_scales.subview(scales), maps.b_scales, at, barrier, mask)
+
+
+def scale_tile(config: Config, n_tile: Any, half: int) -> Any:
+    """Which 128 rows of B's scales an accumulator needs; two tiles of 64 columns share one."""
+    return n_tile // (WIDEST_MMA // config.columns) if config.columns < WIDEST_MMA else n_tile * config.halves + half
+
+
+def load_activations(config: Config, place: Place, shared: Shared, maps: Maps, stage: Any, k_tile: Any, row_tile: Any) -> None:
+    """One thread: this CTA's part of A's codes and scales of one K tile of 128 rows."""
+    barrier = shared.full.subview(stage)
+    mask = a_mask(config, place) if config.cluster_n > 1 else None
+    rows = CTA_ROWS // config.cluster_n
+    atoms = SCALE_ATOMS // config.cluster_n
+    codes = stage * config.a_bytes + place.n_rank * (rows * CODE_ROW_BYTES)
+    _copy(config, shared.a.subview(codes), maps.a, (k_tile * CODE_ROW_BYTES, row_tile * CTA_ROWS + place.n_rank * rows), barrier, mask)
+    scales = stage * SCALE_TILE_BYTES + place.n_rank * (atoms * SCALE_ATOM_BYTES)
+    at = (0, k_tile * SCALE_ATOMS + place.n_rank * atoms, row_tile)
+    _copy(config, shared.a_scales.subview(scales), maps.a_scales, at, barrier, mask)
+
+
+def prefetch_weights(config: Config, place: Place, maps: Maps, k_tile: Any, n_tile: Any) -> None:
+    """One thread: asks the L2 for this CTA's part of B's codes and scales of one K tile."""
+    rows = config.b_rows // config.pairs_m
+    atoms = SCALE_ATOMS // config.pairs_m
+    for half in range(config.halves):
+        row = n_tile * config.tile_n + half * config.columns + place.pair_rank * config.b_rows + place.m_pair * rows
+        pr.cp_async_bulk_tensor_prefetch(maps.b.get_ptr(), (k_tile * CODE_ROW_BYTES, row), [])
+        at = (0, k_tile * SCALE_ATOMS + place.m_pair * atoms, scale_tile(config, n_tile, half))
+        pr.cp_async_bulk_tensor_prefetch(maps.b_scales.get_ptr(), at, [])
+
+
+@cute.jit
+def expect_stage(config: cutlass.Constexpr, shared: cutlass.Constexpr, stage, pair_rank):
+    """One thread: announces the bytes of a stage, on the leader those of both CTAs."""
+    barrier = shared.full.subview(stage)
+    if cutlass.const_expr(config.pair == 2):
+        if pair_rank == 0:
+            pr.mbarrier_arrive_expect_tx(barrier, config.stage_bytes * config.pair)
+    else:
+        pr.mbarrier_arrive_expect_tx(barrier, config.stage_bytes)
+
+
+@cute.jit
+def drain(config: cutlass.Constexpr, shared: cutlass.Constexpr, used):
+    """The TMA warp, last: until every release is in, so that none arrives at a CTA that has ended.
+
+    Args:
+        used: how often the ring was used.
+    """
+    for ahead in cutlass.range_constexpr(config.stages):
+        stage, phase = stage_of(config, used + Uint32(ahead))
+        wait(shared.empty.subview(stage), phase ^ Uint32(1))
+
+
+# ---- the MMA warp
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """Shared-memory descriptors of the ring's first stage, and the instruction descriptor."""
+
+    a: Any
+    b: Any
+    a_scales: Any
+    b_scales: Any
+    instruction: Any
+
+
+def descriptors(config: Config, shared: Shared) -> Descriptors:
+    """Descriptors of K-major operands under the 128-byte swizzle, and of scale atoms: 8 rows of 16 bytes are 128 contiguous bytes."""
+
+    def codes(array: Any) -> Any:
+        return pr.Tcgen05SmemDesc.build(array, leading_byte_offset=16, stride_byte_offset=1024, layout=2)
+
+    def scales(array: Any) -> Any:
+        return pr.Tcgen05SmemDesc.build(array, leading_byte_offset=16, stride_byte_offset=128, layout=0)
+
+    instruction = pr.Tcgen05MxOmmaInstrDesc.build(
+        a_dtype=cutlass.Float4E2M1FN,
+        b_dtype=cutlass.Float4E2M1FN,
+        scale_format=0,  # UE4M3; the builder's default is E8M0
+        n_dim=config.columns,
+        m_dim=config.tile_m,
+    )
+    return Descriptors(codes(shared.a), codes(shared.b), scales(shared.a_scales), scales(shared.b_scales), instruction)
+
+
+def accumulator_address(config: Config, tmem: Any, index: Any) -> Any:
+    """First column of accumulator ``index``."""
+    return tmem + Int32(index) * config.columns
+
+
+def multiply(
+    config: Config, tmem: Any, described: Descriptors, stage: Any, first: list[Any], accumulates: Any, n_tile: Any
+) -> None:
+    """One thread: the products of one stage, K 256, into the accumulators of a tile.
+
+    Args:
+        first: column addresses of the tile's accumulators.
+        accumulates: false where the stage begins an accumulation.
+        n_tile: decides which half of a scale atom a tile of 64 columns reads.
+    """
+    shape, multicast = pr.S2TCopyMode.S2T_32x128b_WARPX4
+    a_columns = tmem + config.accumulators * config.columns
+    b_columns = a_columns + SCALE_COLUMNS
+
+    def pointer(column: Any, dtype: Any = Int32) -> Any:
+        return cutlass.inttoptr(column, TMEM_SPACE, dtype)
+
+    stage = Int32(stage)
+    for step in range(K_STEPS):
+        source = described.a_scales + stage * SCALE_TILE_UNITS + step * SCALE_ATOM_UNITS
+        pr.tcgen05_cp(shape, pointer(a_columns + 4 * step), source, group=config.group, multicast=multicast)
+        for half in range(config.halves):
+            source = described.b_scales + stage * (config.b_scale_bytes // 16) + half * SCALE_TILE_UNITS + step * SCALE_ATOM_UNITS
+            target = b_columns + half * SCALE_COLUMNS + 4 * step
+            pr.tcgen05_cp(shape, pointer(target), source, group=config.group, multicast=multicast)
+    # a scale column holds 32 rows: an odd tile of 64 columns starts two columns further
+    b_first = b_columns + (n_tile % 2) * 2 if config.columns < WIDEST_MMA else b_columns
+    for half in range(config.halves):
+        for step in range(K_STEPS):
+            pr.tcgen05_mma_block_scale(
+                pr.MMABlockScaleKind.MXF4NVF4,
+                config.group,
+                pointer(first[half], Float32),
+                described.a + stage * (config.a_bytes // 16) + step * K_STEP_UNITS,
+                described.b + stage * (config.b_bytes // 16) + half * (config.b_half_bytes // 16) + step * K_STEP_UNITS,
+                described.instruction,
+                enable_input_d=True if step else accumulates,
+                scale_a=pointer(a_columns + 4 * step),
+                scale_b=pointer(b_first + half * SCALE_COLUMNS + 4 * step),
+                scale_vec_size=pr.Tcgen05MMABlockScale.BLOCK16,
+            )
+
+
+def release_stage(config: Config, place: Place, shared: Shared, stage: Any) -> None:
+    """One thread: tells every CTA that copies into this stage when the MMAs so far have read it."""
+    barrier = shared.empty.subview(stage)
+    if config.cluster_size > 1:
+        pr.tcgen05_commit(barrier, multicast_mask=release_mask(config, place), group=config.group)
+    else:
+        pr.tcgen05_commit(barrier, group=config.group)
+
+
+def publish_accumulator(config: Config, place: Place, shared: Shared, index: Any) -> None:
+    """One thread: tells the epilogues of the pair when the MMAs so far are done."""
+    barrier = shared.accumulator_full.subview(index)
+    if config.pair == 2:
+        mask = 3 if config.cluster_size == 2 else Int32(3) << place.leader
+        pr.tcgen05_commit(barrier, multicast_mask=mask, group=config.group)
+    else:
+        pr.tcgen05_commit(barrier, group=config.group)
+
+
+# ---- the epilogue warps
+
+
+def load_columns(address: Any, count: int) -> list[Any]:
+    """``count`` consecutive columns of this thread's lane of tensor memory; valid after ``loaded``."""
+    values = pr.tcgen05_ld(pr.Tcgen05LdStShape.SHAPE_32X32B, cutlass.inttoptr(address, TMEM_SPACE, Float32), num=count)
+    return [values[index] for index in range(count)]
+
+
+def loaded() -> None:
+    """Until this warp's loads from tensor memory have arrived."""
+    pr.tcgen05_wait(kind=pr.Tcgen05Wait.LOAD)
+
+
+@cute.jit
+def release_accumulator(config: cutlass.Constexpr, shared: cutlass.Constexpr, index, leader):
+    """One epilogue warp: has read an accumulator."""
+    pr.tcgen05_fence(pr.Tcgen05Fence.BEFORE_THREAD_SYNC)
+    if pr.elect_sync():
+        barrier = shared.accumulator_empty.subview(index)
+        if cutlass.const_expr(config.pair == 2):
+            pr.mbarrier_arrive(pr.mapa(barrier, leader), scope=pr.MemScope.CLUSTER)
+        else:
+            pr.mbarrier_arrive(barrier)
