@@ -1,4 +1,7 @@
-"""Device memory of any owner: raw pointers, ``__cuda_array_interface__``, DLPack's owners that offer it, checked against a TensorSpec."""
+"""Device memory of any owner: raw pointers, torch tensors, ``__cuda_array_interface__``, DLPack; checked against a TensorSpec.
+
+Nobody is synchronised with: work on a tensor is ordered by the stream that the caller launches on, whoever owns the memory.
+"""
 
 from __future__ import annotations
 
@@ -59,18 +62,25 @@ def _from_torch(role: str, value: Any, spec: TensorSpec | None) -> DeviceTensor:
     return DeviceTensor(value.data_ptr(), value.numel() * value.element_size(), value)
 
 
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> bool:
+    """Row-major without gaps; the stride of a dimension of one element says nothing, nor does any of an empty tensor."""
+    if 0 in shape:
+        return True
+    size = unit
+    for extent, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if extent != 1 and stride != size:
+            return False
+        size *= extent
+    return True
+
+
 def _from_interface(role: str, value: Any, spec: TensorSpec | None) -> DeviceTensor:
     interface = value.__cuda_array_interface__
     shape, typestr = tuple(interface["shape"]), interface["typestr"]
     itemsize = int(typestr[2:])
     strides = interface.get("strides")
-    if strides is not None:
-        expected, size = [], itemsize
-        for extent in reversed(shape):
-            expected.append(size)
-            size *= extent
-        if tuple(strides) != tuple(reversed(expected)):
-            raise ProblemError(f"{role}: strides {tuple(strides)} of shape {shape}: give a contiguous array")
+    if strides is not None and not _is_contiguous(shape, tuple(strides), itemsize):
+        raise ProblemError(f"{role}: strides {tuple(strides)} of shape {shape}: give a contiguous array")
     if spec is not None and typestr not in _TYPES[spec.dtype]:
         raise ProblemError(f"{role}: typestr {typestr!r}: use {' or '.join(_TYPES[spec.dtype])} for {spec.dtype}")
     if spec is not None and shape != spec.shape:
@@ -84,11 +94,39 @@ def _from_interface(role: str, value: Any, spec: TensorSpec | None) -> DeviceTen
     return DeviceTensor(int(pointer or 0), count * itemsize, value)
 
 
+def _from_dlpack(role: str, value: Any, spec: TensorSpec | None) -> DeviceTensor:
+    from densemoe.runtime import dlpack
+
+    dlpack.device_of(role, value)
+    lent = dlpack.borrow(role, value)
+    try:
+        code, bits, lanes = lent.format
+        if lent.device[0] not in dlpack.CUDA_DEVICES:
+            raise ProblemError(f"{role}: its capsule holds memory of DLPack device type {lent.device[0]}: give a tensor on the CUDA device")
+        if not _is_contiguous(lent.shape, lent.strides, 1):
+            raise ProblemError(f"{role}: strides {lent.strides} of shape {lent.shape}: give a contiguous tensor")
+        if spec is not None and ((code, bits) not in dlpack.FORMATS[spec.dtype] or lanes != 1):
+            allowed = " or ".join(map(str, dlpack.FORMATS[spec.dtype]))
+            given = f"DLPack type (code {code}, {bits} bits, {lanes} lanes)"
+            raise ProblemError(f"{role}: {given}: use (code, bits) {allowed}, one lane, for {spec.dtype}")
+        if spec is not None and lent.shape != spec.shape:
+            raise ProblemError(f"{role}: shape {lent.shape}: use {spec.shape}")
+        if lent.read_only and spec is not None and spec.output:
+            raise ProblemError(f"{role}: the tensor is read-only: give one that the kernel may write")
+    except ProblemError:
+        lent.release()
+        raise
+    count = 1
+    for extent in lent.shape:
+        count *= extent
+    return DeviceTensor(lent.pointer, count * bits * lanes // 8, lent)
+
+
 def check_tensor(role: str, value: Any, spec: TensorSpec | None, nbytes: int, alignment: int) -> DeviceTensor:
     """The memory behind ``value``.
 
     Args:
-        value: an address (int), a DeviceTensor, a torch tensor, or anything with ``__cuda_array_interface__``.
+        value: an address (int), a DeviceTensor, a torch tensor, or anything with ``__cuda_array_interface__`` or ``__dlpack__``.
         spec: dtype and shape that the contract asks for; None for opaque memory (packed weights, workspaces).
         nbytes: size that the kernel uses.
         alignment: in bytes.
@@ -97,7 +135,7 @@ def check_tensor(role: str, value: Any, spec: TensorSpec | None, nbytes: int, al
         ProblemError: dtype, shape, strides, size or alignment differ, or it is no device memory at all.
     """
     if isinstance(value, bool) or value is None:
-        raise ProblemError(f"{role}: {value!r}: give a device tensor, an address, or anything with __cuda_array_interface__")
+        raise ProblemError(f"{role}: {value!r}: give a device tensor, an address, or anything with __cuda_array_interface__ or __dlpack__")
     if isinstance(value, int):
         tensor = DeviceTensor(value)
     elif isinstance(value, DeviceTensor):
@@ -106,10 +144,12 @@ def check_tensor(role: str, value: Any, spec: TensorSpec | None, nbytes: int, al
         tensor = _from_torch(role, value, spec)
     elif hasattr(value, "__cuda_array_interface__"):
         tensor = _from_interface(role, value, spec)
+    elif hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
+        tensor = _from_dlpack(role, value, spec)
     else:
         raise ProblemError(
             f"{role}: {type(value).__name__} is no device memory that densemoe knows: give an address, a torch tensor,"
-            " or an object with __cuda_array_interface__"
+            " or an object with __cuda_array_interface__ or __dlpack__"
         )
     if tensor.nbytes is not None and tensor.nbytes < nbytes:
         raise ProblemError(f"{role}: {tensor.nbytes} bytes: the problem needs {nbytes}")
