@@ -19,7 +19,7 @@ from typing import Any, Final
 from densemoe.runtime.errors import ToolchainError
 from densemoe.runtime.lock import Lock, LockedWheel
 
-__all__ = ["MACHINES", "create", "interpreters", "requirements", "resolve"]
+__all__ = ["MACHINES", "create", "interpreters", "requirements", "resolve", "shared_interpreter"]
 
 #: Machines that the toolchain has wheels for.
 MACHINES: Final = ("x86_64", "aarch64")
@@ -41,6 +41,15 @@ def interpreters() -> dict[str, Path]:
             if name not in found and candidate and _version(candidate) == name:
                 found[name] = Path(candidate)
     return found
+
+
+def shared_interpreter(version: str) -> Path | None:
+    """An interpreter of ``version`` that every user may run, None where there is none: one in a home folder is its owner's alone."""
+    for folder in ("/usr/local/bin", "/usr/bin"):
+        candidate = Path(folder) / f"python{version}"
+        if candidate.exists() and _version(str(candidate)) == version:
+            return candidate
+    return None
 
 
 def _version(python: str) -> str:

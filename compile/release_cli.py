@@ -6,17 +6,19 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from densemoe.compile import build as building
-from densemoe.compile import environment, locking, matrix
+from densemoe.compile import environment, locking, matrix, reproduction
 from densemoe.compile.cli import DEFAULT_OUT
 from densemoe.runtime.canonical import write_atomically
-from densemoe.runtime.errors import ArtifactNotFound, BuildError
+from densemoe.runtime.errors import ArtifactNotFound, BuildError, ProblemError
 from densemoe.runtime.lock import Lock, LockedWheel, default_lock
+from densemoe.runtime.wheels import extract
 
-__all__ = ["lock", "report_differences"]
+__all__ = ["lock", "report_differences", "reproduce"]
 
 
 def _built(args: argparse.Namespace, plan: matrix.Matrix, out: Path) -> building.BuildResult:
@@ -70,3 +72,44 @@ def report_differences(differences: list[locking.Difference], as_json: bool) -> 
             print(each)
         print(f"{len(differences)} variants are not as locked" if differences else "every cubin is the locked one, byte for byte", file=sys.stderr)
     return 1 if differences else 0
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    """``densemoe reproduce``: 0 when every rebuild gave the expected bytes, 1 where one did not."""
+    if args.sample < 0:
+        raise ProblemError(f"--sample {args.sample}: use a positive number, or 0 for all")
+    pythons = environment.interpreters()
+    if args.python:
+        if unknown := [version for version in args.python if version not in pythons]:
+            raise ProblemError(f"--python {unknown[0]}: this machine has {', '.join(pythons)}")
+        pythons = {version: pythons[version] for version in args.python}
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="densemoe-wheel-") as folder:
+        lock = Lock.read()
+        if args.wheel or args.artifacts:
+            root = extract(Path(args.wheel), Path(folder)) if args.wheel else Path(args.artifacts)
+            expected = reproduction.reference(root, lock, args.wheel or args.artifacts)
+        else:
+            expected = reproduction.default_reference(lock)
+        keys = reproduction.sample(list(expected.sides), args.sample)
+        print(f"{len(keys)} of {len(expected.sides)} variants, expected as in {expected.source}", file=sys.stderr)
+
+        def note(text: str) -> None:
+            print(f"  {text}", file=sys.stderr, flush=True)
+
+        for outcome in reproduction.reproduce(expected, keys, fresh=not args.no_environment, pythons=pythons, note=note):
+            outcomes.append(outcome)
+            if not args.json:
+                _print_outcome(outcome)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(each) for each in outcomes], indent=2, sort_keys=True))
+    return 0 if outcomes and all(not each.different and not each.errors for each in outcomes) else 1
+
+
+def _print_outcome(outcome: reproduction.Outcome) -> None:
+    state = "DIFFERENT" if outcome.different else "FAILED" if outcome.errors else "equal"
+    print(f"{outcome.name}: {state}, {len(outcome.equal)} cubins byte for byte", flush=True)
+    for key, sections, cause in outcome.different:
+        print(f"  {key}: {', '.join(sections) or 'sha256'} differ\n    likely cause: {cause}")
+    for key, error in outcome.errors.items():
+        print(f"  {key or 'the whole rebuild'}: {error}")

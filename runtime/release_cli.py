@@ -46,6 +46,20 @@ def add_commands(add: Add) -> None:
     lock.add_argument("--resolve", action="store_true", help="ask the package index for the wheels of the build environment anew")
     lock.add_argument("--json", action="store_true", help="print the result as JSON")
 
+    reproduce = add(
+        "reproduce",
+        "build again from the lock: in a fresh environment, under another path, user, locale and driver, with other Pythons; compare bit for bit",
+        "densemoe reproduce --sample 4",
+        f"{_BUILD}:reproduce",
+    )
+    what = reproduce.add_mutually_exclusive_group()
+    what.add_argument("--wheel", help="compare with the cubins of this wheel (default: with the lock)")
+    what.add_argument("--artifacts", help="compare with the cubins of this artifact root")
+    reproduce.add_argument("--sample", type=int, default=0, help="only so many variants, spread evenly (default: 0, all)")
+    reproduce.add_argument("--python", action="append", metavar="VERSION", help="only these Python versions, as in 3.12; may be repeated")
+    reproduce.add_argument("--no-environment", action="store_true", help="compile with the interpreters as they are, not in fresh environments")
+    reproduce.add_argument("--json", action="store_true", help="print JSON")
+
     diff = add(
         "diff",
         "what two artifact roots or wheels differ in: variants, sizes, registers, symbols, toolchain, selection",
