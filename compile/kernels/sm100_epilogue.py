@@ -38,6 +38,22 @@ def fused2(a: Pair, b: Pair, c: Pair) -> Pair:
     return result[0], result[1]
 
 
+def add_scaled(sums: list[Any], scale: Any, values: list[Any]) -> list[Any]:
+    """sums + scale · values, each rounded once."""
+    result: list[Any] = []
+    for index in range(0, len(sums), 2):
+        result += fused2((scale, scale), (values[index], values[index + 1]), (sums[index], sums[index + 1]))
+    return result
+
+
+def add_lists(a: list[Any], b: list[Any]) -> list[Any]:
+    """a + b by element."""
+    result: list[Any] = []
+    for index in range(0, len(a), 2):
+        result += add2((a[index], a[index + 1]), (b[index], b[index + 1]))
+    return result
+
+
 def exp2_approximate(x: Any) -> Any:
     """ex2.approx.ftz.f32: allowed by contract section 3, step 3. What is flushed vanishes beside the 1 that is added."""
     return pr.inline_ptx_hl("ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])

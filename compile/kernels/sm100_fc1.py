@@ -28,6 +28,7 @@ from densemoe.compile.kernels import Expected
 from densemoe.compile.kernels import sm100_common as common
 from densemoe.compile.kernels import sm100_epilogue as epilogue
 from densemoe.compile.kernels import sm100_launch as launch
+from densemoe.compile.kernels import sm100_pipeline as pipeline
 from densemoe.compile.kernels.host import pointer
 from densemoe.runtime.recipe import Parameter, Recipe, pointer_or_null
 from densemoe.runtime.variant import Variant
@@ -66,7 +67,7 @@ def fc1_kernel(
     ctas, _, _ = cute.arch.grid_dim()
     place = common.place_of(config)
     shared = common.shared_memory(config)
-    maps = common.Maps(map_a, map_b, map_a_scales, map_b_scales)
+    maps = pipeline.Maps(map_a, map_b, map_a_scales, map_b_scales)
     tmem = common.set_up(config, shared, warp)
 
     first = bid // config.cluster_size
@@ -87,8 +88,8 @@ def fc1_kernel(
         n_tile = weight_tile(active_experts, listed, slot, count, tiles_per_expert, n_tiles)
         for step in cutlass.range(early, unroll=1):
             if pr.elect_sync():
-                common.expect_stage(config, shared, step, place.pair_rank)
-                common.load_weights(config, place, shared, maps, step, step, n_tile)
+                pipeline.expect_stage(config, shared, step, place.pair_rank)
+                pipeline.load_weights(config, place, shared, maps, step, step, n_tile)
         pr.griddepcontrol("wait")
         pr.griddepcontrol("launch_dependents")
         used = Uint32(0)
@@ -102,18 +103,18 @@ def fc1_kernel(
                     common.wait(shared.empty.subview(stage), phase ^ Uint32(1))
                 if pr.elect_sync():
                     if used >= Uint32(early):
-                        common.expect_stage(config, shared, stage, place.pair_rank)
-                        common.load_weights(config, place, shared, maps, stage, step, n_tile)
-                    common.load_activations(config, place, shared, maps, stage, step, row_tile)
+                        pipeline.expect_stage(config, shared, stage, place.pair_rank)
+                        pipeline.load_weights(config, place, shared, maps, stage, step, n_tile)
+                    pipeline.load_activations(config, place, shared, maps, stage, step, row_tile)
                     if (prefetch != 0) & (step + prefetch < k_tiles):
-                        common.prefetch_weights(config, place, maps, step + prefetch, n_tile)
+                        pipeline.prefetch_weights(config, place, maps, step + prefetch, n_tile)
                 used = used + Uint32(1)
-        common.drain(config, shared, used)
+        pipeline.drain(config, shared, used)
 
     if (warp == config.mma_warp) & (place.pair_rank == 0):
         count = common.load_i32_or(active_experts, listed, experts) * tiles_per_expert
         tiles = cluster_rows * ((count + (config.cluster_n - 1)) // config.cluster_n)
-        described = common.descriptors(config, shared)
+        described = pipeline.descriptors(config, shared)
         used = Uint32(0)
         turn = Uint32(0)
         for _tile in cutlass.range(first, tiles, stride, unroll=1):
@@ -122,17 +123,17 @@ def fc1_kernel(
                 index, phase = accumulators[half]
                 common.wait(shared.accumulator_empty.subview(index), phase ^ Uint32(1))
             pr.tcgen05_fence(pr.Tcgen05Fence.AFTER_THREAD_SYNC)
-            columns = [common.accumulator_address(config, tmem, index) for index, _ in accumulators]
+            columns = [pipeline.accumulator_address(config, tmem, index) for index, _ in accumulators]
             for step in cutlass.range(k_tiles, unroll=1):
                 stage, phase = common.stage_of(config, used)
                 common.wait(shared.full.subview(stage), phase)
                 if pr.elect_sync():
-                    common.multiply(config, tmem, described, stage, columns, step != 0, Int32(0))
-                    common.release_stage(config, place, shared, stage)
+                    pipeline.multiply(config, tmem, described, stage, columns, step != 0, Int32(0))
+                    pipeline.release_stage(config, place, shared, stage)
                 used = used + Uint32(1)
             if pr.elect_sync():
                 for half in cutlass.range_constexpr(config.halves):
-                    common.publish_accumulator(config, place, shared, accumulators[half][0])
+                    pipeline.publish_accumulator(config, place, shared, accumulators[half][0])
             turn = turn + Uint32(config.halves)
 
     if warp < config.epilogue_warps:
@@ -161,16 +162,16 @@ def fc1_kernel(
                 index, phase = common.accumulator_of(config, turn)
                 common.wait(shared.accumulator_full.subview(index), phase)
                 pr.tcgen05_fence(pr.Tcgen05Fence.AFTER_THREAD_SYNC)
-                first_column = common.accumulator_address(config, lane_base, index)
+                first_column = pipeline.accumulator_address(config, lane_base, index)
                 unit = n_tile * config.halves + half  # of 64 output columns
                 codes = []
                 scales = Uint32(0)
                 for group in cutlass.range_constexpr(UNIT // epilogue.GROUP):
-                    up = common.load_columns(first_column + group * epilogue.GROUP, epilogue.GROUP)
-                    gate = common.load_columns(first_column + UNIT + group * epilogue.GROUP, epilogue.GROUP)
-                    common.loaded()
+                    up = pipeline.load_columns(first_column + group * epilogue.GROUP, epilogue.GROUP)
+                    gate = pipeline.load_columns(first_column + UNIT + group * epilogue.GROUP, epilogue.GROUP)
+                    pipeline.loaded()
                     if cutlass.const_expr(group == UNIT // epilogue.GROUP - 1):
-                        common.release_accumulator(config, shared, index, place.leader)
+                        pipeline.release_accumulator(config, shared, index, place.leader)
                     values = epilogue.activated(up, gate, scale, post)
                     if cutlass.const_expr(config.c_dtype == "nvfp4"):
                         byte, words = epilogue.quantise_group(values, multiplier)
