@@ -119,8 +119,9 @@ def compile_variant(variant: Variant, kernel: str, *, options: str = "") -> Comp
     flavour = loaded_flavour()
     if flavour != PINNED_FLAVOUR:
         raise ToolchainError(
-            f"the compiler loaded its {flavour or 'unknown'} libraries, {PINNED_FLAVOUR} are pinned: it follows the host's CUDA driver;"
-            " build on a machine without a driver or with a 13.x one, or in a container without libcuda"
+            f"the compiler loaded its {flavour or 'unknown'} libraries, {PINNED_FLAVOUR} are pinned: something imported cutlass before"
+            " densemoe.compile did, which hides the host's CUDA driver while it imports it, and the libraries follow that driver; import"
+            " densemoe.compile first, or build where no driver or a 13.x one is"
         )
     if isinstance(ptx, bytes):
         ptx = ptx.decode()
