@@ -1,4 +1,7 @@
-"""Packing NVFP4 weights into the sm_90a layout ``sm90a-superblock/1`` (docs/weight_layouts.md). numpy only.
+"""Packing NVFP4 weights into the layouts that kernels read (docs/weight_layouts.md). numpy only.
+
+``sm100-interchange/1`` is the contract's own layout in one buffer: the codes, then the tiled scales. Packing it is checking it; nothing moves
+inside an expert. The rest of this module is ``sm90a-superblock/1``.
 
 A superblock is 64 weight rows x K 128 in 4,608 bytes: eight 512-byte chunks of codes, chunk c holding m16 block ``c // 2`` of K 64 half
 ``c % 2``, and a chunk of scales. Lane (g, t) = (lane // 4, lane % 4) owns bytes 16·lane … 16·lane + 15 of a chunk. Packed weights are
@@ -16,19 +19,23 @@ import numpy as np
 import numpy.typing as npt
 
 from densemoe.runtime.errors import ProblemError
-from densemoe.runtime.layout import SCALE_TILE_BYTES, padded_rows, untile_scales
+from densemoe.runtime.layout import SCALE_TILE_BYTES, TILE_ROWS, padded_rows, scale_offsets, untile_scales, weight_shapes
 from densemoe.runtime.nvfp4 import E4M3_VALUES, GROUP, pack_codes
 
 __all__ = [
+    "INTERCHANGE_LAYOUT",
     "LAYOUT",
     "SUPERBLOCK_BYTES",
     "expert_bytes",
     "expert_stride",
     "fc1_expert",
     "fc2_expert",
+    "interchange_bytes",
+    "interchange_parts",
     "pack_expert",
     "pack_fc1",
     "pack_fc2",
+    "pack_interchange",
     "packed_bytes",
     "row_order",
     "unpack_expert",
@@ -39,6 +46,7 @@ __all__ = [
 Bytes = npt.NDArray[np.uint8]
 
 LAYOUT: Final = "sm90a-superblock/1"
+INTERCHANGE_LAYOUT: Final = "sm100-interchange/1"
 ROWS: Final = 64
 K: Final = 128
 CODE_BYTES: Final = ROWS * K // 2
@@ -357,3 +365,84 @@ def unpack_fc2(packed: Bytes, experts: int, hidden: int, intermediate: int) -> t
     _check_bytes("packed", packed, (packed_bytes("fc2", experts, hidden, intermediate),))
     parts = [unpack_expert("fc2", slot, hidden, intermediate) for _, slot in _slots(packed, experts)]
     return np.concatenate([codes for codes, _ in parts], axis=1), np.concatenate([scales for _, scales in parts], axis=1)
+
+
+# ---- sm100-interchange/1
+
+
+def interchange_bytes(op: str, experts: int, hidden: int, intermediate: int) -> int:
+    """Bytes of one op's weights in ``sm100-interchange/1``: codes, then tiled scales.
+
+    Raises:
+        ProblemError: a size that the contract refuses.
+    """
+    return sum(int(np.prod(shape, dtype=np.int64)) for shape in weight_shapes(op, experts, hidden, intermediate).values())
+
+
+def interchange_parts(op: str, packed: Bytes, experts: int, hidden: int, intermediate: int) -> tuple[Bytes, Bytes]:
+    """Views of the codes and of the tiled scales in a buffer of ``sm100-interchange/1``, in the shapes of ``layout.weight_shapes``.
+
+    A caller that fills them itself, expert by expert, needs no second copy of the weights; ``pack_interchange`` with its own buffer as ``out``
+    then checks them in place.
+
+    Raises:
+        ProblemError: ``packed`` is not uint8 ``[interchange_bytes(…)]``.
+    """
+    _check_bytes("packed", packed, (interchange_bytes(op, experts, hidden, intermediate),))
+    shapes = weight_shapes(op, experts, hidden, intermediate)
+    end = int(np.prod(shapes["b.codes"], dtype=np.int64))
+    return packed[:end].reshape(shapes["b.codes"]), packed[end:].reshape(shapes["b.scales"])
+
+
+def pack_interchange(op: str, codes: Bytes, scales: Bytes, experts: int, out: Bytes | None = None) -> Bytes:
+    """Checks weights and lays them out as ``sm100-interchange/1``.
+
+    Args:
+        codes: uint8 ``[E, 2I, H/2]`` for fc1, ``[H, E·I/2]`` for fc2.
+        scales: uint8, tiled: ``[E·2I, H/16]`` or ``[⌈H/128⌉·128, E·I/16]``. Padding rows are written as 0.
+        experts: E, always given explicitly (contract section 5).
+        out: uint8 ``[interchange_bytes(op, E, H, I)]``, made where absent. Codes and scales may be its own parts: then nothing is copied.
+
+    Returns:
+        ``out``. Its base address on the device is a multiple of 128 bytes, as a Plan checks; its scales then are at one of 16.
+
+    Raises:
+        ProblemError: shapes, dtypes or strides that the layout does not hold, or a scale that is NaN or negative. Nothing is written then.
+    """
+    if op == "fc1":
+        found, rows, hidden = _check_fc1(codes, scales)
+        if found != experts:
+            raise ProblemError(f"codes {list(codes.shape)} hold {found} experts, {experts} are given: use [E, 2I, H/2]")
+        intermediate, weight_rows = rows // 2, experts * rows
+    elif op == "fc2":
+        hidden, intermediate = _check_fc2(codes, scales, experts)
+        weight_rows = hidden
+    else:
+        raise ProblemError(f"op={op!r}: use fc1 or fc2")
+    _check_tiled_scales(scales, weight_rows)
+    out = _check_out(out, interchange_bytes(op, experts, hidden, intermediate))
+    packed_codes, packed_scales = interchange_parts(op, out, experts, hidden, intermediate)
+    for target, source in ((packed_codes, codes), (packed_scales, scales)):
+        if target.__array_interface__["data"][0] != source.__array_interface__["data"][0]:
+            target[...] = source
+    padding = np.arange(weight_rows, padded_rows(weight_rows))
+    if padding.size:
+        columns = np.arange(scales.shape[1])
+        packed_scales.reshape(-1)[scale_offsets(padding[:, None], columns[None, :], scales.shape[1])] = 0
+    return out
+
+
+def _check_tiled_scales(scales: Bytes, rows: int) -> None:
+    """ProblemError where a scale of ``rows`` rows is NaN or negative; padding rows may hold anything. Works a row of tiles at a time."""
+    for tile, block in enumerate(scales.reshape(-1, TILE_ROWS, scales.shape[1])):
+        if block.max(initial=0) < FIRST_REFUSED_SCALE:
+            continue
+        valid = min(rows - tile * TILE_ROWS, TILE_ROWS)
+        bad = np.argwhere(untile_scales(np.ascontiguousarray(block), TILE_ROWS)[:valid] >= FIRST_REFUSED_SCALE)
+        if len(bad):
+            row, column = int(bad[0, 0]) + tile * TILE_ROWS, int(bad[0, 1])
+            byte = int(block.reshape(-1)[scale_offsets(row % TILE_ROWS, column, scales.shape[1])])
+            raise ProblemError(
+                f"weight scale 0x{byte:02X} at row {row}, K group {column} is NaN or negative: e4m3 bytes 0x00 to 0x7E are allowed; the"
+                " checkpoint is damaged or its scales are not e4m3"
+            )
