@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from densemoe.compile import build as building
-from densemoe.compile import locking, matrix
+from densemoe.compile import locking, matrix, verification
 from densemoe.runtime.lock import Lock
 
 __all__ = ["build", "list_profile"]
@@ -32,6 +32,7 @@ def build(args: argparse.Namespace) -> int:
     lock = Lock.read() if args.locked else None
     if lock is not None:
         locking.check_toolchain(lock)
+    verified: list[str] = []
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("building", total=None)
         result = building.build(
@@ -45,17 +46,28 @@ def build(args: argparse.Namespace) -> int:
             started=lambda total: bar.update(task, total=total),
             progress=lambda key, state: bar.update(task, advance=1, description=f"{state} {key}"),
         )
+        if args.oracle and not result.failures:
+            keys = frozenset((*result.built, *result.reused))
+            chosen = [each for each in _matrix(args.matrix).profile(args.profile) if each.variant.key in keys]
+            bar.update(task, total=len(chosen), completed=0, description="oracle")
+            verified, unequal = verification.record_oracle(
+                out, chosen, args.jobs, lambda key, state: bar.update(task, advance=1, description=f"{state} {key}")
+            )
+            result.failures += unequal
     if args.json:
-        print(json.dumps(dataclasses.asdict(result), indent=2, sort_keys=True))
+        print(json.dumps({**dataclasses.asdict(result), "verified": verified}, indent=2, sort_keys=True))
     else:
         seconds = sum(result.seconds.values())
         print(f"{out}: {len(result.built)} built ({seconds:.1f} s of compiling), {len(result.reused)} unchanged, {len(result.removed)} removed")
         for name in result.removed:
             print(f"  removed {name}: its variant is no longer in the matrix")
+        if args.oracle:
+            print(f"  {len(verified)} compared with the compiler's own launches now; earlier records stay")
     for failure in result.failures:
         print(f"FAILED {failure.key}\n  {failure.error}", file=sys.stderr)
     if result.failures:
-        print(f"{len(result.failures)} variants failed; the set that stood before is unchanged", file=sys.stderr)
+        unchanged = "" if result.built and args.oracle else "; the set that stood before is unchanged"
+        print(f"{len(result.failures)} variants failed{unchanged}", file=sys.stderr)
     differing = 0
     if lock is not None and not result.failures:
         differences = locking.compare(lock, _matrix(args.matrix), args.profile, out, frozenset((*result.built, *result.reused)))

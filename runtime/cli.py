@@ -37,7 +37,7 @@ FAILED: Final = 1
 USAGE: Final = 2
 UNAVAILABLE: Final = 3
 
-_HERE: Final = "densemoe.runtime"
+_EXIT_CODES: Final = "exit codes: 0 done, 1 something failed, 2 wrong usage or input, 3 this machine cannot do it, 130 interrupted"
 _BUILD: Final = "densemoe.compile.cli"
 
 
@@ -45,13 +45,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="densemoe",
         description="Ahead-of-time compiled MoE-as-dense-GEMM kernels: build, inspect and run them.",
-        epilog="exit codes: 0 done, 1 something failed, 2 wrong usage or input, 3 this machine cannot do it",
+        epilog=_EXIT_CODES,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, summary: str, example: str, run: str) -> argparse.ArgumentParser:
         command = commands.add_parser(
-            name, help=summary, description=summary, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example: {example}\n{_EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
         return command
@@ -65,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--filter", help="shell pattern over variant keys; other variants of the set stay")
     build.add_argument("--timeout", type=float, default=120.0, help="seconds a variant may take (default: 120)")
     build.add_argument("--locked", action="store_true", help="compare every cubin with artifacts/manifest.lock; one differing byte fails")
+    build.add_argument("--oracle", action="store_true", help="compare every launch with the compiler's own host code; needs a C compiler")
     build.add_argument("--json", action="store_true", help="print the result as JSON")
 
     listing = add("list", "variants of an artifact root, or of a profile before any build", "densemoe list --profile quick --json", "list")
@@ -76,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("key")
     _common(show)
 
-    verify = add("verify", "check every manifest, file size and hash", "densemoe verify", "verify")
+    verify = add("verify", "check every manifest, file size, hash and what each cubin says of itself", "densemoe verify", "verify")
     _common(verify)
 
     explain = add(
@@ -234,27 +239,35 @@ def _show(args: argparse.Namespace) -> int:
         print(f"  {workspace.role}: {workspace.nbytes} bytes{', zeroed' if workspace.zeroed else ''}")
     for name, value in entry.audit.items():
         print(f"{name:16} {value}")
+    for record in entry.verification:
+        print(f"{'verified':16} {', '.join(f'{name} {value}' for name, value in record.items())}")
     return OK
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from densemoe.runtime.canonical import read_file
     from densemoe.runtime.loader import ArtifactSet
+    from densemoe.runtime.manifest import LARGEST_MANIFEST, MANIFEST_NAME, Manifest
 
+    recheck = importlib.import_module("densemoe.compile.recheck").recheck  # needs the standard library only
     artifacts = ArtifactSet(args.artifacts)
     good, faults = 0, []
     for arch in artifacts.architectures:
         listed = set()
-        artifacts.manifest(arch).check()
-        for entry in artifacts.manifest(arch).variants.values():
+        artifacts.manifest(arch)  # compares its hash with the index's
+        path = artifacts.root / arch / MANIFEST_NAME
+        manifest = Manifest.from_bytes(read_file(path, LARGEST_MANIFEST), str(path))
+        for entry in manifest.variants.values():
             listed.add(entry.file)
             try:
-                artifacts.image(entry)
-                good += 1
+                found = recheck(entry, artifacts.image(entry), manifest.toolchain["ptxas"])
             except ArtifactError as error:
-                faults.append(str(error))
-        for path in sorted((artifacts.root / arch).glob("*.cubin")):
-            if path.name not in listed:
-                faults.append(f"{path} is in no manifest: a stale file; build or install again")
+                found = [str(error)]
+            faults += found
+            good += not found
+        for cubin in sorted((artifacts.root / arch).glob("*.cubin")):
+            if cubin.name not in listed:
+                faults.append(f"{cubin} is in no manifest: a stale file; build or install again")
     if args.json:
         _print_json({"root": str(artifacts.root), "verified": good, "faults": faults})
     else:
@@ -371,6 +384,7 @@ def _quickstart(args: argparse.Namespace) -> int:
         print(f"{layer.device}: MoE layer E 128, k 8, H 2048, I 768 (Qwen3-30B), M = {args.m}, NVFP4 weights, {args.a_dtype} activations")
         print(f"  FC1 {layer.fc1}: worst error {layer.fc1_worst:.3f} of its bound")
         print(f"  FC2 {layer.fc2}: worst error {layer.fc2_worst:.3f} of its bound")
+        print(f"  layer: {layer.mark:.2%} within 0.15 + 1 % of the unquantised layer (97 % pass)")
         print(f"  checked: {layer.checked}; {layer.microseconds:.1f} us for both launches in a graph (all experts, dense)")
         print("PASS" if layer.passed else "FAIL")
     return OK if layer.passed else FAILED

@@ -1,0 +1,132 @@
+"""Verification records: what ran a built variant, and with what result, written into its manifest entry.
+
+The launch oracle's record is kept by later builds that leave the variant as it is; one of other packing code (see ``sources``) is made again.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import fcntl
+import hashlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from densemoe.compile import build, oracle
+from densemoe.compile.matrix import Planned
+from densemoe.runtime.canonical import read_file, write_atomically
+from densemoe.runtime.errors import ArtifactError, BuildError, DensemoeError
+from densemoe.runtime.manifest import INDEX_NAME, LARGEST_MANIFEST, MANIFEST_NAME, Index, IndexEntry, Manifest
+
+__all__ = ["oracle_record", "record_oracle", "sources"]
+
+_ROOT: Final = Path(__file__).resolve().parent.parent
+#: What a record depends on beside the variant's own sources: who packs, and who observes.
+_PACKING: Final = ("runtime/plan.py", "runtime/recipe.py", "runtime/problem.py", "compile/oracle.py")
+
+
+@cache
+def sources() -> str:
+    """sha256 over the code that packs launches and compares them."""
+    digest = hashlib.sha256()
+    for name in _PACKING:
+        digest.update(name.encode() + b"\0" + (_ROOT / name).read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def oracle_record(planned: Planned) -> dict[str, Any]:
+    """Runs the launch oracle on one variant; its record.
+
+    Raises:
+        BuildError: a launch that the recipe packs is not the compiler's own; or it could not be compared.
+    """
+    comparisons = oracle.compare(planned.variant, planned.kernel, options=planned.compiler_options)
+    faults = [f"{each.problem}: {difference}" for each in comparisons for difference in each.differences]
+    if faults:
+        raise BuildError("the recipe's launch is not the compiler's: " + "; ".join(faults))
+    mask = comparisons[0].mask
+    return {
+        "kind": "oracle",
+        "launches": len(comparisons),
+        "parameters": len(mask),
+        "compared_bytes": sum(size for _, size in mask),
+        "sources": sources(),
+    }
+
+
+def _work(planned: Planned) -> tuple[dict[str, Any] | None, str]:
+    try:
+        return oracle_record(planned), ""
+    except (DensemoeError, OSError) as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _recorded(out: Path, arch: str) -> Mapping[str, tuple[Mapping[str, Any], ...]]:
+    path = out / arch / MANIFEST_NAME
+    manifest = Manifest.from_bytes(read_file(path, LARGEST_MANIFEST), str(path))
+    return {key: entry.verification for key, entry in manifest.variants.items()}
+
+
+def record_oracle(
+    out: Path, chosen: Iterable[Planned], jobs: int | None = None, progress: Callable[[str, str], None] = lambda key, state: None
+) -> tuple[list[str], list[build.Failure]]:
+    """Runs the oracle for the built variants that have no record of it yet, and writes the records into the manifests.
+
+    A variant that fails keeps no record; the set itself is unchanged.
+
+    Returns:
+        Keys that were recorded now, and every failure.
+
+    Raises:
+        ArtifactError: a set is not there.
+        BuildError: another build works in ``out``.
+    """
+    records: dict[str, dict[str, dict[str, Any]]] = {}
+    failures: list[build.Failure] = []
+    planned = [each for each in chosen if not _has_record(_recorded(out, each.variant.arch)[each.variant.key])]
+    if not planned:
+        return [], []
+    workers = min(jobs or len(os.sched_getaffinity(0)), len(planned))
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for each, (record, error) in zip(planned, pool.map(_work, planned), strict=True):
+            if record is None:
+                failures.append(build.Failure(each.variant.key, error))
+            else:
+                records.setdefault(each.variant.arch, {})[each.variant.key] = record
+            progress(each.variant.key, "failed" if record is None else "verified")
+    with (out / build.LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BuildError(f"another build works in {out}: wait for it, or give another --out") from None
+        for arch, found in records.items():
+            _write(out, arch, found)
+    return sorted(key for found in records.values() for key in found), failures
+
+
+def _has_record(verification: Iterable[Mapping[str, Any]]) -> bool:
+    return any(record.get("kind") == "oracle" and record.get("sources") == sources() for record in verification)
+
+
+def _write(out: Path, arch: str, records: Mapping[str, Mapping[str, Any]]) -> None:
+    path = out / arch / MANIFEST_NAME
+    manifest = Manifest.from_bytes(read_file(path, LARGEST_MANIFEST), str(path))
+    entries = {}
+    for key, entry in manifest.variants.items():
+        if key in records:
+            others = tuple(record for record in entry.verification if record.get("kind") != "oracle")
+            values = {each.name: getattr(entry, each.name) for each in dataclasses.fields(entry)}
+            entry = type(entry)(**{**values, "verification": (*others, records[key])})
+        entries[key] = entry
+    document = dataclasses.replace(manifest, variants=entries).to_bytes()
+    index_path = out / INDEX_NAME
+    index = Index.from_bytes(read_file(index_path, LARGEST_MANIFEST), str(index_path))
+    if arch not in index.sets:
+        raise ArtifactError(f"{index_path} has no set for {arch}: build again")
+    stated = IndexEntry(arch, f"{arch}/{MANIFEST_NAME}", hashlib.sha256(document).hexdigest(), len(entries))
+    write_atomically(path, document)
+    write_atomically(index_path, Index({**index.sets, arch: stated}).to_bytes())
