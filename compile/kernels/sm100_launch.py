@@ -19,9 +19,9 @@ OPERANDS: Final = ("a.codes", "a.scales", "b.codes", "b.scales")
 PREFETCH_DISTANCES: Final = (0, 3)
 REGISTERS: Final = 65536
 LARGEST_REGISTERS: Final = 255
-#: Three groups of four warps hold 65,536 registers, 168 a thread; the issuing group gives to the two of the epilogue: 2·216 + 72 = 3·168.
-EPILOGUE_REGISTERS: Final = 216
-ISSUE_REGISTERS: Final = 72
+#: Three groups of four warps hold 65,536 registers, 168 a thread; the issuing group gives to the two of the epilogue: 2·208 + 88 = 3·168.
+EPILOGUE_REGISTERS: Final = 208
+ISSUE_REGISTERS: Final = 88
 #: Weights are streamed along K: the next K tile of a row lies in the same 256 bytes.
 WEIGHT_L2_PROMOTION: Final = "256B"
 

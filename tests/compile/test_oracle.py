@@ -16,7 +16,14 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the oracle l
 PLANNED = matrix.load().profile("full")
 
 
-@pytest.mark.parametrize("planned", PLANNED, ids=[each.variant.key for each in PLANNED])
+def _case(planned: matrix.Planned) -> object:
+    """On Blackwell an output dtype changes nothing that a recipe says but the c pointer's role: one dtype a tile, the others with --full."""
+    variant = planned.variant
+    usual = variant.arch == "sm_90a" or variant.c_dtype == {"fc1": "nvfp4", "fc2": "bf16"}[variant.op]
+    return pytest.param(planned, id=variant.key, marks=() if usual else pytest.mark.full)
+
+
+@pytest.mark.parametrize("planned", [_case(each) for each in PLANNED])
 def test_the_recipe_is_what_the_compiler_launches(planned: matrix.Planned) -> None:
     comparisons = oracle.compare(planned.variant, planned.kernel, options=planned.compiler_options)
     assert len(comparisons) >= 3
