@@ -1,0 +1,364 @@
+"""Asynchronous copies at run time: ``cp.async``, ``cp.async.bulk``, their groups and completion.
+
+Sources: PTX ISA 9.x, 9.7.9.25 ``cp.async``, 9.7.9.27 (``cp.async.bulk``, ``cp.reduce.async.bulk``, prefetch, commit and wait groups), 5.5
+(multicast: the same window offset, and an mbarrier at the same offset, in every CTA of the mask).
+
+An operation moves its bytes when it is executed, which the schedule decides: at once, or at any later time before somebody is told of its
+completion. It then reads its source as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from densemoe.compile.emulator.gang import LANES, Condition, Groups
+from densemoe.compile.emulator.memory import RANK_SHIFT, SHARED_WINDOW, GlobalMemory, SharedMemory
+from densemoe.compile.emulator.tile import reduce_elements
+from densemoe.runtime.errors import EmulatorError
+
+if TYPE_CHECKING:
+    from densemoe.compile.emulator.gang import Gang, Warp
+
+__all__ = ["AsyncOperation", "Copies", "condition_of"]
+
+_OFFSET = (1 << RANK_SHIFT) - 1
+_ELEMENTS: dict[str, Any] = {
+    "u32": np.uint32, "s32": np.uint32, "b32": np.uint32, "f32": np.uint32,
+    "u64": np.uint64, "s64": np.uint64, "b64": np.uint64, "f64": np.uint64, "f16": np.uint16, "bf16": np.uint16,
+}
+
+
+class AsyncOperation:
+    """One asynchronous operation.
+
+    Attributes:
+        action: does it.
+        after: an operation that must be done first (of the same in-order pipe).
+        text: for reports.
+        done: it was executed.
+        clock: for race detection: what it happens after.
+    """
+
+    __slots__ = ("action", "after", "clock", "done", "line", "listeners", "priority", "text")
+
+    def __init__(self, action: Callable[[AsyncOperation], None], text: str, line: int, after: AsyncOperation | None = None) -> None:
+        self.action, self.text, self.line, self.after = action, text, line, after
+        self.done = False
+        self.clock: Any = None
+        self.priority = 0.0
+        self.listeners: list[Callable[[], None]] = []
+
+    @property
+    def eligible(self) -> bool:
+        """It may be executed now."""
+        return self.after is None or self.after.done
+
+    def execute(self) -> None:
+        """Does it and tells those who wait."""
+        try:
+            self.action(self)
+        except EmulatorError as error:
+            if str(error).startswith("PTX line"):
+                raise
+            raise EmulatorError(f"PTX line {self.line} (asynchronous), {self.text}: {error}") from None
+        self.done = True
+        self.after = None
+        for each in self.listeners:
+            each()
+
+
+def condition_of(operations: list[AsyncOperation], text: str) -> Condition | None:
+    """Completion of all operations; None where they are done."""
+    left = [each for each in operations if not each.done]
+    if not left:
+        return None
+    condition = Condition(lambda: f"{text}: {', '.join(f'{each.text} of PTX line {each.line}' for each in left if not each.done)}")
+    missing = [len(left)]
+
+    def one() -> None:
+        missing[0] -= 1
+        if missing[0] == 0:
+            condition.signal()
+
+    for each in left:
+        each.listeners.append(one)
+    return condition
+
+
+class Copies:
+    """What `Machine` knows of asynchronous copies."""
+
+    memory: GlobalMemory
+    shared: SharedMemory
+    clustered: bool
+    cluster_size: int
+    moved: dict[str, int]
+    races: Any
+
+    def submit(self, operation: AsyncOperation) -> None:
+        """Hands an operation to the schedule."""
+        raise NotImplementedError
+
+    def signal_bytes(self, place: tuple[int, int], nbytes: int, clock: Any) -> None:
+        raise NotImplementedError
+
+    def barrier_place(self, warp: Warp, address: int, own: bool = False) -> tuple[int, int]:
+        raise NotImplementedError
+
+    # --- addresses
+
+    def generic_shared(self, address: Any) -> Any:
+        """Shared address of a generic one."""
+        lowest = address if isinstance(address, int) else int(address.min())
+        if lowest >= SHARED_WINDOW:
+            return address - SHARED_WINDOW if isinstance(address, int) else address - np.uint64(SHARED_WINDOW)
+        return address
+
+    def window_range(self, warp: Warp, address: int, nbytes: int, alignment: int) -> tuple[int, int]:
+        """Slot and offset of ``[address, address + nbytes)`` in shared memory.
+
+        Raises:
+            EmulatorError: out of bounds or misaligned.
+        """
+        slot = warp.cta.slot
+        if self.clustered:
+            rank = address >> RANK_SHIFT
+            if rank >= self.cluster_size:
+                raise EmulatorError(f"shared address {address:#x}: the cluster has {self.cluster_size} CTAs")
+            slot += rank - warp.cta.rank
+            address &= _OFFSET
+        self.check_window(address, nbytes, alignment)
+        return slot, address
+
+    def check_window(self, offset: int, nbytes: int, alignment: int) -> None:
+        """Raises where a range is out of a CTA's shared memory or misaligned."""
+        if not self.shared.start <= offset <= offset + nbytes <= self.shared.end:
+            raise EmulatorError(f"{nbytes} bytes at shared address {offset:#x} leave shared memory ({self.shared.start:#x} to {self.shared.end:#x})")
+        if offset % alignment:
+            raise EmulatorError(f"shared address {offset:#x} must be a multiple of {alignment}")
+
+    def destinations(self, warp: Warp, slot: int, ctas: int | None) -> list[int]:
+        """Slots that a copy writes: one, or those of a multicast mask."""
+        if ctas is None:
+            return [slot]
+        if ctas >> self.cluster_size:
+            raise EmulatorError(f"multicast mask {ctas:#x}: the cluster has {self.cluster_size} CTAs")
+        first = warp.cta.slot - warp.cta.rank
+        return [first + rank for rank in range(self.cluster_size) if ctas >> rank & 1]
+
+    def write_shared(self, slot: int, offset: int, data: Any, operation: AsyncOperation) -> None:
+        """Bytes that an asynchronous operation puts into shared memory."""
+        start = slot * self.shared.stride + offset
+        if self.races is not None:
+            self.races.async_shared(operation, slot, offset, data.size, True)
+        self.shared.data[start : start + data.size] = data
+        self.shared.written[start : start + data.size] = 0xFF
+
+    def read_shared(self, slot: int, offset: int, nbytes: int, operation: AsyncOperation) -> Any:
+        """Bytes that an asynchronous operation takes from shared memory, a view."""
+        self.shared.check_range(slot, offset, offset + nbytes)
+        if self.races is not None:
+            self.races.async_shared(operation, slot, offset, nbytes, False)
+        start = slot * self.shared.stride + offset
+        return self.shared.data[start : start + nbytes]
+
+    # --- bulk copies
+
+    def lanes_of(self, g: Gang, mask: Any, *operands: Any) -> list[tuple[Warp, int, list[Any]]]:
+        """(warp, lane in the warp, operands as ints) of every active lane."""
+        found = []
+        for lane in g.active_lanes(mask):
+            values = [each if isinstance(each, int) or each is None else int(each[lane]) for each in operands]
+            found.append((g.warps[lane // LANES], lane % LANES, values))
+        return found
+
+    def new_operation(self, g: Gang, warp: Warp, action: Callable[[AsyncOperation], None], text: str, after: Any = None) -> AsyncOperation:
+        """An operation that happens after everything its warp did so far."""
+        operation = AsyncOperation(action, f"{text} of {warp}", g.current_line(), after)
+        if self.races is not None:
+            operation.clock = self.races.fork(warp)
+        return operation
+
+    def bulk_load(self, g: Gang, mask: Any, target: Any, source: Any, size: Any, barrier: Any, ctas: Any, from_shared: bool) -> None:
+        """``cp.async.bulk`` to shared memory, completing on an mbarrier."""
+        for warp, _, (to, of, nbytes, bar, chosen) in self.lanes_of(g, mask, target, source, size, barrier, ctas):
+            if nbytes % 16 or nbytes <= 0:
+                raise EmulatorError(f"a bulk copy of {nbytes} bytes: a multiple of 16 needed")
+            slot, offset = self.window_range(warp, to, nbytes, 16)
+            bar_slot, bar_offset = self.barrier_place(warp, bar)
+            if chosen is None and bar_slot != slot:
+                raise EmulatorError("a bulk copy's destination and mbarrier lie in different CTAs")
+            slots = self.destinations(warp, slot, chosen)
+            if of % 16:
+                raise EmulatorError(f"bulk copy from address {of:#x}: 16-byte alignment needed")
+            if from_shared:
+                self._shared_to_shared(g, warp, slot, offset, of, nbytes, (bar_slot, bar_offset))
+                continue
+            self.memory.find(of, nbytes)
+
+            def action(
+                operation: AsyncOperation, slots: list[int] = slots, offset: int = offset, of: int = of, n: int = nbytes, bar: int = bar_offset
+            ) -> None:
+                data = self.memory.bytes_at(of, n)
+                for each in slots:
+                    self.write_shared(each, offset, data, operation)
+                for each in slots:
+                    self.signal_bytes((each, bar), n, operation.clock)
+
+            self.moved["bulk global to shared"] += nbytes
+            self.submit(self.new_operation(g, warp, action, f"bulk copy of {nbytes} bytes"))
+
+    def _shared_to_shared(self, g: Gang, warp: Warp, slot: int, offset: int, source: int, nbytes: int, bar: tuple[int, int]) -> None:
+        from_slot, from_offset = self.window_range(warp, source, nbytes, 16)
+
+        def action(operation: AsyncOperation) -> None:
+            data = self.read_shared(from_slot, from_offset, nbytes, operation).copy()
+            self.write_shared(slot, offset, data, operation)
+            self.signal_bytes(bar, nbytes, operation.clock)
+
+        self.moved["bulk shared to shared"] += nbytes
+        self.submit(self.new_operation(g, warp, action, f"bulk copy of {nbytes} bytes"))
+
+    def bulk_store(self, g: Gang, mask: Any, target: Any, source: Any, size: Any, reduction: str, kind: str) -> None:
+        """``cp.async.bulk`` and ``cp.reduce.async.bulk`` from shared to global memory, in a bulk group."""
+        for warp, lane, (to, of, nbytes) in self.lanes_of(g, mask, target, source, size):
+            if nbytes % 16 or nbytes <= 0 or to % 16:
+                raise EmulatorError(f"a bulk copy of {nbytes} bytes to address {to:#x}: multiples of 16 needed")
+            slot, offset = self.window_range(warp, of, nbytes, 16)
+            self.memory.find(to, nbytes)
+
+            def action(operation: AsyncOperation, slot: int = slot, offset: int = offset, to: int = to, n: int = nbytes) -> None:
+                data = self.read_shared(slot, offset, n, operation)
+                if not reduction:
+                    self.memory.bytes_at(to, n, write=True)[:] = data
+                    return
+                self.memory.bytes_at(to, n)
+                place = self.memory.find(to, n)
+                cells = place.data[to - place.address : to - place.address + n].view(_ELEMENTS[kind])
+                cells[:] = reduce_elements(reduction, kind, cells, data.view(_ELEMENTS[kind])).view(cells.dtype)
+
+            self.moved["bulk shared to global"] += nbytes
+            operation = self.new_operation(g, warp, action, f"bulk store of {nbytes} bytes")
+            warp.bulk.setdefault(lane, Groups()).open.append(operation)
+            self.submit(operation)
+
+    def bulk_prefetch(self, g: Gang, mask: Any, address: Any, size: Any) -> None:
+        """``cp.async.bulk.prefetch.L2``: checked for bounds."""
+        for _, _, (where, nbytes) in self.lanes_of(g, mask, address, size):
+            if nbytes % 16 or where % 16:
+                raise EmulatorError(f"a prefetch of {nbytes} bytes at {where:#x}: multiples of 16 needed")
+            if nbytes:
+                self.memory.find(where, nbytes)
+
+    def bulk_commit(self, g: Gang, mask: Any) -> None:
+        """``cp.async.bulk.commit_group``."""
+        for warp, lane, _ in self.lanes_of(g, mask):
+            groups = warp.bulk.get(lane)
+            if groups is not None:
+                groups.commit()
+
+    def bulk_wait(self, g: Gang, mask: Any, newest: int, read: bool) -> bool:
+        """``cp.async.bulk.wait_group``."""
+        return g.await_all(lambda: self._groups(g, mask, newest, "bulk", "cp.async.bulk.wait_group"))
+
+    def _groups(self, g: Gang, mask: Any, newest: int, which: str, text: str) -> list[Condition | None]:
+        conditions: list[Condition | None] = [None] * len(g.warps)
+        for w in g.active_warps(mask):
+            groups: dict[int, Groups] = getattr(g.warps[w], which)
+            left = [
+                each
+                for lane, group in groups.items()
+                if mask is None or mask[w * LANES + lane]
+                for each in group.older_than(newest)
+            ]
+            conditions[w] = condition_of(left, text)
+        return conditions
+
+    # --- cp.async
+
+    def cp_async(self, g: Gang, mask: Any, target: Any, source: Any, size: int, valid: Any) -> None:
+        """``cp.async``: `valid` bytes of the source, the rest zero. One operation a warp."""
+        for w in g.active_warps(mask):
+            warp = g.warps[w]
+            lanes = [lane for lane in range(w * LANES, w * LANES + LANES) if mask is None or mask[lane]]
+            pieces = []
+            for lane in lanes:
+                to, of = (x if isinstance(x, int) else int(x[lane]) for x in (target, source))
+                n = size if valid is None else valid if isinstance(valid, int) else int(valid[lane])
+                slot, offset = self.window_range(warp, to, size, size)
+                if not 0 <= n <= size or of % size:
+                    raise EmulatorError(f"cp.async of {n} of {size} bytes from address {of:#x}")
+                if n:
+                    self.memory.find(of, n)
+                pieces.append((slot, offset, of, n))
+
+            def action(operation: AsyncOperation, pieces: list[tuple[int, int, int, int]] = pieces) -> None:
+                for slot, offset, of, n in pieces:
+                    data = np.zeros(size, np.uint8)
+                    if n:
+                        data[:n] = self.memory.bytes_at(of, n)
+                    self.write_shared(slot, offset, data, operation)
+
+            self.moved["cp.async"] += size * len(pieces)
+            operation = self.new_operation(g, warp, action, "cp.async")
+            warp.copies.setdefault(-1, Groups()).open.append(operation)
+            self.submit(operation)
+
+    def cp_commit(self, g: Gang, mask: Any) -> None:
+        """``cp.async.commit_group``; groups are kept by warp."""
+        for w in g.active_warps(mask):
+            g.warps[w].copies.setdefault(-1, Groups()).commit()
+
+    def cp_wait(self, g: Gang, mask: Any, newest: int | None) -> bool:
+        """``cp.async.wait_group`` and ``wait_all``."""
+
+        def conditions() -> list[Condition | None]:
+            found: list[Condition | None] = [None] * len(g.warps)
+            for w in g.active_warps(mask):
+                groups = g.warps[w].copies.get(-1)
+                if groups is None:
+                    continue
+                left = groups.older_than(newest or 0)
+                if newest is None:
+                    left = left + [each for each in groups.open if not each.done]
+                found[w] = condition_of(left, "cp.async.wait")
+            return found
+
+        if not g.await_all(conditions):
+            return False
+        if self.races is not None:
+            for w in g.active_warps(mask):
+                self.races.copies_done(g.warps[w])
+        return True
+
+    def cp_mbarrier_arrive(self, g: Gang, mask: Any, address: Any, noinc: bool) -> None:
+        """``cp.async.mbarrier.arrive``: one arrival a thread when its earlier copies are done."""
+        for warp, _, (where,) in self.lanes_of(g, mask, address):
+            place = self.barrier_place(warp, where, True)
+            groups = warp.copies.get(-1) or Groups()
+            before = [each for group in [*groups.committed, groups.open] for each in group if not each.done]
+            barrier = self.mbarrier_at(place)
+            if not noinc:
+                barrier.pending += 1
+            clock = self.races.fork(warp) if self.races is not None else None
+            if not before:
+                self.signal_arrival(place, 1, clock)
+                continue
+            missing = [len(before)]
+
+            def one(missing: list[int] = missing, place: tuple[int, int] = place, clock: Any = clock) -> None:
+                missing[0] -= 1
+                if missing[0] == 0:
+                    self.signal_arrival(place, 1, clock)
+
+            for each in before:
+                each.listeners.append(one)
+
+    def mbarrier_at(self, place: tuple[int, int]) -> Any:
+        raise NotImplementedError
+
+    def signal_arrival(self, place: tuple[int, int], count: int, clock: Any) -> None:
+        raise NotImplementedError

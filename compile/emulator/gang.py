@@ -1,0 +1,580 @@
+"""Gangs: warps that stand at the same instruction and are executed as one register set, and how they part and meet.
+
+Sources: PTX ISA 9.x, 3.1 and 9.7.12 (SIMT execution, divergence), 10 (special registers).
+
+A branch on which lanes of one warp differ runs both ways one after the other under masks and goes on with all lanes at the branch's immediate
+post-dominator (`Frame`). One on which whole warps differ parts the gang; the parts wait for each other at the post-dominator (`Meeting`)
+unless nothing else can run, so that specialised warps make progress and others stay together.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densemoe.compile.emulator.control_flow import EXIT
+from densemoe.compile.emulator.emitter import Key
+from densemoe.compile.emulator.translation import DIVERGED, WAIT, Program, Version
+from densemoe.runtime.errors import EmulatorError
+
+if TYPE_CHECKING:
+    from densemoe.compile.emulator.machine import Cta, Machine
+
+__all__ = ["Condition", "Frame", "Gang", "Groups", "Meeting", "Warp", "merge_gangs"]
+
+Mask = NDArray[np.bool_]
+LANES = 32
+_CONTAINER = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+
+
+class Condition:
+    """Something to wait for, once.
+
+    Attributes:
+        ready: it has happened.
+        waiters: gangs that are told.
+        text: function that describes it, for reports.
+    """
+
+    __slots__ = ("ready", "text", "waiters")
+
+    def __init__(self, text: Callable[[], str], ready: bool = False) -> None:
+        self.ready, self.text = ready, text
+        self.waiters: list[Gang] = []
+
+    def signal(self) -> None:
+        """It has happened."""
+        if self.ready:
+            return
+        self.ready = True
+        waiters, self.waiters = self.waiters, []
+        for gang in waiters:
+            gang.missing -= 1
+            if gang.missing == 0:
+                gang.run.wake(gang)
+
+
+@dataclass(eq=False)
+class Groups:
+    """Asynchronous operations of one thread: those not committed yet, and committed groups, oldest first."""
+
+    open: list[Any] = field(default_factory=list)
+    committed: list[list[Any]] = field(default_factory=list)
+
+    def commit(self) -> None:
+        """Closes a group."""
+        self.committed.append(self.open)
+        self.open = []
+
+    def older_than(self, newest: int) -> list[Any]:
+        """Operations of all groups but the `newest` last ones that are not done."""
+        self.committed = [group for group in self.committed[:-newest or None] if any(not each.done for each in group)] + (
+            self.committed[-newest:] if newest else []
+        )
+        return [each for group in (self.committed[:-newest] if newest else self.committed) for each in group if not each.done]
+
+
+@dataclass(eq=False)
+class Warp:
+    """One warp of a resident CTA.
+
+    Attributes:
+        index: in its CTA.
+        threads: bool ``[32]``: which lanes exist.
+        unit: its number among all warps and asynchronous agents that race detection tells apart.
+    """
+
+    cta: Cta
+    index: int
+    threads: Mask
+    unit: int = 0
+    bulk: dict[int, Groups] = field(default_factory=dict)
+    copies: dict[int, Groups] = field(default_factory=dict)
+    wgmma: Groups | None = None
+
+    def __str__(self) -> str:
+        return f"CTA {self.cta.ctaid} warp {self.index}"
+
+
+@dataclass(eq=False)
+class Frame:
+    """An open divergence inside of warps.
+
+    Attributes:
+        join: block at which the lanes meet again.
+        mask: lanes that go on there.
+        pending: ways not taken yet: (block, lanes).
+    """
+
+    join: int
+    mask: Mask
+    pending: list[tuple[int, Mask]]
+
+
+@dataclass(eq=False)
+class Meeting:
+    """Where the parts of a gang wait for each other.
+
+    Attributes:
+        depth: frames that were open when the gang parted.
+        outstanding: parts that have not ended.
+        closed: the others went on without the late ones.
+    """
+
+    join: int
+    depth: int
+    outstanding: int
+    arrived: list[Gang] = field(default_factory=list)
+    closed: bool = False
+
+
+class Gang:
+    """Warps at one instruction.
+
+    Attributes:
+        warps: in lane order; lane l belongs to warp l // 32.
+        mask: active lanes, or None for all.
+        registers: by number: int or array, None where never written.
+        defined: for registers that only some lanes wrote: which.
+        frames, meetings: open divergences, innermost last.
+        branch: condition of the last diverging branch.
+        wait: what the gang waits for, for the instruction that blocks it; None where it does not.
+        missing: signals it still waits for.
+        waiting_for: for reports: function that describes it.
+    """
+
+    def __init__(self, run: Machine, program: Program, warps: list[Warp], registers: list[Any]) -> None:
+        self.run, self.program = run, program
+        self.warps = warps
+        self.lanes = LANES * len(warps)
+        self.registers = registers
+        self.defined: dict[int, Mask] = {}
+        self.frames: list[Frame] = []
+        self.meetings: list[Meeting] = []
+        self.branch: Any = None
+        self.wait: list[Condition | None] | None = None
+        self.ended = False
+        self.local_data: Any = None
+        self.local_written: Any = None
+        self.target = 0
+        self.meeting: Meeting | None = None
+        self.missing = 0
+        self.lingering = False
+        self.priority = 0.0
+        self.mask: Mask | None = None
+        self.version: Version
+        self._specials: dict[str, Any] = {}
+        self._configure()
+
+    def _configure(self) -> None:
+        first = self.warps[0].cta
+        self.single_warp = len(self.warps) == 1
+        self.single_cta = all(warp.cta is first for warp in self.warps)
+        self.cta = first
+        #: slot of the shared window: an int, or one of each lane
+        self.slots: Any = (
+            first.slot if self.single_cta else np.repeat(np.array([warp.cta.slot for warp in self.warps], np.int64), LANES)
+        )
+        self._specials.clear()
+
+    # --- what instructions ask for
+
+    def rank_base(self) -> int:
+        """Upper bits of the CTA's shared addresses in a cluster."""
+        return self.cta.rank << 24
+
+    def rank_bases(self) -> Any:
+        """`rank_base` of each lane."""
+        return self._per_warp("rank_bases", lambda warp: warp.cta.rank << 24)
+
+    def _per_warp(self, name: str, value: Any, dtype: Any = np.uint32) -> Any:
+        found = self._specials.get(name)
+        if found is None:
+            found = self._specials[name] = np.repeat(np.array([value(warp) for warp in self.warps], dtype), LANES)
+        return found
+
+    def special(self, name: str) -> Any:
+        """The value of a special register: an int or an array as `Program.special_kind` says."""
+        found = self._specials.get(name)
+        if found is None:
+            found = self._special(name)
+            if not name.startswith(("%clock", "%globaltimer")):
+                self._specials[name] = found
+        return found
+
+    def _special(self, name: str) -> Any:
+        base, _, axis = name.partition(".")
+        which = "xyz".index(axis) if axis else 0
+        grid, block, cluster = self.run.grid, self.run.block, self.run.cluster
+        if base == "%tid":
+            if block[which] == 1:
+                return 0
+            linear = np.concatenate([np.arange(LANES, dtype=np.uint32) + np.uint32(LANES * warp.index) for warp in self.warps])
+            return linear // np.uint32(int(np.prod(block[:which]))) % np.uint32(block[which])
+        uniform: dict[str, Callable[[], int]] = {
+            "%ntid": lambda: block[which],
+            "%nctaid": lambda: grid[which],
+            "%nclusterid": lambda: grid[which] // cluster[which],
+            "%cluster_nctaid": lambda: cluster[which],
+            "%cluster_nctarank": lambda: int(np.prod(cluster)),
+            "%is_explicit_cluster": lambda: int(self.run.clustered),
+            "%nwarpid": lambda: 64,
+            "%smid": lambda: 0,
+            "%nsmid": lambda: self.run.sm_count,
+            "%gridid": lambda: 0,
+            "%dynamic_smem_size": lambda: self.run.dynamic_smem,
+            "%total_smem_size": lambda: self.run.dynamic_smem + self.program.static_bytes,
+        }
+        if base in uniform:
+            return uniform[base]()
+        per_cta: dict[str, Callable[[Cta], int]] = {
+            "%ctaid": lambda cta: cta.ctaid[which],
+            "%clusterid": lambda cta: cta.ctaid[which] // cluster[which],
+            "%cluster_ctaid": lambda cta: cta.ctaid[which] % cluster[which],
+            "%cluster_ctarank": lambda cta: cta.rank,
+        }
+        if base in per_cta:
+            get = per_cta[base]
+            if self.single_cta:
+                return int(get(self.cta))
+            return np.repeat(np.array([get(warp.cta) for warp in self.warps], np.uint32), LANES)
+        if base == "%warpid":
+            return self.warps[0].index if self.single_warp else self._per_warp("%warpid", lambda warp: warp.index)
+        lane = np.tile(np.arange(LANES, dtype=np.uint32), len(self.warps))
+        one = np.uint32(1)
+        masks = {"eq": one << lane, "lt": (one << lane) - one, "le": (one << lane) * np.uint32(2) - one}
+        masks["ge"], masks["gt"] = ~masks["lt"], ~masks["le"]
+        if base == "%laneid":
+            return lane
+        if base.startswith("%lanemask_"):
+            return masks[base[-2:]]
+        return self.run.clock(base)
+
+    def active_warps(self, mask: Mask | None) -> list[int]:
+        """Indices of warps with an active lane."""
+        if mask is None:
+            return list(range(len(self.warps)))
+        return [int(i) for i in np.flatnonzero(mask.reshape(-1, LANES).any(axis=1))]
+
+    def active_lanes(self, mask: Mask | None) -> Any:
+        """Indices of active lanes."""
+        return range(self.lanes) if mask is None else np.flatnonzero(mask).tolist()
+
+    def local(self) -> tuple[Any, Any]:
+        """Local memory of the lanes, uint8 ``[lanes, bytes]``, and which bytes were written."""
+        if self.local_data is None:
+            size = self.program.local_bytes
+            self.local_data = np.zeros((self.lanes, size), np.uint8)
+            self.local_written = np.zeros((self.lanes, size), np.bool_)
+        return self.local_data, self.local_written
+
+    def await_all(self, conditions: Callable[[], list[Condition | None]]) -> bool:
+        """Whether every warp may go on; if not, the gang is woken when the last condition is met.
+
+        Args:
+            conditions: one of each warp, called when the instruction is reached first, not when it is tried again.
+        """
+        wait = self.wait
+        if wait is None:
+            wait = self.wait = conditions()
+        open_conditions = {id(each): each for each in wait if each is not None and not each.ready}
+        if not open_conditions:
+            self.wait = None
+            return True
+        self.missing = len(open_conditions)
+        for each in open_conditions.values():
+            each.waiters.append(self)
+        return False
+
+    # --- running
+
+    def start(self) -> None:
+        """Stands before the first block."""
+        exists = np.concatenate([warp.threads for warp in self.warps])
+        self.mask = None if exists.all() else exists
+        self.version = self.program.version(Key(0, self.mask is not None, self.single_warp, self.single_cta, ()))
+
+    def advance(self, budget: int) -> str:
+        """Runs up to `budget` blocks. Returns ``yield``, ``wait``, ``linger`` or ``end``."""
+        executed = self.run.executed
+        try:
+            while budget > 0:
+                budget -= 1
+                version = self.version
+                way = version.run(self, self.registers)
+                if way == WAIT:
+                    return "wait"
+                executed[version] = executed.get(version, 0) + len(self.warps)
+                if way == DIVERGED:
+                    state = self._diverge(version)
+                else:
+                    target = version.block.taken if way == 0 else version.block.next
+                    assert target is not None
+                    link = version.links.get(way)
+                    if (
+                        link is not None
+                        and not (self.frames and self.frames[-1].join == target)
+                        and not (self.meetings and self.meetings[-1].join == target)
+                    ):
+                        self.version = link
+                        continue
+                    state = self._enter(target, version, way)
+                if state:
+                    return state
+        except EmulatorError as error:
+            raise self._located(error) from None
+        except (ArithmeticError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+            located = self._located(EmulatorError(f"internal error of the emulator: {type(error).__name__}: {error}"))
+            raise located from error
+        return "yield"
+
+    def _located(self, error: EmulatorError) -> EmulatorError:
+        if str(error).startswith("PTX line"):
+            return error
+        line, trace = 0, error.__traceback__ or (error.__context__.__traceback__ if error.__context__ else None)
+        trace = sys.exc_info()[2] or trace
+        while trace is not None:
+            if trace.tb_frame.f_code.co_filename.startswith("<PTX block"):
+                line = self.version.lines[trace.tb_lineno - 1]
+            trace = trace.tb_next
+        where = str(self.warps[0]) + (f" and {len(self.warps) - 1} more warps" if len(self.warps) > 1 else "")
+        text = self.program.text_of(line)
+        return EmulatorError(f"PTX line {line} ({text}), {where}: {error}")
+
+    def current_line(self) -> int:
+        """PTX line of the instruction that runs now, found on the call stack."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<PTX block"):
+                return self.version.lines[frame.f_lineno - 1]
+            if frame.f_back is None:
+                break
+            frame = frame.f_back
+        return 0
+
+    @property
+    def line(self) -> int:
+        """PTX line at which the gang stands."""
+        return self.program.kernel.instructions[self.version.block.start].line
+
+    def _kinds(self, block: int) -> tuple[tuple[str, str], ...]:
+        """Kinds of the live registers, from what they hold."""
+        kinds = []
+        numbers, registers, defined = self.program.numbers, self.registers, self.defined
+        for name in self.program.live_in(block):
+            number = numbers[name]
+            value = registers[number]
+            if value is None:
+                continue
+            if isinstance(value, np.ndarray):
+                mask = defined.get(number)
+                if mask is not None and (mask.all() or (self.mask is not None and (mask | ~self.mask).all() and not self.frames)):
+                    del defined[number]
+                    mask = None
+                kinds.append((name, "A" if mask is None else "P"))
+            else:
+                kinds.append((name, "I"))
+        return tuple(kinds)
+
+    def _stand(self, block: int) -> None:
+        key = Key(block, self.mask is not None, self.single_warp, self.single_cta, self._kinds(block))
+        self.version = self.program.version(key)
+
+    def _enter(self, target: int, version: Version | None, way: int) -> str:
+        """Goes to a block; at a join it goes on with other lanes or waits for other warps."""
+        direct = True
+        while True:
+            if self.meetings and target == self.meetings[-1].join and len(self.frames) == self.meetings[-1].depth and target != EXIT:
+                meeting = self.meetings.pop()
+                direct = False
+                if not meeting.closed:
+                    meeting.arrived.append(self)
+                    self.lingering, self.meeting, self.target = True, meeting, target
+                    return "linger"
+                meeting.outstanding -= 1
+                continue
+            if target == EXIT:
+                mask = self.mask
+                if not self.frames:
+                    return "end"
+                for frame in self.frames:
+                    if mask is not None:
+                        frame.mask = frame.mask & ~mask
+            elif not (self.frames and target == self.frames[-1].join):
+                break
+            direct = False
+            frame = self.frames[-1]
+            if frame.pending:
+                target, self.mask = frame.pending.pop()
+                continue
+            self.frames.pop()
+            if frame.mask.any():
+                self.mask = None if frame.mask.all() else frame.mask
+                target = frame.join
+            else:
+                self.mask = frame.mask
+                target = EXIT
+        if direct and version is not None and not self.defined:
+            live = set(self.program.live_in(target))
+            kinds = tuple((name, kind) for name, kind in version.kinds.items() if name in live)
+            self.version = self.program.version(Key(target, self.mask is not None, self.single_warp, self.single_cta, kinds))
+            version.links[way] = self.version
+        else:
+            self._stand(target)
+        return ""
+
+    def resume(self) -> str:
+        """Goes on behind a meeting."""
+        self.lingering = False
+        return self._enter(self.target, None, 0)
+
+    def _diverge(self, version: Version) -> str:
+        """Acts on a branch that lanes take differently."""
+        taken = self.branch
+        everything = np.ones(self.lanes, np.bool_) if self.mask is None else self.mask
+        other = everything & ~taken
+        block = version.block
+        assert block.taken is not None
+        assert block.next is not None
+        if not self.single_warp:
+            goes = taken.reshape(-1, LANES).any(axis=1)
+            stays = other.reshape(-1, LANES).any(axis=1)
+            groups = [np.flatnonzero(goes & ~stays), np.flatnonzero(stays & ~goes), np.flatnonzero(goes & stays)]
+            idle = np.flatnonzero(~goes & ~stays)
+            if sum(1 for group in groups if group.size) > 1:
+                first = next(i for i, group in enumerate(groups) if group.size)
+                groups[first] = np.sort(np.concatenate([groups[first], idle]))
+                return self._part(version, groups)
+        self.frames.append(Frame(block.join, everything, [(block.next, other)]))
+        self.mask = taken
+        return self._enter(block.taken, None, 0)
+
+    def _part(self, version: Version, groups: list[NDArray[np.intp]]) -> str:
+        """Becomes several gangs; this one ends."""
+        block = version.block
+        parts = []
+        branch = self.branch
+        for which, group in enumerate(groups):
+            if group.size:
+                part = self.take(group.tolist())
+                part.branch = branch.reshape(-1, LANES)[group].reshape(-1)
+                parts.append((which, part))
+        self._meet(block.join, [part for _, part in parts])
+        for which, part in parts:
+            part.version = version
+            if which == 2:
+                state = part._diverge(version)
+            else:
+                target = block.taken if which == 0 else block.next
+                assert target is not None
+                state = part._enter(target, None, 0)
+            self.run.adopt(part, state)
+        return "gone"
+
+    def _meet(self, join: int, parts: list[Gang]) -> None:
+        for meeting in self.meetings:
+            meeting.outstanding += len(parts) - 1
+        if join != EXIT and self.run.merging:
+            meeting = Meeting(join, len(self.frames), len(parts))
+            for part in parts:
+                part.meetings.append(meeting)
+
+    def take(self, indices: list[int]) -> Gang:
+        """A new gang of some warps, with their lanes' registers; the caller decides what becomes of this one."""
+        part = Gang(self.run, self.program, [self.warps[i] for i in indices], [])
+        rows = np.array(indices)
+
+        def lanes(array: Any) -> Any:
+            return np.ascontiguousarray(array.reshape(-1, LANES)[rows]).reshape(-1)
+
+        registers: list[Any] = [None] * len(self.registers)
+        for number, value in enumerate(self.registers):
+            if isinstance(value, np.ndarray):
+                value = lanes(value)
+                if part.single_warp and number not in self.defined and (value == value[0]).all():
+                    value = value[0].item()
+            registers[number] = value
+        part.registers = registers
+        part.defined = {number: lanes(mask) for number, mask in self.defined.items()}
+        part.mask = None if self.mask is None else lanes(self.mask)
+        if self.local_data is not None:
+            wide = (rows[:, None] * LANES + np.arange(LANES)).reshape(-1)
+            part.local_data, part.local_written = self.local_data[wide], self.local_written[wide]
+        part.frames = [
+            Frame(frame.join, lanes(frame.mask), [(block, lanes(mask)) for block, mask in frame.pending]) for frame in self.frames
+        ]
+        part.meetings = list(self.meetings)
+        part.priority = self.priority
+        if self.wait is not None:
+            part.wait = [self.wait[i] for i in indices]
+        return part
+
+    def split(self, ready: list[int]) -> None:
+        """Becomes two gangs at the same instruction: some warps, and the rest."""
+        chosen = set(ready)
+        groups = [ready, [i for i in range(len(self.warps)) if i not in chosen]]
+        parts = [self.take(group) for group in groups]
+        self._meet(EXIT, parts)
+        for part in parts:
+            part._stand(self.version.block.index)
+            self.run.adopt(part, "")
+
+
+def merge_gangs(gangs: list[Gang], block: int) -> Gang | None:
+    """One gang from several that stand before the same block; None where their divergences differ."""
+    first = gangs[0]
+    shape = [(frame.join, [place for place, _ in frame.pending]) for frame in first.frames]
+    for each in gangs[1:]:
+        if [(frame.join, [place for place, _ in frame.pending]) for frame in each.frames] != shape:
+            return None
+        if each.meetings != first.meetings:
+            return None
+    merged = Gang(first.run, first.program, [warp for each in gangs for warp in each.warps], [])
+
+    def concatenate(values: list[Any], dtype: Any) -> Any:
+        parts = [
+            value if isinstance(value, np.ndarray) else np.full(each.lanes, 0 if value is None else value, dtype)
+            for value, each in zip(values, gangs, strict=True)
+        ]
+        return np.concatenate(parts)
+
+    registers: list[Any] = [None] * len(first.registers)
+    names = set(first.program.live_in(block))
+    for frame in first.frames:  # what other ways and joins will read
+        for place in [frame.join, *(place for place, _ in frame.pending)]:
+            if place != EXIT:
+                names |= set(first.program.live_in(place))
+    for name in names:
+        number = first.program.numbers[name]
+        values = [each.registers[number] for each in gangs]
+        if all(value is None for value in values):
+            continue
+        if not any(isinstance(value, np.ndarray) or value is None for value in values) and len(set(values)) == 1:
+            registers[number] = values[0]
+            continue
+        registers[number] = concatenate(values, _CONTAINER[first.program.bits[name]])
+        if any(value is None or number in each.defined for value, each in zip(values, gangs, strict=True)):
+            masks = [
+                each.defined.get(number, np.full(each.lanes, value is not None, np.bool_)) for value, each in zip(values, gangs, strict=True)
+            ]
+            merged.defined[number] = np.concatenate(masks)
+    merged.registers = registers
+    masks = [np.ones(each.lanes, np.bool_) if each.mask is None else each.mask for each in gangs]
+    mask = np.concatenate(masks)
+    merged.mask = None if mask.all() else mask
+    for i, frame in enumerate(first.frames):
+        pending = [
+            (place, np.concatenate([each.frames[i].pending[j][1] for each in gangs])) for j, (place, _) in enumerate(frame.pending)
+        ]
+        merged.frames.append(Frame(frame.join, np.concatenate([each.frames[i].mask for each in gangs]), pending))
+    if any(each.local_data is not None for each in gangs):
+        parts = [each.local() for each in gangs]
+        merged.local_data = np.concatenate([data for data, _ in parts])
+        merged.local_written = np.concatenate([written for _, written in parts])
+    merged.meetings = list(first.meetings)
+    return merged

@@ -1,0 +1,1 @@
+"""Translation of tensor copies, wgmma and tcgen05."""

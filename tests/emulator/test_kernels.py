@@ -1,0 +1,116 @@
+"""The shipped sm_90a kernels on the emulator, through the runtime's recipes, packers, reference and bounds (contract sections 9.1 and 9.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from densemoe.compile import kernels
+from densemoe.compile.emulator.device import launch_recipe
+from densemoe.compile.emulator.execution import Report
+from densemoe.compile.toolchain import compile_variant
+from densemoe.runtime import bounds, data, packing, reference
+from densemoe.runtime.nvfp4 import bf16_values
+from densemoe.runtime.problem import Problem
+from densemoe.runtime.variant import Variant
+
+NUMPY: dict[str, Any] = {"u8": np.uint8, "bf16": np.uint16, "f16": np.float16, "f32": np.float32}
+LARGEST = 448.0 * 6.0  # of a scale and a code
+
+
+@cache
+def ptx_of(key: str) -> str:
+    variant = Variant.parse(key)
+    return compile_variant(variant, f"sm90_{variant.op}").ptx
+
+
+def run_case(
+    key: str,
+    m: int,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    kind: str,
+    *,
+    post: bool = False,
+    scalar: bool = False,
+    schedule: str = "eager",
+    edit: Callable[[str], str] = str,
+) -> tuple[bounds.Report, Report]:
+    """One problem on the emulator: the comparison and the emulator's report."""
+    variant = Variant.parse(key)
+    problem = Problem(variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype, alpha_post=post, scalar_alpha=scalar)
+    rng = np.random.default_rng([m, experts, hidden, intermediate])
+    fc1 = variant.op == "fc1"
+    weights = (data.fc1_weights if fc1 else data.fc2_weights)(rng, experts, hidden, intermediate, kind)
+    packed = packing.pack_fc1(weights.codes, weights.scales) if fc1 else packing.pack_fc2(weights.codes, weights.scales, experts)
+    read = reference.Weights(variant.op, weights.codes, weights.scales, experts)
+    first, scales, a_scale = data.activations(rng, m, problem.k, variant.a_dtype, kind)
+    if variant.a_dtype == "bf16":
+        arrays, a = {"a": first}, bf16_values(first).astype(np.float64)
+    else:
+        arrays, a = {"a.codes": first, "a.scales": scales}, reference.activation_values(first, scales)
+    multiplier = None
+    if fc1:
+        arrays["alpha"] = data.fc1_alpha(weights, a_scale)
+        if post:
+            arrays["alpha_post"] = data.alpha_post(rng, m, experts, kind, 0.25)
+        factors = arrays["alpha_post"].astype(np.float64) if post else None
+        exact: Any = reference.fc1(a, read, arrays["alpha"].astype(np.float64), range(experts), factors)
+        if variant.c_dtype == "nvfp4":
+            multiplier = np.float32(LARGEST / max(float(np.abs(exact.y).max()), 1e-30))
+            arrays["output_multiplier"] = np.array([multiplier], np.float32)
+    else:
+        arrays["alpha"] = data.fc2_alpha(rng, m, weights, a_scale, scalar=scalar, kind=kind)
+        exact = reference.fc2(a, read, arrays["alpha"].astype(np.float64), experts, intermediate)
+    outputs = {role: np.full(spec.shape, 0x5A, NUMPY[spec.dtype]) for role, spec in problem.tensors().items() if spec.output}
+    recipe = kernels.load(f"sm90_{variant.op}").recipe(variant)
+    tensors = {**arrays, "b": packed, **outputs}
+    report = launch_recipe(edit(ptx_of(key)), recipe, problem.names(), tensors, outputs, schedule=schedule)
+    is_exact = kind == "exact"
+    if fc1:
+        given = None if multiplier is None else float(multiplier)
+        return bounds.compare_fc1(outputs, exact, problem, output_multiplier=given, exact=is_exact), report
+    return bounds.compare_fc2(outputs, exact, problem, exact=is_exact), report
+
+
+@pytest.mark.parametrize("a_dtype", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("key", ["fc1.sm90a.t8x64.c1x1.{}-f32", "fc1.sm90a.t16x64.c1x1.{}-bf16", "fc2.sm90a.t8x64.c1x1.{}-f32"])
+def test_exact_data_is_exact(key: str, a_dtype: str) -> None:
+    """Rule 1: bit for bit."""
+    key = key.format(a_dtype)
+    comparison, report = run_case(key, 21, 3, 320, 192, "exact", post=key.startswith("fc1"))
+    assert comparison.passed, comparison.detail
+    assert report.products["mma.sync"] > 0
+
+
+@pytest.mark.parametrize("a_dtype", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("key", ["fc1.sm90a.t8x64.c1x1.{}-nvfp4", "fc1.sm90a.t32x64.c1x1.{}-f16", "fc2.sm90a.t16x64.c1x1.{}-bf16"])
+def test_general_data_lies_within_the_bounds(key: str, a_dtype: str) -> None:
+    """Rules 2 and 3."""
+    comparison, _ = run_case(key.format(a_dtype), 13, 2, 256, 128, "integers", post=key.startswith("fc1"), scalar=key.startswith("fc2"))
+    assert comparison.passed, comparison.detail
+
+
+@pytest.mark.parametrize("schedule", ["lazy", "random:1", "random:2", "pct:3:4"])
+@pytest.mark.parametrize("key", ["fc1.sm90a.t8x64.c1x1.bf16-f32", "fc2.sm90a.t8x64.c1x1.bf16-f32"])
+def test_every_schedule_gives_the_same_exact_result(key: str, schedule: str) -> None:
+    comparison, _ = run_case(key, 3, 2, 256, 64, "exact", post=key.startswith("fc1"), schedule=schedule)
+    assert comparison.passed, comparison.detail
+
+
+def test_a_kernel_that_forgets_to_wait_for_its_copy_reads_shared_memory_before_it_is_written() -> None:
+    def without_wait(ptx: str) -> str:
+        lines = ptx.split("\n")
+        waits = [i for i, line in enumerate(lines) if "mbarrier.try_wait" in line]
+        for i in waits:
+            predicate = lines[i].split()[1].rstrip(",")
+            lines[i] = f"\tmov.pred {predicate}, -1;"
+        return "\n".join(lines)
+
+    with pytest.raises(Exception, match="read before it was written"):
+        run_case("fc1.sm90a.t8x64.c1x1.bf16-f32", 3, 1, 256, 64, "exact", post=True, schedule="lazy", edit=without_wait)
