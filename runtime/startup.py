@@ -1,4 +1,4 @@
-"""``densemoe bench startup``: what a cold start costs, each figure from a fresh interpreter or a first call, beside its bar (docs/design.md)."""
+"""``densemoe bench startup``: what a cold start costs, each figure from a fresh interpreter or a first call, beside its bar (README.md)."""
 
 from __future__ import annotations
 
