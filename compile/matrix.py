@@ -20,7 +20,7 @@ from densemoe.compile import kernels
 from densemoe.compile.audit import Allowance
 from densemoe.runtime.errors import MatrixError, VariantError
 from densemoe.runtime.rules import check_legal
-from densemoe.runtime.variant import A_DTYPES, ARCHITECTURES, B_DTYPES, C_DTYPES, OPS, Variant
+from densemoe.runtime.variant import A_DTYPES_OF, ALL_OPS, ARCHITECTURES, B_DTYPES, C_DTYPES, Variant
 
 __all__ = ["DEFAULT_MATRIX", "Matrix", "Planned", "load"]
 
@@ -126,10 +126,10 @@ def _allowed(axis: str, op: str) -> Sequence[str] | None:
         "arch": tuple(ARCHITECTURES),
         "tile": None,
         "cluster": None,
-        "a_dtype": A_DTYPES,
+        "a_dtype": A_DTYPES_OF[op],
         "b_dtype": B_DTYPES,
         "c_dtype": C_DTYPES[op],
-        "op": OPS,
+        "op": ALL_OPS,
     }[axis]
 
 
@@ -177,7 +177,7 @@ def _expand(reader: _Reader, node: yaml.Node) -> Iterator[Planned]:
     fields = reader.mapping(
         node, ("kernel", "op", *AXES, "options", "exclude", "include", "compiler_options", "spills"), ("kernel", "op", *AXES)
     )
-    op = reader.axis("op", fields["op"], OPS)[0]
+    op = reader.axis("op", fields["op"], ALL_OPS)[0]
     kernel = reader.scalar(fields["kernel"])
     if kernel not in kernels.names():
         raise reader.fail(fields["kernel"], f"kernel {kernel!r}: use one of {', '.join(kernels.names())}{_hint(kernel, kernels.names())}")
@@ -277,7 +277,7 @@ def _profile(reader: _Reader, name: str, node: yaml.Node, planned: tuple[Planned
         rules = []
         for item in reader.items(fields["select"]):
             part = reader.mapping(item, ("op", *AXES))
-            op = reader.axis("op", part["op"], OPS)[0] if "op" in part else "fc1"
+            op = reader.axis("op", part["op"], ALL_OPS)[0] if "op" in part else "fc1"
             rule = {axis: reader.axis(axis, value, _allowed(axis, op)) for axis, value in part.items()}
             if not any(_matches(rule, _point(each.variant)) for each in planned):
                 raise reader.fail(item, "this rule selects no variant of the matrix")

@@ -29,6 +29,7 @@ FORMATS: Final = {
     "f16": ((2, 16),),
     "f32": ((2, 32),),
     "i32": ((0, 32),),
+    "i64": ((0, 64),),
 }
 #: No synchronisation by the lender: work is ordered by the stream that the caller launches on, as with bare addresses.
 _NO_SYNCHRONISATION: Final = -1

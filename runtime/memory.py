@@ -22,6 +22,7 @@ _TYPES: Final = {
     "f16": ("<f2",),
     "f32": ("<f4",),
     "i32": ("<i4",),
+    "i64": ("<i8",),
 }
 _TORCH_NAMES: Final = {
     "u8": "uint8",
@@ -31,6 +32,7 @@ _TORCH_NAMES: Final = {
     "f16": "float16",
     "f32": "float32",
     "i32": "int32",
+    "i64": "int64",
 }
 
 

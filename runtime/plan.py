@@ -33,7 +33,7 @@ LARGEST_GRID_YZ: Final = 65535
 WORKSPACE_ALIGNMENT: Final = 128
 WEIGHT_ALIGNMENT: Final = 128  # sources of bulk copies; whole 128-byte lines besides
 _SUPERBLOCK: Final = (64, 128, 4608)  # rows, K and bytes of sm90a-superblock/1
-WEIGHT_LAYOUTS: Final = ("sm90a-superblock/1", "sm100-interchange/1")
+WEIGHT_LAYOUTS: Final = ("sm90a-superblock/1", "sm100-interchange/1", "none")  # none: the kernel reads no weights
 #: Optional tensors: a kernel that points to one that the problem lacks is given a null pointer.
 OPTIONAL_ROLES: Final = ("alpha_post", "active_experts")
 
@@ -53,6 +53,8 @@ def packed_weight_bytes(layout: str, problem: Problem) -> int:
     if layout not in WEIGHT_LAYOUTS:
         known = " and ".join(WEIGHT_LAYOUTS)
         raise RecipeError(f"weight layout {layout!r} is not known: this densemoe knows {known}; update densemoe or rebuild the artifacts")
+    if layout == "none":
+        return 0
     if layout == "sm100-interchange/1":
         return sum(_interchange_bytes(problem))
     rows, k, size = _SUPERBLOCK
@@ -69,7 +71,15 @@ def weight_parts(layout: str, problem: Problem) -> Mapping[str, int]:
     packed_weight_bytes(layout, problem)
     if layout == "sm100-interchange/1":
         return {"b": 0, "b.codes": 0, "b.scales": _interchange_bytes(problem)[0]}
-    return {"b": 0}
+    return {} if layout == "none" else {"b": 0}
+
+
+_POINTER: Final = struct.Struct("<Q")
+
+
+def _pointer_offsets(recipe: Recipe) -> dict[str, int]:
+    """Where each role's address stands in the parameter block."""
+    return {each.value: offset for each, (offset, _) in zip(recipe.parameters, recipe.offsets(), strict=True) if each.kind == "pointer"}
 
 
 @dataclass(frozen=True)
@@ -165,6 +175,7 @@ class Plan:
         self._closed = False
         self._update = threading.Lock()
         self._prepared: LaunchConfig | None = None
+        self._pointers: dict[str, int] | None = None
         self._launch: Callable[[int], None] = self._launch_nothing
         self._tensors = self._check(tensors)
         if problem.m == 0:
@@ -209,7 +220,8 @@ class Plan:
     def _check(self, tensors: Mapping[str, Any]) -> dict[str, DeviceTensor]:
         specs = self.problem.tensors()
         weights = packed_weight_bytes(self.entry.layout, self.problem)
-        wanted = {*specs, "b"}
+        has_weights = bool(weight_parts(self.entry.layout, self.problem))
+        wanted = {*specs, "b"} if has_weights else {*specs}
         for role in tensors:
             if role not in wanted:
                 raise ProblemError(f"tensor {role!r} is not part of this problem: give {', '.join(sorted(wanted))}")
@@ -217,7 +229,8 @@ class Plan:
             if role not in tensors:
                 raise ProblemError(f"tensor {role!r} is missing: give {', '.join(sorted(wanted))}")
         checked = {role: check_tensor(role, tensors[role], spec, spec.nbytes, spec.alignment) for role, spec in specs.items()}
-        checked["b"] = check_tensor("b", tensors["b"], None, weights, WEIGHT_ALIGNMENT)
+        if has_weights:
+            checked["b"] = check_tensor("b", tensors["b"], None, weights, WEIGHT_ALIGNMENT)
         if self.problem.m == 0:
             return checked
         sizes = {**{role: spec.nbytes for role, spec in specs.items()}, "b": weights}
@@ -288,6 +301,30 @@ class Plan:
             self._place_weights()
             packed = pack(self.entry.recipe, self._names, self._addresses, self._driver.encode_tensor_map)
             self._packed.parameters[:] = packed.parameters
+
+    def rebind(self, addresses: Mapping[str, int]) -> None:
+        """Points roles to other memory, unchecked: for callers that have checked shapes, dtypes, alignment and device themselves, on every call.
+
+        Raises:
+            PlanError: the Plan is closed.
+        """
+        if self._closed:
+            raise PlanError(f"the Plan of {self.key} is closed: make a new one")
+        if self._pointers is None:
+            recipe = self.entry.recipe
+            encoded = any(each.kind == "tensor_map" for each in recipe.parameters)
+            self._pointers = {} if encoded else _pointer_offsets(recipe)
+        if not self._pointers:
+            self._addresses.update(addresses)
+            if "b" in addresses:
+                for role, offset in weight_parts(self.entry.layout, self.problem).items():
+                    self._addresses[role] = addresses["b"] + offset
+            self._packed.parameters[:] = pack(self.entry.recipe, self._names, self._addresses, self._driver.encode_tensor_map).parameters
+            return
+        block, known = self._packed.parameters, self._pointers
+        for role, address in addresses.items():
+            if role in known:
+                _POINTER.pack_into(block, known[role], address)
 
     def close(self) -> None:
         """Frees the workspaces. The caller makes sure that no launch still runs."""

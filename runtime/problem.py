@@ -1,4 +1,4 @@
-"""A Problem: the shapes and dtypes of one FC1 or FC2 call, its tensors by role, and the names that launch recipes may use.
+"""A Problem: the shapes and dtypes of one call of an op, its tensors by role, and the names that launch recipes may use.
 
 Shapes, dtypes and alignments are those of the contract's sections 2–4 and 8. Sizes are in elements, alignments and byte counts in bytes.
 """
@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from densemoe.runtime.errors import ProblemError
-from densemoe.runtime.variant import A_DTYPES, C_DTYPES, OPS
+from densemoe.runtime.variant import A_DTYPES_OF, ALL_OPS, C_DTYPES, OPS
 
 __all__ = ["ELEMENT_BITS", "Problem", "TensorSpec"]
 
-ELEMENT_BITS: Final = {"nvfp4": 4, "e4m3": 8, "e5m2": 8, "u8": 8, "bf16": 16, "f16": 16, "f32": 32, "u32": 32, "i32": 32}
+ELEMENT_BITS: Final = {"nvfp4": 4, "e4m3": 8, "e5m2": 8, "u8": 8, "bf16": 16, "f16": 16, "f32": 32, "u32": 32, "i32": 32, "i64": 64}
 #: Contract section 8: any dimension of 2**31 or more is refused; byte offsets are 64-bit.
 LARGEST_DIMENSION: Final = 2**31 - 1
 SCALE_ROWS: Final = 128  # rows of one scale tile (contract section 2)
 GROUP: Final = 16  # consecutive k that share one e4m3 scale
 CODES_ALIGNMENT: Final = 32
 OTHER_ALIGNMENT: Final = 16
+LARGEST_TOP_K: Final = 32  # `prepare` holds a token's experts one a lane
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,25 @@ def _ceil_to(value: int, unit: int) -> int:
 
 @dataclass(frozen=True)
 class Problem:
-    """One FC1 or FC2 call.
+    """One call of an op.
+
+    ``prepare`` (contract section 5) turns the router's ids and weights into alpha ``[M, E]`` and the list of active experts; its H and I are 0.
+    ``quantize`` (section 2) turns activations ``[M, H]`` into NVFP4; its E and I are 0.
 
     Attributes:
-        op: ``fc1`` or ``fc2``.
+        op: ``fc1``, ``fc2``, ``prepare`` or ``quantize``.
         m: tokens. 0 is legal: nothing is launched.
         experts: E.
         hidden: H, a multiple of 64.
         intermediate: I held by this rank, a multiple of 64.
-        a_dtype: ``nvfp4`` or ``bf16``.
+        a_dtype: ``nvfp4`` or ``bf16``; of ``prepare``'s ids ``i32`` or ``i64``; of what is quantised ``bf16``, ``f16`` or ``f32``.
         c_dtype: an output dtype that the contract allows for the op.
         alpha_post: FC1 multiplies by a per-token-per-expert scale after SwiGLU.
         scalar_alpha: FC2's alpha is one f32 scalar instead of ``[M, E]``.
         active_list: only listed experts are computed (contract section 5): the tensor ``active_experts`` holds their count and ids.
+        top_k: ``prepare``: experts of a token, 1 to 32.
+        first_expert: ``prepare``: id of this rank's first expert.
+        elsewhere: ``prepare``: ids outside this rank's experts belong to other ranks; else such an id makes its token's row NaN.
 
     Raises:
         ProblemError: a value that the contract's section 8 refuses.
@@ -85,11 +92,16 @@ class Problem:
     alpha_post: bool = False
     scalar_alpha: bool = False
     active_list: bool = False
+    top_k: int = 0
+    first_expert: int = 0
+    elsewhere: bool = False
 
     def __post_init__(self) -> None:
-        if self.op not in OPS:
-            raise ProblemError(f"op={self.op!r}: use one of {', '.join(OPS)}")
-        for name, least in (("m", 0), ("experts", 1), ("hidden", 1), ("intermediate", 1)):
+        if self.op not in ALL_OPS:
+            raise ProblemError(f"op={self.op!r}: use one of {', '.join(ALL_OPS)}")
+        gemm = self.op in OPS
+        least_of = {"m": 0, "experts": int(self.op != "quantize"), "hidden": int(self.op != "prepare"), "intermediate": int(gemm), "first_expert": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_DIMENSION:
                 raise ProblemError(f"{name}={value!r}: use an integer from {least} to {LARGEST_DIMENSION}")
@@ -100,23 +112,27 @@ class Problem:
         for name, value in (("E*2I", self.experts * 2 * self.intermediate), ("E*I", self.experts * self.intermediate)):
             if value > LARGEST_DIMENSION:
                 raise ProblemError(f"{name}={value}: dimensions of 2**31 or more are refused (contract section 8)")
-        if self.a_dtype not in A_DTYPES:
-            raise ProblemError(f"a_dtype={self.a_dtype!r}: use one of {', '.join(A_DTYPES)}")
+        if self.a_dtype not in A_DTYPES_OF[self.op]:
+            raise ProblemError(f"a_dtype={self.a_dtype!r} for {self.op}: use one of {', '.join(A_DTYPES_OF[self.op])}")
         if self.c_dtype not in C_DTYPES[self.op]:
             raise ProblemError(f"c_dtype={self.c_dtype!r} for {self.op}: use one of {', '.join(C_DTYPES[self.op])}")
         if self.alpha_post and self.op != "fc1":
-            raise ProblemError("alpha_post=True for fc2: only FC1 has alpha_post (contract section 3)")
+            raise ProblemError(f"alpha_post=True for {self.op}: only FC1 has alpha_post (contract section 3)")
         if self.scalar_alpha and self.op != "fc2":
-            raise ProblemError("scalar_alpha=True for fc1: only FC2 has a scalar alpha (contract section 4)")
+            raise ProblemError(f"scalar_alpha=True for {self.op}: only FC2 has a scalar alpha (contract section 4)")
+        if not int(self.op == "prepare") <= self.top_k <= (LARGEST_TOP_K if self.op == "prepare" else 0):
+            raise ProblemError(f"top_k={self.top_k} for {self.op}: prepare has 1 to {LARGEST_TOP_K}, the other ops 0")
 
     @property
     def k(self) -> int:
         """Length of the reduction: H for FC1, E·I for FC2."""
-        return self.hidden if self.op == "fc1" else self.experts * self.intermediate
+        return self.experts * self.intermediate if self.op == "fc2" else self.hidden
 
     @property
     def n_out(self) -> int:
         """Columns of the output: E·I for FC1, H for FC2."""
+        if self.op == "prepare":
+            return self.experts
         return self.experts * self.intermediate if self.op == "fc1" else self.hidden
 
     def tensors(self) -> dict[str, TensorSpec]:
@@ -126,6 +142,16 @@ class Problem:
         count, then as many expert ids, ascending); ``output_multiplier``; ``c`` or ``c.codes`` + ``c.scales``.
         """
         rows = _ceil_to(self.m, SCALE_ROWS)
+        if self.op == "prepare":
+            return {spec.role: spec for spec in self._prepare_tensors()}
+        if self.op == "quantize":
+            quantised = (
+                TensorSpec("a", self.a_dtype, (self.m, self.k), OTHER_ALIGNMENT),
+                TensorSpec("output_multiplier", "f32", (1,), 4),
+                TensorSpec("c.codes", "u8", (self.m, self.k // 2), CODES_ALIGNMENT, output=True),
+                TensorSpec("c.scales", "u8", (rows, self.k // GROUP), OTHER_ALIGNMENT, output=True),
+            )
+            return {spec.role: spec for spec in quantised}
         specs: list[TensorSpec] = []
         if self.a_dtype == "nvfp4":
             specs.append(TensorSpec("a.codes", "u8", (self.m, self.k // 2), CODES_ALIGNMENT))
@@ -148,6 +174,19 @@ class Problem:
             specs.append(TensorSpec("c", self.c_dtype, (self.m, self.n_out), OTHER_ALIGNMENT, output=True))
         return {spec.role: spec for spec in specs}
 
+    def _prepare_tensors(self) -> tuple[TensorSpec, ...]:
+        """``ids`` and ``router`` ``[M, k]``, ``w2_alpha`` ``[E]``, ``alpha_divisor`` ``[1]`` (1, or the fused form's alpha_max); ``alpha`` ``[M, E]``
+        and the list of active experts."""
+        shape = (self.m, self.top_k)
+        return (
+            TensorSpec("ids", self.a_dtype, shape, ELEMENT_BITS[self.a_dtype] // 8),
+            TensorSpec("router", "f32", shape, 4),
+            TensorSpec("w2_alpha", "f32", (self.experts,), 4),
+            TensorSpec("alpha_divisor", "f32", (1,), 4),
+            TensorSpec("alpha", "f32", (self.m, self.experts), 4, output=True),
+            TensorSpec("active_experts", "i32", (1 + self.experts,), 4, output=True),
+        )
+
     def names(self) -> dict[str, int]:
         """The integer names that a launch recipe's expressions may use, without the device's (``sm_count``)."""
         return {
@@ -161,6 +200,9 @@ class Problem:
             "scalar_alpha": int(self.scalar_alpha),
             "has_active_list": int(self.active_list),
             # strides of FC2's alpha in elements: 0 makes one scalar serve every token and expert
-            "alpha_stride_m": 0 if self.op == "fc1" or self.scalar_alpha else self.experts,
+            "alpha_stride_m": 0 if self.op != "fc2" or self.scalar_alpha else self.experts,
             "alpha_stride_e": 0 if self.scalar_alpha else 1,
+            "top_k": self.top_k,
+            "first_expert": self.first_expert,
+            "elsewhere": int(self.elsewhere),
         }

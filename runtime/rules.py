@@ -9,7 +9,7 @@ from typing import Final
 
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.problem import Problem
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import OPS, Variant
 
 __all__ = ["can_implement", "check_legal"]
 
@@ -22,7 +22,7 @@ LARGEST_WORD: Final = 2**31 - 1  # kernels count tiles in 32-bit words
 
 
 def _tcgen05(variant: Variant) -> bool:
-    return variant.arch.startswith("sm_10")
+    return variant.op in OPS and variant.arch.startswith("sm_10")
 
 
 def check_legal(variant: Variant) -> None:

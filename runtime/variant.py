@@ -21,15 +21,40 @@ from typing import Final
 
 from densemoe.runtime.errors import VariantError
 
-__all__ = ["ARCHITECTURES", "A_DTYPES", "B_DTYPES", "C_DTYPES", "OPS", "Architecture", "Variant", "architecture", "symbol_of"]
+__all__ = [
+    "ALL_OPS",
+    "ARCHITECTURES",
+    "AUXILIARY_OPS",
+    "A_DTYPES",
+    "A_DTYPES_OF",
+    "B_DTYPES",
+    "C_DTYPES",
+    "OPS",
+    "Architecture",
+    "Variant",
+    "architecture",
+    "symbol_of",
+]
 
 OPS: Final = ("fc1", "fc2")
+#: What a layer does besides: alpha and the list of active experts from the router's choice; NVFP4 activations. They read no packed weights.
+AUXILIARY_OPS: Final = ("prepare", "quantize")
+ALL_OPS: Final = (*OPS, *AUXILIARY_OPS)
 A_DTYPES: Final = ("nvfp4", "bf16")
 B_DTYPES: Final = ("nvfp4",)
 #: Output dtypes that the contract allows for each op (sections 3 and 4).
 C_DTYPES: Final[Mapping[str, tuple[str, ...]]] = {
     "fc1": ("nvfp4", "bf16", "f16", "f32", "e4m3", "e5m2"),
     "fc2": ("bf16", "f16", "f32"),
+    "prepare": ("f32",),
+    "quantize": ("nvfp4",),
+}
+#: Input dtypes of each op: ``prepare`` reads expert ids.
+A_DTYPES_OF: Final[Mapping[str, tuple[str, ...]]] = {
+    "fc1": A_DTYPES,
+    "fc2": A_DTYPES,
+    "prepare": ("i32", "i64"),
+    "quantize": ("bf16", "f16", "f32"),
 }
 
 
@@ -99,7 +124,7 @@ class Variant:
     """One kernel to compile.
 
     Attributes:
-        op: ``fc1`` or ``fc2``.
+        op: ``fc1``, ``fc2``, ``prepare`` or ``quantize``.
         arch: an architecture's name, ``sm_90a``.
         tile_m, tile_n: the tile in tokens and in weight rows (FC1 counts rows before SwiGLU).
         cluster_m, cluster_n: CTAs of a cluster along the tile axes.
@@ -119,12 +144,12 @@ class Variant:
     b_dtype: str = field(default="nvfp4")
 
     def __post_init__(self) -> None:
-        if self.op not in OPS:
-            raise VariantError(f"op {self.op!r} is not known: use one of {', '.join(OPS)}")
+        if self.op not in ALL_OPS:
+            raise VariantError(f"op {self.op!r} is not known: use one of {', '.join(ALL_OPS)}")
         architecture(self.arch)
         if self.arch not in ARCHITECTURES:
             raise VariantError(f"arch {self.arch!r}: spell it {architecture(self.arch).name!r}")
-        for name, allowed in (("a_dtype", A_DTYPES), ("b_dtype", B_DTYPES), ("c_dtype", C_DTYPES[self.op])):
+        for name, allowed in (("a_dtype", A_DTYPES_OF[self.op]), ("b_dtype", B_DTYPES), ("c_dtype", C_DTYPES[self.op])):
             if getattr(self, name) not in allowed:
                 raise VariantError(f"{name}={getattr(self, name)!r} for {self.op}: use one of {', '.join(allowed)}")
         for name in ("tile_m", "tile_n", "cluster_m", "cluster_n"):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.recipe import Recipe
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import ALL_OPS, Variant
 
 __all__ = ["Expected", "KernelModule", "load", "names"]
 
@@ -50,8 +50,8 @@ class KernelModule(Protocol):
 
 
 def names() -> tuple[str, ...]:
-    """Names of the kernel modules: those of this folder that are called ``sm<number>_<op>``."""
-    return tuple(sorted(path.stem for path in _FOLDER.glob("sm*_fc[12]*.py")))
+    """Names of the kernel modules: those of this folder that are called ``sm<number>_<op>…``."""
+    return tuple(sorted(path.stem for op in ALL_OPS for path in _FOLDER.glob(f"sm*_{op}*.py")))
 
 
 @contextmanager
