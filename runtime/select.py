@@ -14,7 +14,7 @@ from importlib import resources
 from typing import Any, Final
 
 from densemoe.runtime.errors import ManifestError, SelectionError
-from densemoe.runtime.problem import Problem
+from densemoe.runtime.problem import LARGEST_DIMENSION, Problem
 from densemoe.runtime.rules import can_implement
 from densemoe.runtime.variant import Variant, architecture
 
@@ -27,9 +27,9 @@ SCHEMA: Final = 1
 
 
 def bucket(m: int) -> int:
-    """The largest M of ``m``'s bucket: the next multiple of 8 up to 128, of 128 above; 0 for 0."""
+    """The largest M of ``m``'s bucket: the next multiple of 8 up to 128, of 128 above; 0 for 0, at most the largest M that there is."""
     step = SMALL_STEP if m <= SMALL_LIMIT else LARGE_STEP
-    return -(-m // step) * step
+    return min(-(-m // step) * step, LARGEST_DIMENSION)
 
 
 @dataclass(frozen=True)
