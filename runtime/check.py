@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from densemoe.runtime.canonical import read_file
+from densemoe.runtime.driver import version_text
 from densemoe.runtime.errors import (
     ArchitectureMismatch,
     ArtifactError,
@@ -109,11 +110,6 @@ class Verdict:
         """For a program."""
         device = {**vars(self.device), "capability": list(self.device.capability)}
         return {"device": device, "arch": self.arch, "state": self.state, "findings": [vars(each) for each in self.findings]}
-
-
-def version_text(version: int) -> str:
-    """``13.0`` for 13000."""
-    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def parse_version(text: str) -> int:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from densemoe.runtime.driver import version_text
 from densemoe.runtime.errors import ArtifactError, DensemoeError
 from densemoe.runtime.loader import ENVIRONMENT, ArtifactSet, Loader
 
@@ -56,7 +57,8 @@ def diagnose(artifacts: str | None = None) -> Report:
         found = ArtifactSet(artifacts)
         for arch in found.architectures:
             manifest = found.manifest(arch)
-            stated = f"{len(manifest.variants)} variants, {manifest.toolchain['ptxas']}, needs a driver for CUDA {manifest.minimum_driver / 1000:.1f}"
+            needed = version_text(manifest.minimum_driver)
+            stated = f"{len(manifest.variants)} variants, {manifest.toolchain['ptxas']}, needs a driver for CUDA {needed}"
             report.facts.append((f"artifacts {arch}", f"{stated}; {found.root}"))
         report.artifacts_found = True
     except ArtifactError as error:
@@ -66,7 +68,7 @@ def diagnose(artifacts: str | None = None) -> Report:
 
         driver = Driver()
         version = driver.version()
-        report.facts.append(("driver", f"supports CUDA {version // 1000}.{version % 1000 // 10}"))
+        report.facts.append(("driver", f"supports CUDA {version_text(version)}"))
         for ordinal in range(driver.device_count()):
             capability = driver.capability(ordinal)
             text = f"{driver.device_name(ordinal)}, compute capability {capability[0]}.{capability[1]}, {driver.sm_count(ordinal)} SMs"

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from densemoe.runtime.errors import ArchitectureMismatch, DriverError, DriverTooOld, DriverUnavailable
 
-__all__ = ["Driver", "LaunchConfig"]
+__all__ = ["Driver", "LaunchConfig", "version_text"]
 
 #: What to do, by CUresult name.
 _REMEDIES: Final = {
@@ -30,6 +30,11 @@ _REMEDIES: Final = {
     "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED": "that call may not be captured: preload kernels before the capture",
 }
 _OLD: Final = ("CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH")
+
+
+def version_text(version: int) -> str:
+    """``13.0`` for 13000, ``12.8`` for 12080: a CUDA version as ``cuDriverGetVersion`` counts."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 class LaunchConfig:
@@ -160,7 +165,7 @@ class Driver:
                 ) from error
             if isinstance(error, DriverTooOld):
                 raise DriverTooOld(
-                    f"{file} (built for {arch}) is not understood by this driver, which supports CUDA {self.version() / 1000:.1f}, on {device}:"
+                    f"{file} (built for {arch}) is not understood by this driver, which supports CUDA {version_text(self.version())}, on {device}:"
                     " update NVIDIA's driver",
                     call=error.call,
                     code=error.code,
@@ -194,7 +199,7 @@ class Driver:
         """``cuKernelGetParamInfo`` of the driver that cuda-bindings loaded, as a C function."""
         if self.version() < 12040:
             raise DriverTooOld(
-                f"the driver supports CUDA {self.version() / 1000:.1f} and has no cuKernelGetParamInfo: a kernel's parameters cannot be compared"
+                f"the driver supports CUDA {version_text(self.version())} and has no cuKernelGetParamInfo: a kernel's parameters cannot be compared"
                 " with the manifest's; update NVIDIA's driver to one for CUDA 12.4 or later"
             )
         address, _ = self._call("cuGetProcAddress", b"cuKernelGetParamInfo", 12040, 0)

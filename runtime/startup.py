@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any, Final
 
+from densemoe.runtime.driver import version_text
 from densemoe.runtime.errors import DensemoeError
 
 __all__ = ["measure"]
@@ -85,7 +86,7 @@ def measure(artifacts: str | None = None) -> list[dict[str, Any]]:
         }
     )
     rows.append({"what": "launch of a prepared Plan from Python", "value": f"{_launch(loader):.2f} us", "bar": "<= 4 us"})
-    rows.append({"what": "device", "value": f"{driver.device_name(0)}, driver for CUDA {driver.version() / 1000:.1f}", "bar": ""})
+    rows.append({"what": "device", "value": f"{driver.device_name(0)}, driver for CUDA {version_text(driver.version())}", "bar": ""})
     return rows
 
 

@@ -1,0 +1,263 @@
+"""``runtime.driver`` over a CUDA binding that exists only here: each failure names the call, the code and what to do."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import os
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import cuda.bindings
+import pytest
+
+from densemoe.runtime.driver import Driver, LaunchConfig
+from densemoe.runtime.errors import ArchitectureMismatch, DriverError, DriverTooOld, DriverUnavailable
+
+
+class Result(enum.IntEnum):
+    """CUresult, by NVIDIA's numbers."""
+
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_NO_DEVICE = 100
+    CUDA_ERROR_INVALID_IMAGE = 200
+    CUDA_ERROR_INVALID_CONTEXT = 201
+    CUDA_ERROR_NO_BINARY_FOR_GPU = 209
+    CUDA_ERROR_ILLEGAL_ADDRESS = 700
+    CUDA_ERROR_UNKNOWN = 999
+
+
+class Attribute(enum.Enum):
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
+    CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16
+
+
+class PointerAttribute(enum.Enum):
+    CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9
+
+
+OK = Result.CUDA_SUCCESS
+VALUES = {Attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: 9, Attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: 0}
+
+
+class Binding(types.SimpleNamespace):
+    """What ``cuda.bindings.driver`` offers of what is called here; ``answers`` replaces calls by name, ``calls`` lists them."""
+
+    def __init__(self, **answers: Callable[..., tuple[Any, ...]]) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        plain: dict[str, Callable[..., tuple[Any, ...]]] = {
+            "cuInit": lambda flags: (OK,),
+            "cuDriverGetVersion": lambda: (OK, 13000),
+            "cuDeviceGetCount": lambda: (OK, 1),
+            "cuDeviceGet": lambda ordinal: (OK, ordinal),
+            "cuDeviceGetName": lambda size, device: (OK, b"NVIDIA Test\0\0"),
+            "cuDeviceGetAttribute": lambda attribute, device: (OK, VALUES.get(attribute, 132)),
+            "cuDevicePrimaryCtxRetain": lambda device: (OK, 77),
+            "cuCtxSetCurrent": lambda context: (OK,),
+            "cuCtxGetCurrent": lambda: (OK, 0),
+            "cuCtxGetDevice": lambda: (OK, 3),
+            "cuLibraryLoadData": lambda *arguments: (OK, 5),
+            "cuMemAlloc": lambda size: (OK, 4096),
+            "cuMemcpyHtoD": lambda *arguments: (OK,),
+            "cuMemsetD8": lambda *arguments: (OK,),
+            "cuCtxSynchronize": lambda: (OK,),
+            "cuPointerGetAttribute": lambda attribute, pointer: (OK, 1),
+            "cuLaunchKernelEx": lambda *arguments: (OK,),
+        }
+        for name, answer in {**plain, **answers}.items():
+            setattr(self, name, self._recorded(name, answer))
+        self.CUresult, self.CUdevice_attribute, self.CUpointer_attribute = Result, Attribute, PointerAttribute
+
+    def _recorded(self, name: str, answer: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append((name, arguments))
+            return answer(*arguments)
+
+        return call
+
+    def named(self, name: str) -> list[tuple[Any, ...]]:
+        return [arguments for called, arguments in self.calls if called == name]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Driver, Binding]]:
+    def made(**answers: Callable[..., tuple[Any, ...]]) -> tuple[Driver, Binding]:
+        binding = Binding(**answers)
+        monkeypatch.setattr(cuda.bindings, "driver", binding, raising=False)
+        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", binding)  # type: ignore[arg-type]
+        return Driver(), binding
+
+    return made
+
+
+Make = Callable[..., tuple[Driver, Binding]]
+
+
+def fails(code: Result) -> Callable[..., tuple[Any, ...]]:
+    return lambda *arguments: (code, None)
+
+
+def test_no_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)  # type: ignore[arg-type]
+    with pytest.raises(DriverUnavailable, match=r"cuda-bindings is not installed.*install densemoe with its requirements"):
+        Driver()
+
+
+def test_no_libcuda(make: Make) -> None:
+    def missing(flags: int) -> tuple[Any, ...]:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    with pytest.raises(DriverUnavailable, match=r"no CUDA driver on this machine.*libcuda.*run where a GPU is"):
+        make(cuInit=missing)
+
+
+def test_no_device(make: Make) -> None:
+    with pytest.raises(DriverUnavailable, match=r"cuInit: CUDA_ERROR_NO_DEVICE \(100\): no GPU is visible: check nvidia-smi") as caught:
+        make(cuInit=fails(Result.CUDA_ERROR_NO_DEVICE))
+    assert (caught.value.call, caught.value.code) == ("cuInit", 100)
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (Result.CUDA_ERROR_OUT_OF_MEMORY, "the device has no memory left"),
+        (Result.CUDA_ERROR_INVALID_CONTEXT, "no context is current on this thread"),
+        (Result.CUDA_ERROR_ILLEGAL_ADDRESS, "the context cannot be used any more"),
+        (Result.CUDA_ERROR_UNKNOWN, "see the CUDA driver API's documentation"),
+    ],
+)
+def test_a_failed_call_names_call_code_and_remedy(make: Make, code: Result, remedy: str) -> None:
+    driver, _ = make(cuMemAlloc=fails(code))
+    with pytest.raises(DriverError, match=remedy) as caught:
+        driver.allocate(16)
+    assert str(caught.value).startswith(f"cuMemAlloc: {code.name} ({code.value}): ")
+    assert (caught.value.call, caught.value.code) == ("cuMemAlloc", code.value)
+
+
+def test_facts_of_a_device(make: Make) -> None:
+    driver, _ = make()
+    assert (driver.version(), driver.device_count(), driver.device_name(0), driver.capability(0), driver.sm_count(0)) == (
+        13000,
+        1,
+        "NVIDIA Test",
+        (9, 0),
+        132,
+    )
+
+
+# ---- loading
+
+
+def test_a_binary_for_another_device_says_which_is_which(make: Make) -> None:
+    driver, _ = make(cuLibraryLoadData=fails(Result.CUDA_ERROR_NO_BINARY_FOR_GPU))
+    with pytest.raises(ArchitectureMismatch, match=r"a\.cubin was built for sm_100f, the device is NVIDIA Test \(compute capability 9\.0\)"):
+        driver.load(b"", file="a.cubin", arch="sm_100f", ordinal=0)
+
+
+def test_a_format_that_the_driver_does_not_know_asks_for_a_newer_one(make: Make) -> None:
+    driver, _ = make(cuLibraryLoadData=fails(Result.CUDA_ERROR_INVALID_IMAGE), cuDriverGetVersion=lambda: (OK, 12040))
+    with pytest.raises(DriverTooOld, match=r"a\.cubin \(built for sm_90a\).*supports CUDA 12\.4, on NVIDIA Test.*update NVIDIA's driver") as caught:
+        driver.load(b"", file="a.cubin", arch="sm_90a", ordinal=0)
+    assert caught.value.call == "cuLibraryLoadData"
+
+
+def test_other_failures_of_loading_stay_what_they_are(make: Make) -> None:
+    driver, _ = make(cuLibraryLoadData=fails(Result.CUDA_ERROR_OUT_OF_MEMORY))
+    with pytest.raises(DriverError, match="cuLibraryLoadData: CUDA_ERROR_OUT_OF_MEMORY") as caught:
+        driver.load(b"", file="a.cubin", arch="sm_90a", ordinal=0)
+    assert type(caught.value) is DriverError
+
+
+def test_parameters_need_a_driver_that_tells_them(make: Make) -> None:
+    driver, _ = make(cuDriverGetVersion=lambda: (OK, 12030))
+    with pytest.raises(DriverTooOld, match=r"has no cuKernelGetParamInfo.*12\.4 or later"):
+        driver.parameters(1)
+
+
+@pytest.mark.parametrize("end", [Result.CUDA_ERROR_INVALID_VALUE, Result.CUDA_ERROR_INVALID_CONTEXT])
+def test_parameters_end_where_the_driver_says_so(make: Make, end: Result) -> None:
+    """One past the last is an invalid value; anything else is a failure, not an end."""
+    layout = ((0, 8), (8, 8), (16, 4))
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t))
+    def query(kernel: int, index: int, offset: Any, size: Any) -> int:
+        if index == len(layout):
+            return int(end)
+        offset[0], size[0] = layout[index]
+        return 0
+
+    driver, _ = make(cuGetProcAddress=lambda *arguments: (OK, ctypes.cast(query, ctypes.c_void_p).value, 0))
+    if end is Result.CUDA_ERROR_INVALID_VALUE:
+        assert driver.parameters(1) == layout
+    else:
+        with pytest.raises(DriverError, match="cuKernelGetParamInfo: CUDA_ERROR_INVALID_CONTEXT"):
+            driver.parameters(1)
+
+
+# ---- launching, contexts, memory
+
+
+def launch_config() -> LaunchConfig:
+    return LaunchConfig("function", types.SimpleNamespace(hStream=0), 64, ())
+
+
+def test_a_launch_is_one_call_on_the_stream_that_is_given(make: Make) -> None:
+    driver, binding = make()
+    prepared = launch_config()
+    launch = driver.launcher(prepared)
+    streams = []
+    for stream in (0, 7, 7, 0):
+        launch(stream)
+        streams.append(prepared.config.hStream)
+    assert streams == [0, 7, 7, 0]
+    assert len(binding.named("cuLaunchKernelEx")) == 4
+
+
+def test_a_failed_launch_names_itself(make: Make) -> None:
+    driver, _ = make(cuLaunchKernelEx=fails(Result.CUDA_ERROR_ILLEGAL_ADDRESS))
+    with pytest.raises(DriverError, match=r"cuLaunchKernelEx: CUDA_ERROR_ILLEGAL_ADDRESS \(700\).*check the tensors") as caught:
+        driver.launcher(launch_config())(0)
+    assert caught.value.call == "cuLaunchKernelEx"
+
+
+def test_a_forked_process_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, binding = make()
+    parent = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: parent + 1)
+    before = len(binding.calls)
+    for call in (driver.check_process, driver.current_device, lambda: driver.use_device(0)):
+        with pytest.raises(DriverError, match=rf"process {parent}, this is its fork {parent + 1}.*'spawn'"):
+            call()
+    assert len(binding.calls) == before
+
+
+def test_contexts(make: Make) -> None:
+    driver, binding = make()
+    assert driver.current_device() is None
+    driver.use_device(2)
+    assert binding.named("cuDevicePrimaryCtxRetain") == [(2,)]
+    assert binding.named("cuCtxSetCurrent") == [(77,)]
+    driver, _ = make(cuCtxGetCurrent=lambda: (OK, 77))
+    assert driver.current_device() == 3
+
+
+def test_an_address_that_is_no_device_memory_has_no_device(make: Make) -> None:
+    assert make()[0].pointer_device(4096) == 1
+    assert make(cuPointerGetAttribute=fails(Result.CUDA_ERROR_INVALID_VALUE))[0].pointer_device(4096) is None
+
+
+def test_nothing_is_copied_or_set_where_there_are_no_bytes(make: Make) -> None:
+    driver, binding = make()
+    driver.to_device(4096, b"")
+    driver.zero(4096, 0)
+    driver.fill(4096, 1, 0)
+    assert not binding.named("cuMemcpyHtoD")
+    assert not binding.named("cuMemsetD8")
+    driver.to_device(4096, bytearray(b"abc"))
+    ((pointer, source, size),) = binding.named("cuMemcpyHtoD")
+    assert (pointer, size, source != 0) == (4096, 3, True)
