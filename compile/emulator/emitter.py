@@ -281,6 +281,12 @@ class Emitter:
             if kind == "P":
                 old.defined = self.let(f"g.defined[{index}]")
         dtype = _UNSIGNED[bits]
+        if old is None and self.key.masked and name in self.program.crossing:
+            # not live on this way, but other lanes may need what the register holds
+            local, mask = self.name(), self.name()
+            number = self.program.numbers[name]
+            self.emit(f"{local}, {mask} = merge_other(g, {number}, {self.mask}, {self.u(value)}, {dtype}, {defined or None})")
+            return Value(bits, "A", {"u": local}, defined=mask)
         result = self.array(bits, "u", f"merge({self.mask}, {self.u(value)}, {self.u(old) if old else 0}, {dtype})")
         new = f"({self.mask} & {defined})" if defined else self.mask
         if old is None:

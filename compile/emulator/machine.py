@@ -15,10 +15,11 @@ from typing import Any, Final
 import numpy as np
 
 from densemoe.compile.emulator.accesses import Accesses
-from densemoe.compile.emulator.asynchronous import AsyncOperation, Copies
+from densemoe.compile.emulator.asynchronous import AsyncOperation
 from densemoe.compile.emulator.gang import LANES, Gang, Meeting, Warp, merge_gangs
 from densemoe.compile.emulator.memory import GlobalMemory, SharedMemory
 from densemoe.compile.emulator.synchronisation import CtaBarrier, MBarrier, Synchronisation
+from densemoe.compile.emulator.tensor_units import TensorUnits
 from densemoe.compile.emulator.translation import SHARED_START, Program, Version
 from densemoe.runtime.errors import EmulatorError
 
@@ -95,6 +96,7 @@ class Cta:
     warps: list[Warp] = field(default_factory=list)
     barriers: dict[int, CtaBarrier] = field(default_factory=dict)
     vote_readers: dict[int, int] = field(default_factory=dict)
+    pair_barriers: dict[str, CtaBarrier] = field(default_factory=dict)
     tensor_memory: Any = None
     alive: int = 0
 
@@ -106,7 +108,7 @@ class Cta:
         return found
 
 
-class Machine(Accesses, Synchronisation, Copies):
+class Machine(Accesses, Synchronisation, TensorUnits):
     """One launch in progress."""
 
     def __init__(
@@ -127,7 +129,9 @@ class Machine(Accesses, Synchronisation, Copies):
         self.dynamic_smem, self.parameters, self.sm_count = dynamic_smem, parameters, sm_count
         self.cluster_size = int(np.prod(cluster))
         self.clustered = self.cluster_size > 1
-        self.merging = schedule.kind in ("eager", "lazy")
+        self.together = schedule.kind in ("eager", "lazy")
+        self.warpgroups = any(each.opcode.startswith("wgmma.mma_async") for each in program.kernel.instructions)
+        self.merging = self.together or self.warpgroups
         self.executed: dict[Version, int] = {}
         self.moved: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
@@ -192,11 +196,12 @@ class Machine(Accesses, Synchronisation, Copies):
 
     def _start(self, ctas: list[Cta]) -> None:
         registers = len(self.program.names)
-        if self.merging:
+        if self.together:
             per_gang = max(1, _GANG_LANES // (LANES * len(ctas[0].warps)))
             groups = [[warp for cta in ctas[i : i + per_gang] for warp in cta.warps] for i in range(0, len(ctas), per_gang)]
         else:
-            groups = [[warp] for cta in ctas for warp in cta.warps]
+            size = 4 if self.warpgroups else 1
+            groups = [cta.warps[i : i + size] for cta in ctas for i in range(0, len(cta.warps), size)]
         for group in groups:
             gang = Gang(self, self.program, group, [None] * registers)
             gang.priority = self.random.random()
@@ -205,6 +210,14 @@ class Machine(Accesses, Synchronisation, Copies):
 
     def end_cta(self, cta: Cta) -> None:
         """Checks what a CTA must have given back."""
+        state = cta.tensor_memory
+        if state is not None and (state.owner >= 0).any():
+            raise EmulatorError(f"CTA {cta.ctaid} ended with {int((state.owner >= 0).sum())} columns of tensor memory allocated")
+
+    def finish_now(self, operation: AsyncOperation) -> None:
+        if not operation.done:
+            self.pending.remove(operation)
+            operation.execute()
 
     # --- schedule
 

@@ -33,6 +33,7 @@ __all__ = [
     "accumulate",
     "decode_instruction",
     "decode_operand",
+    "element_bytes",
     "operand_bytes",
     "operand_in_tensor_memory",
     "read_scales",
@@ -65,8 +66,8 @@ _KINDS: dict[str, _Kind] = {
     "f8f6f4": _Kind(32, _F8F6F4, ("f16", "f32"), 0x2080_0048),
     "i8": _Kind(32, {0: "u8", 1: "s8"}, ("s32",), 0x2080_0040, negate=False),
     "mxf8f6f4": _Kind(32, _F8F6F4, ("f32",), 0x8700_004B, True),
-    "mxf4": _Kind(64, {1: "e2m1"}, ("f32",), 0x0701_904B, True),
-    "mxf4nvf4": _Kind(64, {1: "e2m1"}, ("f32",), 0x0701_904B, True),
+    "mxf4": _Kind(64, {1: "e2m1"}, ("f32",), 0x0701_804B, True),
+    "mxf4nvf4": _Kind(64, {1: "e2m1"}, ("f32",), 0x0701_804B, True),
 }
 _TRANSPOSABLE = {"f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1, "s8": 1, "u8": 1}  # bytes of an element of MN-major operands
 _PACKED_BITS = {"e2m1": 4, "e2m3": 6, "e3m2": 6}
@@ -159,9 +160,11 @@ def decode_instruction(bits: int, kind: str, cta_group: int = 1, weight_stationa
 
     check(not bits & 4, "sparse A is not modelled")
     check(not bits & known.reserved, f"reserved bits {bits & known.reserved:#x} are set, 0 needed")
-    a_format, b_format = known.formats.get(bits >> 7 & 7), known.formats.get(bits >> 10 & 7)
+    # bit 12 of the mxf4 kinds is the sparsity version, which dense products ignore; NVIDIA's descriptor builder sets it
+    b_field = bits >> 10 & (3 if kind.startswith("mxf4") else 7)
+    a_format, b_format = known.formats.get(bits >> 7 & 7), known.formats.get(b_field)
     if a_format is None or b_format is None:
-        raise EmulatorError(f"{text}: formats {bits >> 7 & 7} and {bits >> 10 & 7}, allowed {known.formats}")
+        raise EmulatorError(f"{text}: formats {bits >> 7 & 7} and {b_field}, allowed {known.formats}")
     negate_a, negate_b, transpose_a, transpose_b = (bool(bits >> i & 1) for i in (13, 14, 15, 16))
     check(known.negate or not (negate_a or negate_b), "this kind cannot negate")
     for name, transposed in ((a_format, transpose_a), (b_format, transpose_b)):
@@ -198,6 +201,11 @@ def decode_instruction(bits: int, kind: str, cta_group: int = 1, weight_stationa
         kind, m, n, known.k, cta_group, weight_stationary, a_format, b_format, d_format,
         negate_a, negate_b, transpose_a, transpose_b, saturate, scale_format, a_id, b_id,
     )  # fmt: skip
+
+
+def element_bytes(name: str) -> int:
+    """Bytes of an element of an MN-major operand."""
+    return _TRANSPOSABLE[name]
 
 
 # --- operands ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 
 from densemoe.compile.emulator import (  # the last three fill the instruction table
     arithmetic,
+    lanes,
     memory_instructions,
     synchronisation_instructions,
     tensor_instructions,
@@ -42,6 +43,17 @@ def _check_defined(defined: Any, mask: Any, name: str) -> None:
     missing = ~defined if mask is None else ~defined & mask
     if missing.any():
         raise EmulatorError(f"register {name} is read by lane {int(missing.argmax()) % 32}, in which it was never written")
+
+
+def _merge_other(gang: Any, number: int, mask: Any, new: Any, dtype: Any, defined: Any) -> tuple[Any, Any]:
+    """`merge` with what the register holds, whatever that is, and the mask of lanes in which the result is defined."""
+    old = gang.registers[number]
+    fresh = mask if defined is None else mask & defined
+    if old is None:
+        return lanes.merge(mask, new, 0, dtype), fresh
+    before = gang.defined.get(number)
+    known = ~mask if before is None else before & ~mask
+    return lanes.merge(mask, new, old, dtype), known | fresh
 
 
 def _branch(gang: Any, condition: Any, mask: Any) -> int:
@@ -71,6 +83,7 @@ _RUNTIME: Mapping[str, Any] = {
     "undefined": _undefined,
     "check_defined": _check_defined,
     "branch": _branch,
+    "merge_other": _merge_other,
     "forget": _forget,
     "EmulatorError": EmulatorError,
     "np": np,

@@ -1,0 +1,603 @@
+"""Tensor copies, ``wgmma`` and ``tcgen05`` at run time.
+
+Sources: PTX ISA 9.x, 9.7.9.27 (``cp.async.bulk.tensor``, multicast, ``.cta_group``), 9.7.15 (``wgmma``), 9.7.16 (``tcgen05``: 6 ordering, 7
+allocation, 8 ld and st, 9 cp, 10 mma, 12 commit).
+
+``tcgen05.cp``, ``mma`` and ``commit`` run in order in one pipe of each CTA pair. Every CTA has tensor memory of its own (CTAs that share a
+multiprocessor, and would wait for each other's columns, are not modelled). ``wgmma`` computes when it is issued; when its group is waited
+for, the shared memory that it read must not have changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from densemoe.compile.emulator import tcgen05
+from densemoe.compile.emulator.asynchronous import AsyncOperation, Copies
+from densemoe.compile.emulator.gang import LANES, Condition, Gang, Groups, Warp
+from densemoe.compile.emulator.memory import PARAMETER_WINDOW, RANK_SHIFT
+from densemoe.compile.emulator.smem_descriptor import SmemDescriptor, decode_sm100, operand_granules
+from densemoe.compile.emulator.synchronisation import CtaBarrier
+from densemoe.compile.emulator.tensor_map import TensorMap
+from densemoe.compile.emulator.tensor_memory import COLUMNS, CopyShape, copy_to_tensor_memory, load_registers, split_address, store_registers
+from densemoe.compile.emulator.tile import Tile
+from densemoe.runtime.errors import EmulatorError
+
+__all__ = ["TensorMemoryState", "TensorUnits"]
+
+_WARPGROUP = 4
+_OFFSET = (1 << RANK_SHIFT) - 1
+_WRITTEN = np.uint64(0xFFFFFFFFFFFFFFFF)
+_MAP_BYTES = 128
+
+
+class TensorMemoryState:
+    """The tensor memory of one CTA.
+
+    Attributes:
+        words: uint32 ``[128, 512]``.
+        written: bool, cells that hold data.
+        owner: for each column the first column of its allocation, or -1.
+        last: the newest operation of the pipe.
+    """
+
+    def __init__(self) -> None:
+        self.words = np.zeros((128, COLUMNS), np.uint32)
+        self.written = np.zeros((128, COLUMNS), np.bool_)
+        self.owner = np.full(COLUMNS, -1, np.int32)
+        self.relinquished = False
+        self.last: AsyncOperation | None = None
+        self.group = 0
+
+    def check_columns(self, column: int, count: int, text: str) -> None:
+        """Raises where columns are not allocated."""
+        if column + count > COLUMNS or (self.owner[column : column + count] < 0).any():
+            raise EmulatorError(f"{text}: columns {column} to {column + count - 1} of tensor memory are not allocated")
+
+    def check_written(self, lanes: slice, column: int, count: int, text: str) -> None:
+        """Raises where a cell was never written."""
+        part = self.written[lanes, column : column + count]
+        if not part.all():
+            lane, offset = (int(x) for x in np.argwhere(~part)[0])
+            raise EmulatorError(f"{text}: tensor memory at lane {lane + (lanes.start or 0)}, column {column + offset} is read before it was written")
+
+
+class TensorUnits(Copies):
+    """What `Machine` knows of tensor copies and tensor cores."""
+
+    products: dict[str, int]
+    lints: dict[str, None]
+    parameters: bytes
+
+    # --- tensor copies
+
+    def _tensor_map(self, address: int) -> TensorMap:
+        if PARAMETER_WINDOW <= address < 2 * PARAMETER_WINDOW:
+            start = address - PARAMETER_WINDOW
+            if start + _MAP_BYTES > len(self.parameters):
+                raise EmulatorError(f"a tensor map at parameter offset {start} of {len(self.parameters)} bytes")
+            data = self.parameters[start : start + _MAP_BYTES]
+        else:
+            data = self.memory.bytes_at(address, _MAP_BYTES).tobytes()
+        if address % 64:
+            raise EmulatorError(f"a tensor map at address {address:#x}: 64-byte alignment needed")
+        return TensorMap.decode(data)
+
+    def _tile(self, warp: Warp, address: int, coordinates: list[int]) -> Tile:
+        tensor_map = self._tensor_map(address)
+        return Tile(tensor_map, [(c ^ 0x80000000) - 0x80000000 for c in coordinates])
+
+    def _tile_memory(self, tile: Tile, write: bool) -> Any:
+        """The buffer that holds what a tile touches."""
+        low, high = tile.extent
+        if tile.empty:
+            return None
+        start = tile.map.address + low
+        buffer = self.memory.find(start, high - low)
+        if write and not buffer.writable:
+            raise EmulatorError(f"a write to {buffer.name}, which is read-only")
+        marks = buffer.once if write else buffer.written
+        if marks is not None or (write and buffer.written is not None):
+            starts, width = tile.rows()
+            starts = starts + (tile.map.address - buffer.address)
+            for first in starts.tolist():
+                if not write:
+                    assert marks is not None
+                    part = marks[first : first + width]
+                    if not (part == 0xFF).all():
+                        raise EmulatorError(f"{buffer.name}[byte {first + int((part != 0xFF).argmax())}] is read before it was written")
+                    continue
+                if marks is not None:
+                    if marks[first : first + width].any():
+                        raise EmulatorError(f"{buffer.name}[byte {first}] is written twice")
+                    marks[first : first + width] = 1
+                if buffer.written is not None:
+                    buffer.written[first : first + width] = 0xFF
+        return buffer
+
+    def tensor_load(
+        self, g: Gang, mask: Any, target: Any, tensor_map: Any, coordinates: tuple[Any, ...], barrier: Any, ctas: Any, group: int
+    ) -> None:
+        """``cp.async.bulk.tensor`` to shared memory."""
+        for warp, _, (to, where, bar, chosen, *at) in self.lanes_of(g, mask, target, tensor_map, barrier, ctas, *coordinates):
+            tile = self._tile(warp, where, at)
+            nbytes = tile.map.tile_bytes
+            slot, offset = self.window_range(warp, to, nbytes, 128)
+            bar_slot, bar_offset = self.barrier_place(warp, bar)
+            first = warp.cta.slot - warp.cta.rank
+            slots = self.destinations(warp, slot, chosen)
+            signals = []
+            for each in slots:
+                rank = each - first
+                if group == 2:
+                    rank = rank & ~1 | (bar_slot - first) & 1
+                elif chosen is None and bar_slot != each:
+                    raise EmulatorError("a tensor copy's destination and mbarrier lie in different CTAs (.cta_group::2 allows it in a pair)")
+                signals.append((first + rank, bar_offset))
+
+            def action(
+                operation: AsyncOperation, tile: Tile = tile, slots: list[int] = slots, signals: list[tuple[int, int]] = signals, offset: int = offset
+            ) -> None:
+                buffer = self._tile_memory(tile, False)
+                data = tile.load(buffer.data, buffer.address) if buffer is not None else tile.load(np.zeros(0, np.uint8), tile.map.address)
+                size = tile.map.tile_bytes
+                for each, place in zip(slots, signals, strict=True):
+                    if self.races is not None:
+                        self.races.async_shared(operation, each, offset, size, True)
+                    tile.scatter(data, self.shared.window(each), offset)
+                    self.shared.written_window(each)[offset : offset + size] = 0xFF
+                    self.signal_bytes(place, size, operation.clock)
+
+            self.moved["tensor global to shared"] += nbytes
+            self.submit(self.new_operation(g, warp, action, f"tensor copy of {nbytes} bytes"))
+
+    def tensor_store(self, g: Gang, mask: Any, tensor_map: Any, coordinates: tuple[Any, ...], source: Any, reduction: str) -> None:
+        """``cp.async.bulk.tensor`` and ``cp.reduce.async.bulk.tensor`` from shared to global memory.
+
+        All lanes of a warp with the same operands count once, as on the devices.
+        """
+        uniform = all(isinstance(each, int) for each in (tensor_map, source, *coordinates))
+        lanes = self.lanes_of(g, mask, tensor_map, source, *coordinates)
+        seen: set[Any] = set()
+        for warp, lane, (where, of, *at) in lanes:
+            if mask is None and uniform:
+                if warp in seen:
+                    continue
+                seen.add(warp)
+            tile = self._tile(warp, where, at)
+            nbytes = tile.map.tile_bytes
+            slot, offset = self.window_range(warp, of, nbytes, 128)
+
+            def action(operation: AsyncOperation, tile: Tile = tile, slot: int = slot, offset: int = offset) -> None:
+                size = tile.map.tile_bytes
+                self.shared.check_range(slot, offset, offset + size)
+                if self.races is not None:
+                    self.races.async_shared(operation, slot, offset, size, False)
+                data = tile.gather(self.shared.window(slot), offset)
+                buffer = self._tile_memory(tile, not reduction)
+                if buffer is None:
+                    return
+                if reduction:
+                    tile.reduce(buffer.data, buffer.address, data, reduction)
+                else:
+                    tile.store(buffer.data, buffer.address, data)
+
+            self.moved["tensor shared to global"] += nbytes
+            operation = self.new_operation(g, warp, action, f"tensor store of {nbytes} bytes")
+            warp.bulk.setdefault(lane, Groups()).open.append(operation)
+            self.submit(operation)
+
+    def tensor_prefetch(self, g: Gang, mask: Any, tensor_map: Any, coordinates: tuple[Any, ...]) -> None:
+        """``cp.async.bulk.prefetch.tensor``: checked."""
+        for warp, _, (where, *at) in self.lanes_of(g, mask, tensor_map, *coordinates):
+            self._tile(warp, where, at)
+
+    # --- tensor memory
+
+    def _state(self, cta: Any) -> TensorMemoryState:
+        if cta.tensor_memory is None:
+            cta.tensor_memory = TensorMemoryState()
+        state: TensorMemoryState = cta.tensor_memory
+        return state
+
+    def _pair(self, cta: Any, group: int) -> list[Any]:
+        """The CTA, or both of its pair, even rank first."""
+        if group == 1:
+            return [cta]
+        if self.cluster_size % 2:
+            raise EmulatorError("cta_group::2 in a cluster without CTA pairs")
+        even = cta.rank & ~1
+        return [cta.cluster.ctas[even], cta.cluster.ctas[even + 1]]
+
+    def _rendezvous(self, g: Gang, mask: Any, group: int, what: str) -> bool:
+        """Waits until a warp of each CTA of a pair is here."""
+
+        def conditions() -> list[Condition | None]:
+            found: list[Condition | None] = [None] * len(g.warps)
+            for w in g.active_warps(mask):
+                cta = g.warps[w].cta
+                if group == 2:
+                    leader = self._pair(cta, 2)[0]
+                    barrier = leader.pair_barriers.setdefault(what, CtaBarrier(f"{what}.cta_group::2 of CTA pair {leader.ctaid}"))
+                    if self.races is not None:
+                        self.races.barrier_arrive(barrier, g.warps[w], True)
+                    found[w] = barrier.arrive(LANES, 2 * LANES)
+            return found
+
+        return g.await_all(conditions)
+
+    def tmem_alloc(self, g: Gang, mask: Any, address: Any, columns: Any, group: int) -> bool:
+        """``tcgen05.alloc``."""
+        if not self._rendezvous(g, mask, group, "tcgen05.alloc"):
+            return False
+        for w in g.active_warps(mask):
+            warp = g.warps[w]
+            count = columns if isinstance(columns, int) else int(columns[w * LANES])
+            where = address if isinstance(address, int) else int(address[w * LANES])
+            if count not in (32, 64, 128, 256, 512):
+                raise EmulatorError(f"tcgen05.alloc of {count} columns: 32, 64, 128, 256 or 512")
+            state = self._state(warp.cta)
+            if state.relinquished:
+                raise EmulatorError("tcgen05.alloc after tcgen05.relinquish_alloc_permit")
+            if state.group not in (0, group):
+                raise EmulatorError("cta_group::1 and cta_group::2 mixed in one kernel")
+            state.group = group
+            free = state.owner.reshape(-1, count) < 0
+            fits = np.flatnonzero(free.all(axis=1))
+            if not fits.size:
+                raise EmulatorError(f"tcgen05.alloc of {count} columns waits for ever: {int((state.owner < 0).sum())} are free")
+            start = int(fits[0]) * count
+            state.owner[start : start + count] = start
+            state.written[:, start : start + count] = False
+            slot, offset = self.window_range(warp, where, 4, 4)
+            at = slot * self.shared.stride + offset
+            self.shared.data[at : at + 4] = np.frombuffer(start.to_bytes(4, "little"), np.uint8)
+            self.shared.written[at : at + 4] = 0xFF
+            if self.races is not None:
+                self.races.plain_shared(warp, at, 4, True)
+        return True
+
+    def tmem_dealloc(self, g: Gang, mask: Any, address: Any, columns: Any, group: int) -> bool:
+        """``tcgen05.dealloc``."""
+        if not self._rendezvous(g, mask, group, "tcgen05.dealloc"):
+            return False
+        for w in g.active_warps(mask):
+            count = columns if isinstance(columns, int) else int(columns[w * LANES])
+            where = address if isinstance(address, int) else int(address[w * LANES])
+            state = self._state(g.warps[w].cta)
+            _, column = split_address(where)
+            owned = state.owner == column
+            if int(owned.sum()) != count:
+                raise EmulatorError(f"tcgen05.dealloc of {count} columns at {column}: allocated are {int(owned.sum())}")
+            state.owner[owned] = -1
+        return True
+
+    def tmem_relinquish(self, g: Gang, mask: Any) -> None:
+        """``tcgen05.relinquish_alloc_permit``."""
+        for w in g.active_warps(mask):
+            self._state(g.warps[w].cta).relinquished = True
+
+    def _warp_value(self, g: Gang, w: int, value: Any, mask: Any, text: str) -> int:
+        if isinstance(value, int):
+            return value
+        lanes = value[w * LANES : w * LANES + LANES]
+        if (lanes != lanes[0]).any():
+            raise EmulatorError(f"{text}: the address differs between lanes of a warp")
+        return int(lanes[0])
+
+    def _whole_warps(self, g: Gang, mask: Any, text: str) -> list[int]:
+        warps = g.active_warps(mask)
+        if mask is not None and not mask.reshape(-1, LANES)[warps].all():
+            raise EmulatorError(f"{text} (.sync.aligned) with inactive lanes")
+        return warps
+
+    def tmem_load(self, g: Gang, mask: Any, address: Any, shape: str, count: int, packed: bool, split: int, registers: int) -> Any:
+        """``tcgen05.ld``: registers ``[registers, lanes]``."""
+        result = np.zeros((registers, g.lanes), np.uint32)
+        for w in self._whole_warps(g, mask, "tcgen05.ld"):
+            warp = g.warps[w]
+            state = self._state(warp.cta)
+            where = self._warp_value(g, w, address, mask, "tcgen05.ld")
+            column = where & 0xFFFF
+            width = registers * (2 if packed else 1) if shape == "32x32b" else _columns(shape, count, packed, split)
+            state.check_columns(column, width, "tcgen05.ld")
+            first = LANES * (warp.index % _WARPGROUP)
+            words = load_registers(state.words, where, shape, count, warp.index, packed, split)
+            rows = slice(first, first + LANES) if shape == "32x32b" else slice(where >> 16, (where >> 16) + 16)
+            if shape != "16x32bx2":
+                state.check_written(rows, column, width, "tcgen05.ld")
+            if self.races is not None:
+                self.races.tmem_access(warp, warp.cta, rows, column, width, False)
+            result[:, w * LANES : (w + 1) * LANES] = words
+            self.moved["tensor memory loads"] += 4 * words.size
+        return result
+
+    def tmem_store(
+        self, g: Gang, mask: Any, address: Any, shape: str, count: int, packed: bool, split: int, values: tuple[Any, ...]
+    ) -> None:
+        """``tcgen05.st``."""
+        words = np.stack([np.full(g.lanes, v, np.uint32) if isinstance(v, int) else v for v in values])
+        for w in self._whole_warps(g, mask, "tcgen05.st"):
+            warp = g.warps[w]
+            state = self._state(warp.cta)
+            where = self._warp_value(g, w, address, mask, "tcgen05.st")
+            column = where & 0xFFFF
+            width = _columns(shape, count, packed, split)
+            state.check_columns(column, width, "tcgen05.st")
+            own = np.ascontiguousarray(words[:, w * LANES : (w + 1) * LANES])
+            store_registers(state.words, where, shape, count, warp.index, own, packed, split)
+            first = LANES * (warp.index % _WARPGROUP)
+            rows = slice(first, first + LANES) if shape == "32x32b" else slice(where >> 16, (where >> 16) + 16)
+            state.written[rows, column : column + width] = True
+            if self.races is not None:
+                self.races.tmem_access(warp, warp.cta, rows, column, width, True)
+            self.moved["tensor memory stores"] += 4 * own.size
+
+    # --- the pipe
+
+    def _to_pipe(self, g: Gang, warp: Warp, ctas: list[Any], action: Any, text: str) -> None:
+        state = self._state(ctas[0])
+        operation = self.new_operation(g, warp, action, text, state.last if state.last is not None and not state.last.done else None)
+        if self.races is not None:
+            self.races.in_pipe(operation, state)
+        state.last = operation
+        self.submit(operation)
+
+    def check_operand(self, slot: int, bits: int, rows: int, k_bytes: int, element_bytes: int, operation: AsyncOperation) -> None:
+        """Raises where an operand's bytes were never written."""
+        granules = operand_granules(decode_sm100(bits), rows, k_bytes, element_bytes)
+        written = self.shared.written_window(slot).view(np.uint64).reshape(-1, 2)
+        flat = granules.reshape(-1)
+        if int(flat.max()) >= written.shape[0]:
+            raise EmulatorError(f"a matrix descriptor reaches shared address {16 * int(flat.max()):#x}, outside of shared memory")
+        good = written.take(flat, axis=0) == _WRITTEN
+        if not good.all():
+            bad = int(flat[~good.all(axis=1)][0]) * 16
+            raise EmulatorError(f"shared memory at {bad:#x} is read before it was written")
+        if self.races is not None:
+            self.races.async_granules(operation, slot, flat)
+
+    def tmem_copy(self, g: Gang, mask: Any, address: Any, descriptor: Any, shape: CopyShape, group: int) -> None:
+        """``tcgen05.cp``."""
+        for warp, _, (where, bits) in self.lanes_of(g, mask, address, descriptor):
+            ctas = self._pair(warp.cta, group)
+
+            def action(operation: AsyncOperation, ctas: list[Any] = ctas, where: int = where, bits: int = bits) -> None:
+                source: SmemDescriptor = decode_sm100(bits)
+                lane, column = split_address(where)
+                width = shape.row_bytes // 4
+                for cta in ctas:
+                    state = self._state(cta)
+                    state.check_columns(column, width, "tcgen05.cp")
+                    self.check_operand(cta.slot, bits, shape.rows, shape.row_bytes, 0, operation)
+                    copy_to_tensor_memory(state.words, where, self.shared.window(cta.slot), source, shape)
+                    if shape.row_of_lane is not None:
+                        state.written[:, column : column + width] = True
+                    else:
+                        state.written[shape.lanes[:, 0] + lane, column : column + width] = True
+                    if self.races is not None:
+                        self.races.tmem_async(operation, cta, slice(0, 128), column, width, True)
+
+            self.moved["shared to tensor memory"] += shape.rows * shape.row_bytes * len(ctas)
+            self._to_pipe(g, warp, ctas, action, "tcgen05.cp")
+
+    def tmem_mma(
+        self,
+        g: Gang,
+        mask: Any,
+        group: int,
+        kind: str,
+        stationary: bool,
+        d: Any,
+        a: Any,
+        a_in_tmem: bool,
+        b: Any,
+        idesc: Any,
+        enable: Any,
+        scales: tuple[Any, Any, str] | None,
+        disabled: tuple[Any, ...],
+        scale_input_d: int,
+    ) -> None:
+        """``tcgen05.mma``."""
+        scale_a, scale_b, vector = scales or (0, 0, "")
+        lanes_off = None
+        for warp, lane, (to, left, right, code, sa, sb, *off) in self.lanes_of(g, mask, d, a, b, idesc, scale_a, scale_b, *disabled):
+            where = g.warps.index(warp) * LANES + lane
+            add = enable if isinstance(enable, bool) else bool(enable[where])
+            descriptor = tcgen05.decode_instruction(code, kind, group, stationary)
+            if off:
+                words = np.array(off, np.uint32)
+                lanes_off = (words[:, None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)).astype(np.bool_).reshape(-1)
+            ctas = self._pair(warp.cta, group)
+            if group == 2 and warp.cta is not ctas[0]:
+                self.lints["tcgen05.mma.cta_group::2 issued by the odd CTA of a pair"] = None
+            job = _Product(to, left, a_in_tmem, right, descriptor, add, scales is not None, sa, sb, vector, lanes_off, scale_input_d)
+
+            def action(operation: AsyncOperation, job: _Product = job, ctas: list[Any] = ctas) -> None:
+                self._multiply(operation, job, ctas)
+
+            self.products[f"tcgen05.mma.{kind}"] = self.products.get(f"tcgen05.mma.{kind}", 0) + 1
+            self._to_pipe(g, warp, ctas, action, f"tcgen05.mma.kind::{kind}")
+
+    def _operand(self, operation: AsyncOperation, cta: Any, job: _Product, name: str) -> Any:
+        descriptor = job.descriptor
+        bits, rows, form = (job.a, descriptor.a_rows, descriptor.a_format) if name == "a" else (job.b, descriptor.b_rows, descriptor.b_format)
+        transposed = descriptor.transpose_a if name == "a" else descriptor.transpose_b
+        element = tcgen05.element_bytes(form) if transposed else 0
+        self.check_operand(cta.slot, bits, rows, 32, element, operation)
+        return tcgen05.operand_bytes(self.shared.window(cta.slot), bits, descriptor, name)
+
+    def _multiply(self, operation: AsyncOperation, job: _Product, ctas: list[Any]) -> None:
+        descriptor = job.descriptor
+        kind = descriptor.kind
+        pieces = [tcgen05.decode_operand(self._operand(operation, cta, job, "b"), descriptor.b_format, kind) for cta in ctas]
+        b = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        _, column = split_address(job.d)
+        width = descriptor.layout.columns(descriptor.n)
+        length = tcgen05.scale_vector_length(descriptor, job.vector) if job.scaled else 0
+        for cta in ctas:
+            state = self._state(cta)
+            state.check_columns(column, width, "tcgen05.mma (D)")
+            if job.a_in_tmem:
+                _, a_column = split_address(job.a)
+                state.check_columns(a_column, 8, "tcgen05.mma (A)")
+                data = tcgen05.operand_in_tensor_memory(state.words, job.a, descriptor)
+                state.check_written(slice(0, 128), a_column, 8, "tcgen05.mma (A)")
+            else:
+                data = self._operand(operation, cta, job, "a")
+            a = tcgen05.decode_operand(data, descriptor.a_format, kind)
+            own_b = b
+            if job.scaled:
+                for address, rows, name in ((job.scale_a, 128, "scale A"), (job.scale_b, descriptor.n, "scale B")):
+                    first = address & 0xFFFF
+                    state.check_columns(first, -(-rows // 32), f"tcgen05.mma ({name})")
+                    state.check_written(slice(0, 128), first, -(-rows // 32), f"tcgen05.mma ({name})")
+                    if self.races is not None:
+                        self.races.tmem_async(operation, cta, slice(0, 128), first, -(-rows // 32), False)
+                row_scales = tcgen05.read_scales(state.words, job.scale_a, descriptor.a_rows, length, descriptor.a_scale_id)
+                column_scales = tcgen05.read_scales(state.words, job.scale_b, descriptor.n, length, descriptor.b_scale_id)
+                a = tcgen05.scale_operand(a, row_scales, descriptor.scale_format)
+                own_b = tcgen05.scale_operand(b, column_scales, descriptor.scale_format)
+            lanes = _lanes_of(descriptor.layout)
+            if job.add:
+                good = state.written[lanes, column : column + width]
+                if not good.all():
+                    raise EmulatorError("tcgen05.mma adds to tensor memory that was never written")
+            if self.races is not None:
+                self.races.tmem_async(operation, cta, slice(0, 128), column, width, True)
+            tcgen05.accumulate(state.words, job.d, descriptor, a, own_b, job.add, job.scale_input_d, job.disabled)
+            if job.disabled is None:
+                state.written[lanes, column : column + width] = True
+            else:
+                state.written[lanes[~job.disabled[lanes]], column : column + width] = True
+
+    def tmem_commit(self, g: Gang, mask: Any, group: int, barrier: Any, ctas: Any) -> None:
+        """``tcgen05.commit``: an arrival when everything before it in the pipe is done."""
+        for warp, _, (where, chosen) in self.lanes_of(g, mask, barrier, ctas):
+            slot, offset = self.barrier_place(warp, where)
+            slots = self.destinations(warp, slot, chosen)
+
+            def action(operation: AsyncOperation, slots: list[int] = slots, offset: int = offset) -> None:
+                for each in slots:
+                    self.signal_arrival((each, offset), 1, operation.clock)
+
+            self._to_pipe(g, warp, self._pair(warp.cta, group), action, "tcgen05.commit")
+
+    def tmem_order(self, g: Gang, mask: Any, what: str) -> None:
+        """``tcgen05.wait`` and ``tcgen05.fence``: for race detection."""
+        if self.races is not None:
+            for w in g.active_warps(mask):
+                self.races.tmem_order(g.warps[w], what)
+
+    # --- wgmma
+
+    def wgmma(
+        self, g: Gang, mask: Any, unit: Any, d: tuple[Any, ...], a: Any, b: Any, add: Any, signs: tuple[int, int], transpose: tuple[bool, bool]
+    ) -> Any:
+        """``wgmma.mma_async``: registers of D, ``[registers, lanes]``."""
+        if mask is not None and not mask.all():
+            raise EmulatorError("wgmma with inactive lanes")
+        warps = g.warps
+        for w in range(0, len(warps), _WARPGROUP):
+            group = warps[w : w + _WARPGROUP]
+            first = group[0]
+            whole = len(group) == _WARPGROUP and first.index % _WARPGROUP == 0
+            if not whole or any(each.cta is not first.cta or each.index != first.index + n for n, each in enumerate(group)):
+                raise EmulatorError("wgmma by warps that are not a whole warpgroup at one instruction")
+        result = np.empty((len(d), g.lanes), np.uint32)
+        old = [np.full(g.lanes, v, np.uint32) if isinstance(v, int) else v for v in d]
+        for w in range(0, len(warps), _WARPGROUP):
+            warp = warps[w]
+            window = self.shared.window(warp.cta.slot)
+            lanes = slice(w * LANES, (w + _WARPGROUP) * LANES)
+            b_bits = b if isinstance(b, int) else int(b[w * LANES])
+            b_matrix = unit.b_from_shared(window, b_bits, transpose[1])
+            a_bits = None
+            if isinstance(a, tuple):
+                a_matrix = unit.a_from_registers(np.stack([np.full(128, v, np.uint32) if isinstance(v, int) else v[lanes] for v in a]))
+            else:
+                a_bits = a if isinstance(a, int) else int(a[w * LANES])
+                a_matrix = unit.a_from_shared(window, a_bits, transpose[0])
+            accumulate = add if isinstance(add, bool) else bool(add[w * LANES])
+            previous = np.stack([each[lanes] for each in old]) if accumulate else None
+            result[:, lanes] = unit.multiply(a_matrix, b_matrix, previous, *signs)
+
+            def action(
+                operation: AsyncOperation,
+                window: Any = window,
+                b_bits: int = b_bits,
+                b_matrix: Any = b_matrix,
+                a_bits: int | None = a_bits,
+                a_matrix: Any = a_matrix,
+            ) -> None:
+                same = np.array_equal(unit.b_from_shared(window, b_bits, transpose[1]), b_matrix, equal_nan=True)
+                if a_bits is not None:
+                    same = same and np.array_equal(unit.a_from_shared(window, a_bits, transpose[0]), a_matrix, equal_nan=True)
+                if not same:
+                    raise EmulatorError("shared memory was overwritten while a wgmma still read it")
+
+            operation = self.new_operation(g, warp, action, "wgmma")
+            if warp.wgmma is None:
+                warp.wgmma = Groups()
+            warp.wgmma.open.append(operation)
+            self.products["wgmma"] = self.products.get("wgmma", 0) + 1
+            self.submit(operation)
+        return result
+
+    def wgmma_commit(self, g: Gang, mask: Any) -> None:
+        """``wgmma.commit_group``."""
+        for warp in g.warps:
+            if warp.wgmma is not None:
+                warp.wgmma.commit()
+
+    def wgmma_wait(self, g: Gang, mask: Any, newest: int) -> bool:
+        """``wgmma.wait_group``: reads of shared memory end here at the latest."""
+        for warp in g.warps:
+            if warp.wgmma is not None:
+                for each in warp.wgmma.older_than(newest):
+                    self.finish_now(each)
+        return True
+
+    def finish_now(self, operation: AsyncOperation) -> None:
+        """Executes a pending operation because its completion is waited for."""
+        raise NotImplementedError
+
+
+class _Product:
+    """Operands of one ``tcgen05.mma``."""
+
+    __slots__ = ("a", "a_in_tmem", "add", "b", "d", "descriptor", "disabled", "scale_a", "scale_b", "scale_input_d", "scaled", "vector")
+
+    def __init__(
+        self,
+        d: int,
+        a: int,
+        a_in_tmem: bool,
+        b: int,
+        descriptor: tcgen05.InstructionDescriptor,
+        add: bool,
+        scaled: bool,
+        scale_a: int,
+        scale_b: int,
+        vector: str,
+        disabled: Any,
+        scale_input_d: int,
+    ) -> None:
+        self.d, self.a, self.a_in_tmem, self.b = d, a, a_in_tmem, b
+        self.descriptor, self.add, self.scaled = descriptor, add, scaled
+        self.scale_a, self.scale_b, self.vector = scale_a, scale_b, vector
+        self.disabled, self.scale_input_d = disabled, scale_input_d
+
+
+def _lanes_of(layout: Any) -> Any:
+    """Tensor memory lanes that a layout's D takes."""
+    lanes = np.array(layout.lanes)
+    return np.concatenate([lanes + part * layout.part_lanes for part in range(layout.parts)])
+
+
+def _columns(shape: str, count: int, packed: bool, split: int) -> int:
+    """Columns that a shape of ld or st touches."""
+    per = {"32x32b": 1, "16x64b": 2, "16x128b": 4, "16x256b": 8, "16x32bx2": 1}[shape]
+    return per * count * (2 if packed else 1) + (split if shape == "16x32bx2" else 0)
