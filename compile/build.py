@@ -279,6 +279,8 @@ def _build_set(
     out: Path, arch: str, chosen: list[Planned], partial: bool, jobs: int, timeout: float, progress: Progress, result: BuildResult
 ) -> None:
     folder = out / arch
+    if folder.is_symlink():
+        raise BuildError(f"{folder} is a symbolic link: a build removes and replaces files there; name the folder itself with --out")
     staging = folder / STAGING
     staging.mkdir(parents=True, exist_ok=True)
     before = _existing(folder)
@@ -335,8 +337,9 @@ def _build_set(
         if path.stem not in entries:
             path.unlink()
             result.removed.append(f"{arch}/{path.name}")
-    for path in folder.glob(".*.partial"):
-        path.unlink()
+    for place in (out, folder):  # what a killed build had begun to write
+        for path in place.glob(".*.partial"):
+            path.unlink()
 
 
 def _staged(staging: Path, digest: str) -> Mapping[str, Any] | None:
