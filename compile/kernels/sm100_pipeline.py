@@ -155,6 +155,7 @@ def descriptors(config: Config, shared: Shared) -> Descriptors:
         scale_format=0,  # UE4M3; the builder's default is E8M0
         n_dim=config.columns,
         m_dim=config.tile_m,
+        sparsity_version=0,  # bit 12, which PTX reserves; the builder's default is 1
     )
     return Descriptors(codes(shared.a), codes(shared.b), scales(shared.a_scales), scales(shared.b_scales), instruction)
 
