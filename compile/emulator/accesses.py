@@ -309,7 +309,7 @@ class Accesses:
         addresses, unit, slots = self._matrix(g, address, mask, count, transpose, element, ldmatrix_addresses)
         index = self.shared.index(addresses.reshape(-1), slots, unit)
         self.shared.check(index, unit, 1)
-        self.note_shared(g, index, None, unit, False)
+        self.note_shared(g, index, self._matrix_lanes(addresses), unit, False)
         self.moved["shared loads"] += unit * index.size
         values = self.shared.view(unit, 1)[index].reshape(addresses.shape)
         return np.ascontiguousarray(values).view(np.uint32).reshape(addresses.shape[0], -1)
@@ -319,10 +319,16 @@ class Accesses:
         addresses, unit, slots = self._matrix(g, address, mask, count, transpose, element, stmatrix_addresses)
         index = self.shared.index(addresses.reshape(-1), slots, unit)
         words = np.stack([np.full(g.lanes, v, np.uint32) if isinstance(v, int) else v for v in values])
-        self.note_shared(g, index, None, unit, True)
+        self.note_shared(g, index, self._matrix_lanes(addresses), unit, True)
         self.moved["shared stores"] += unit * index.size
         self.shared.view(unit, 1)[index] = np.ascontiguousarray(words).view(_UNSIGNED[unit]).reshape(-1)
         self.shared.view(unit, 1, True)[index] = _UNSIGNED[unit]((1 << (8 * unit)) - 1)
+
+    @staticmethod
+    def _matrix_lanes(addresses: Any) -> Any:
+        """The lane of each address of a matrix instruction ``[registers, warps, 32, units]``."""
+        lane = np.arange(addresses.shape[1] * 32).reshape(1, -1, 32, 1)
+        return np.broadcast_to(lane, addresses.shape).reshape(-1)
 
     def _matrix(self, g: Gang, address: Any, mask: Any, count: int, transpose: bool, element: str, resolve: Any) -> tuple[Any, int, Any]:
         if mask is not None and not mask.all():

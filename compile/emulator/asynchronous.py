@@ -21,6 +21,7 @@ from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
     from densemoe.compile.emulator.gang import Gang, Warp
+    from densemoe.compile.emulator.races import Races
 
 __all__ = ["AsyncOperation", "Copies", "condition_of"]
 
@@ -96,7 +97,7 @@ class Copies:
     clustered: bool
     cluster_size: int
     moved: dict[str, int]
-    races: Any
+    races: Races | None
 
     def submit(self, operation: AsyncOperation) -> None:
         """Hands an operation to the schedule."""
@@ -262,20 +263,26 @@ class Copies:
 
     def bulk_wait(self, g: Gang, mask: Any, newest: int, read: bool) -> bool:
         """``cp.async.bulk.wait_group``."""
-        return g.await_all(lambda: self._groups(g, mask, newest, "bulk", "cp.async.bulk.wait_group"))
 
-    def _groups(self, g: Gang, mask: Any, newest: int, which: str, text: str) -> list[Condition | None]:
-        conditions: list[Condition | None] = [None] * len(g.warps)
-        for w in g.active_warps(mask):
-            groups: dict[int, Groups] = getattr(g.warps[w], which)
-            left = [
-                each
-                for lane, group in groups.items()
-                if mask is None or mask[w * LANES + lane]
-                for each in group.older_than(newest)
-            ]
-            conditions[w] = condition_of(left, text)
-        return conditions
+
+        def conditions() -> list[Condition | None]:
+            found: list[Condition | None] = [None] * len(g.warps)
+            for w in g.active_warps(mask):
+                warp = g.warps[w]
+                mine = [groups for lane, groups in warp.bulk.items() if mask is None or mask[w * LANES + lane]]
+                if self.races is not None:
+                    warp.bulk_waited = [
+                        each for groups in mine for group in groups.committed[: len(groups.committed) - newest] for each in group
+                    ]
+                found[w] = condition_of([each for groups in mine for each in groups.older_than(newest)], "cp.async.bulk.wait_group")
+            return found
+
+        if not g.await_all(conditions):
+            return False
+        if self.races is not None:
+            for w in g.active_warps(mask):
+                self.races.waited(g.warps[w], g.warps[w].bulk_waited)
+        return True
 
     # --- cp.async
 
@@ -321,6 +328,10 @@ class Copies:
                 groups = g.warps[w].copies.get(-1)
                 if groups is None:
                     continue
+                if self.races is not None:
+                    older = groups.committed[: len(groups.committed) - newest] if newest else [*groups.committed]
+                    done = [each for group in older for each in group] + (groups.open if newest is None else [])
+                    g.warps[w].copies_waited = done
                 left = groups.older_than(newest or 0)
                 if newest is None:
                     left = left + [each for each in groups.open if not each.done]
@@ -331,7 +342,7 @@ class Copies:
             return False
         if self.races is not None:
             for w in g.active_warps(mask):
-                self.races.copies_done(g.warps[w])
+                self.races.waited(g.warps[w], g.warps[w].copies_waited)
         return True
 
     def cp_mbarrier_arrive(self, g: Gang, mask: Any, address: Any, noinc: bool) -> None:

@@ -76,7 +76,7 @@ def run(
     memory: GlobalMemory,
     schedule: str = "eager",
     *,
-    races: bool = False,
+    races: bool = True,
     sm_count: int = 132,
 ) -> Report:
     """Executes a kernel; global memory is changed in place.

@@ -86,7 +86,7 @@ class Warp:
     Attributes:
         index: in its CTA.
         threads: bool ``[32]``: which lanes exist.
-        unit: its number among all warps and asynchronous agents that race detection tells apart.
+        unit: its number in its cluster, for race detection; `row` its number among all resident warps.
     """
 
     cta: Cta
@@ -96,6 +96,9 @@ class Warp:
     bulk: dict[int, Groups] = field(default_factory=dict)
     copies: dict[int, Groups] = field(default_factory=dict)
     wgmma: Groups | None = None
+    row: int = 0
+    copies_waited: list[Any] = field(default_factory=list)
+    bulk_waited: list[Any] = field(default_factory=list)
 
     def __str__(self) -> str:
         return f"CTA {self.cta.ctaid} warp {self.index}"
@@ -159,6 +162,7 @@ class Gang:
         self.branch: Any = None
         self.wait: list[Condition | None] | None = None
         self.ended = False
+        self.race_rows: Any = None
         self.local_data: Any = None
         self.local_written: Any = None
         self.target = 0

@@ -18,6 +18,7 @@ from densemoe.compile.emulator.accesses import Accesses
 from densemoe.compile.emulator.asynchronous import AsyncOperation
 from densemoe.compile.emulator.gang import LANES, Gang, Meeting, Warp, merge_gangs
 from densemoe.compile.emulator.memory import GlobalMemory, SharedMemory
+from densemoe.compile.emulator.races import Races
 from densemoe.compile.emulator.synchronisation import CtaBarrier, MBarrier, Synchronisation
 from densemoe.compile.emulator.tensor_units import TensorUnits
 from densemoe.compile.emulator.translation import SHARED_START, Program, Version
@@ -145,12 +146,12 @@ class Machine(Accesses, Synchronisation, TensorUnits):
         self.random = random.Random(schedule.seed)
         self.steps = 0
         self.want_races = races
-        self.races: Any = None
+        self.races: Races | None = None
         self.ticks = 0
         end = program.dynamic_start + dynamic_smem
         clusters = int(np.prod(grid)) // self.cluster_size
         window = -(-end // 1024) * 1024
-        at_once = max(1, min(clusters, _RESIDENT_BYTES // (2 * window * self.cluster_size)))
+        at_once = max(1, min(clusters, _RESIDENT_BYTES // ((16 if races else 2) * window * self.cluster_size)))
         self.clusters, self.clusters_at_once = clusters, at_once
         self.shared = SharedMemory(at_once * self.cluster_size, SHARED_START, end)
         if schedule.kind == "pct":
@@ -172,7 +173,7 @@ class Machine(Accesses, Synchronisation, TensorUnits):
         ctas = []
         threads = int(np.prod(self.block))
         warps_per_cta = -(-threads // LANES)
-        unit = 0
+        warps: list[Warp] = []
         for n, index in enumerate(indices):
             position = self._cluster_position(index)
             cluster = Cluster(n * self.cluster_size, threads * self.cluster_size, CtaBarrier(f"barrier of cluster {position}"))
@@ -183,12 +184,15 @@ class Machine(Accesses, Synchronisation, TensorUnits):
                 cta = Cta(cluster.first_slot + rank, (ctaid[0], ctaid[1], ctaid[2]), rank, cluster, threads)
                 for w in range(warps_per_cta):
                     exists = np.arange(LANES) + w * LANES < threads
-                    cta.warps.append(Warp(cta, w, exists, unit))
-                    unit += 1
+                    cta.warps.append(Warp(cta, w, exists, rank * warps_per_cta + w, row=len(warps)))
+                    warps.append(cta.warps[-1])
                 cta.alive = warps_per_cta
                 cluster.ctas.append(cta)
                 self.shared.clear(cta.slot)
                 ctas.append(cta)
+        self.races = None
+        if self.want_races:
+            self.races = Races(warps, warps_per_cta * self.cluster_size, self.shared.stride, self.shared.ctas, self.lints)
         self._start(ctas)
         self._schedule()
         for cta in ctas:
@@ -397,6 +401,10 @@ class Machine(Accesses, Synchronisation, TensorUnits):
         if len(lines) > 41:
             lines[41:] = [f"and {len(lines) - 41} more warps"]
         return "\n".join(lines)
+
+    def note_shared(self, g: Gang, index: Any, picked: Any, nbytes: int, write: bool) -> None:
+        if self.races is not None:
+            self.races.generic(g, index, picked, nbytes, write)
 
     # --- small things
 

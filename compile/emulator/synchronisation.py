@@ -16,6 +16,7 @@ from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
     from densemoe.compile.emulator.gang import Gang, Warp
+    from densemoe.compile.emulator.races import Clock, Races
 
 __all__ = ["CtaBarrier", "MBarrier", "Synchronisation"]
 
@@ -34,15 +35,16 @@ class MBarrier:
         condition: completion of the current phase.
     """
 
-    __slots__ = ("clock", "completed_clock", "condition", "count", "pending", "phase", "slot_text", "transactions")
+    __slots__ = ("clock", "completed_clock", "condition", "count", "made_by", "pending", "phase", "slot_text", "transactions")
 
     def __init__(self, count: int, text: str) -> None:
         self.count = self.pending = count
         self.transactions = 0
         self.phase = 0
         self.slot_text = text
-        self.clock: Any = None
-        self.completed_clock: Any = None
+        self.clock: Clock | None = None
+        self.completed_clock: Clock | None = None
+        self.made_by = (0, 0, 0)
         self.condition = self._new_condition()
 
     def _new_condition(self) -> Condition:
@@ -74,21 +76,26 @@ class MBarrier:
             self.phase += 1
             self.pending = self.count
             condition, self.condition = self.condition, self._new_condition()
-            self.completed_clock, self.clock = self.clock, None
+            if self.clock is not None:
+                if self.completed_clock is not None:
+                    before = self.completed_clock
+                    self.clock.join(before.order, before.proxy, before.tensor)
+                self.completed_clock, self.clock = self.clock, None
             condition.signal()
 
 
 class CtaBarrier:
     """A named barrier of a CTA, or the barrier of a cluster (counting warps)."""
 
-    __slots__ = ("arrived", "clock", "condition", "expected", "generation", "text", "votes")
+    __slots__ = ("arrived", "clock", "completed_clock", "condition", "expected", "generation", "text", "votes")
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.arrived = 0
         self.expected = 0
         self.generation = 0
-        self.clock: Any = None
+        self.clock: Clock | None = None
+        self.completed_clock: Clock | None = None
         self.votes: list[bool] = []
         self.condition = self._new_condition()
 
@@ -108,6 +115,7 @@ class CtaBarrier:
         if self.arrived == expected:
             self.generation += 1
             self.arrived = 0
+            self.completed_clock, self.clock = self.clock, None
             self.condition = self._new_condition()
             condition.signal()
         return condition
@@ -117,7 +125,7 @@ class Synchronisation:
     """What `Machine` knows of barriers."""
 
     mbarriers: dict[tuple[int, int], MBarrier]
-    races: Any
+    races: Races | None
     shared: SharedMemory
     clustered: bool
     cluster_size: int
@@ -250,7 +258,7 @@ class Synchronisation:
             barrier = MBarrier(n, f"mbarrier at shared address {place[1]:#x} of CTA {warp.cta.ctaid}")
             self.mbarriers[place] = barrier
             if self.races is not None:
-                self.races.mbarrier_init(barrier, warp, place)
+                self.races.mbarrier_init(barrier, warp)
 
     def mbarrier_inval(self, g: Gang, address: Any, mask: Any) -> None:
         """``mbarrier.inval``."""
@@ -266,7 +274,7 @@ class Synchronisation:
         for warp, lane, place in self._each(g, address, mask):
             barrier = self.mbarrier_at(place)
             if self.races is not None:
-                self.races.mbarrier_arrive(barrier, warp, place)
+                self.races.mbarrier_arrive(barrier, warp)
             states[lane] = barrier.phase << 20 | barrier.pending
             if nbytes is not None:
                 barrier.expect(nbytes if isinstance(nbytes, int) else int(nbytes[lane]))

@@ -49,6 +49,7 @@ class TensorMemoryState:
         self.owner = np.full(COLUMNS, -1, np.int32)
         self.relinquished = False
         self.last: AsyncOperation | None = None
+        self.clock: Any = None
         self.group = 0
 
     def check_columns(self, column: int, count: int, text: str) -> None:
@@ -256,7 +257,7 @@ class TensorUnits(Copies):
             self.shared.data[at : at + 4] = np.frombuffer(start.to_bytes(4, "little"), np.uint8)
             self.shared.written[at : at + 4] = 0xFF
             if self.races is not None:
-                self.races.plain_shared(warp, at, 4, True)
+                self.races.plain_shared(warp, at, 4)
         return True
 
     def tmem_dealloc(self, g: Gang, mask: Any, address: Any, columns: Any, group: int) -> bool:
@@ -309,7 +310,7 @@ class TensorUnits(Copies):
             if shape != "16x32bx2":
                 state.check_written(rows, column, width, "tcgen05.ld")
             if self.races is not None:
-                self.races.tmem_access(warp, warp.cta, rows, column, width, False)
+                self.races.tensor_access(warp, warp.cta, rows, column, width, False)
             result[:, w * LANES : (w + 1) * LANES] = words
             self.moved["tensor memory loads"] += 4 * words.size
         return result
@@ -332,7 +333,7 @@ class TensorUnits(Copies):
             rows = slice(first, first + LANES) if shape == "32x32b" else slice(where >> 16, (where >> 16) + 16)
             state.written[rows, column : column + width] = True
             if self.races is not None:
-                self.races.tmem_access(warp, warp.cta, rows, column, width, True)
+                self.races.tensor_access(warp, warp.cta, rows, column, width, True)
             self.moved["tensor memory stores"] += 4 * own.size
 
     # --- the pipe
@@ -378,7 +379,7 @@ class TensorUnits(Copies):
                     else:
                         state.written[shape.lanes[:, 0] + lane, column : column + width] = True
                     if self.races is not None:
-                        self.races.tmem_async(operation, cta, slice(0, 128), column, width, True)
+                        self.races.tensor_async(operation, cta, slice(0, 128), column, width, True)
 
             self.moved["shared to tensor memory"] += shape.rows * shape.row_bytes * len(ctas)
             self._to_pipe(g, warp, ctas, action, "tcgen05.cp")
@@ -455,7 +456,7 @@ class TensorUnits(Copies):
                     state.check_columns(first, -(-rows // 32), f"tcgen05.mma ({name})")
                     state.check_written(slice(0, 128), first, -(-rows // 32), f"tcgen05.mma ({name})")
                     if self.races is not None:
-                        self.races.tmem_async(operation, cta, slice(0, 128), first, -(-rows // 32), False)
+                        self.races.tensor_async(operation, cta, slice(0, 128), first, -(-rows // 32), False)
                 row_scales = tcgen05.read_scales(state.words, job.scale_a, descriptor.a_rows, length, descriptor.a_scale_id)
                 column_scales = tcgen05.read_scales(state.words, job.scale_b, descriptor.n, length, descriptor.b_scale_id)
                 a = tcgen05.scale_operand(a, row_scales, descriptor.scale_format)
@@ -466,7 +467,7 @@ class TensorUnits(Copies):
                 if not good.all():
                     raise EmulatorError("tcgen05.mma adds to tensor memory that was never written")
             if self.races is not None:
-                self.races.tmem_async(operation, cta, slice(0, 128), column, width, True)
+                self.races.tensor_async(operation, cta, slice(0, 128), column, width, True)
             tcgen05.accumulate(state.words, job.d, descriptor, a, own_b, job.add, job.scale_input_d, job.disabled)
             if job.disabled is None:
                 state.written[lanes, column : column + width] = True
@@ -489,7 +490,7 @@ class TensorUnits(Copies):
         """``tcgen05.wait`` and ``tcgen05.fence``: for race detection."""
         if self.races is not None:
             for w in g.active_warps(mask):
-                self.races.tmem_order(g.warps[w], what)
+                self.races.tensor_order(g.warps[w], what)
 
     # --- wgmma
 

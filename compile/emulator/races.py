@@ -1,0 +1,389 @@
+"""Data races by vector clocks: shared memory, tensor memory, and the proxies between them.
+
+Sources: PTX ISA 9.x, 8 (memory consistency, causality order), 8.? and 9.7.13.4 ``fence.proxy.async`` (generic against asynchronous proxy),
+9.7.16.6 (``tcgen05`` ordering, ``tcgen05.fence``), 9.7.13.15 (``mbarrier`` release and acquire); FastTrack (Flanagan, Freund) for epochs.
+
+Every warp and every asynchronous operation of a cluster is a unit with a clock. A clock has three parts, each a vector over units:
+
+- ``order``: what happens before (barriers, mbarriers, completion);
+- ``proxy``: generic writes that a proxy fence made visible to asynchronous operations;
+- ``tensor``: accesses of tensor memory that a ``tcgen05.fence`` pair, or a commit, ordered.
+
+Shared memory is watched in granules of 4 bytes, tensor memory in columns of 32 lanes. For each granule the last write and up to 8 last reads
+are kept, so that a race with an older read may be missed; nothing is reported that is ordered. Global memory is not watched.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densemoe.runtime.errors import EmulatorError
+
+if TYPE_CHECKING:
+    from densemoe.compile.emulator.asynchronous import AsyncOperation
+    from densemoe.compile.emulator.gang import Gang, Warp
+    from densemoe.compile.emulator.machine import Cta
+
+__all__ = ["Clock", "Races"]
+
+_ASYNC_UNITS: Final = 64  # asynchronous operations told apart at a time; older ones share a unit
+_READERS: Final = 8
+_GRANULE: Final = 4
+_QUARTER: Final = 32  # lanes of tensor memory in a granule
+
+Vector = NDArray[np.int32]
+
+
+class Clock:
+    """What somebody knows: three vectors; for an asynchronous operation also its own unit and tick."""
+
+    __slots__ = ("order", "proxy", "tensor", "tick", "unit")
+
+    def __init__(self, order: Vector, proxy: Vector, tensor: Vector, unit: int = -1, tick: int = 0) -> None:
+        self.order, self.proxy, self.tensor = order, proxy, tensor
+        self.unit, self.tick = unit, tick
+
+    def copy(self) -> Clock:
+        """An independent copy."""
+        return Clock(self.order.copy(), self.proxy.copy(), self.tensor.copy())
+
+    def join(self, order: Vector, proxy: Vector, tensor: Vector) -> None:
+        """Learns what another knows."""
+        np.maximum(self.order, order, out=self.order)
+        np.maximum(self.proxy, proxy, out=self.proxy)
+        np.maximum(self.tensor, tensor, out=self.tensor)
+
+
+class _Marks:
+    """Last write and last reads of granules: a unit and a tick each; tick 0 is never."""
+
+    def __init__(self, count: int) -> None:
+        self.write_unit = np.zeros(count, np.int16)
+        self.write_tick = np.zeros(count, np.int32)
+        self.read_unit = np.zeros((_READERS, count), np.int16)
+        self.read_tick = np.zeros((_READERS, count), np.int32)
+
+    def unordered_write(self, where: Any, known: Any) -> Any:
+        """Positions in `where` whose last write is not known."""
+        return known[self.write_unit[where]] < self.write_tick[where]
+
+    def unordered_read(self, where: Any, known: Vector) -> tuple[int, int] | None:
+        """(position, unit) of a read that is not known, for one vector of knowledge."""
+        for reader in range(_READERS):
+            ticks = self.read_tick[reader][where]
+            if not ticks.any():
+                continue
+            units = self.read_unit[reader][where]
+            bad = known[units] < ticks
+            if bad.any():
+                at = int(bad.argmax())
+                return at, int(units[at])
+        return None
+
+    def wrote(self, where: Any, unit: Any, tick: Any) -> None:
+        self.write_unit[where] = unit
+        self.write_tick[where] = tick
+
+    def read(self, where: Any, unit: int, tick: int) -> None:
+        self.read_unit[unit % _READERS][where] = unit
+        self.read_tick[unit % _READERS][where] = tick
+
+
+class Races:
+    """The clocks of all warps of a wave, and the marks of their memories.
+
+    Args:
+        warps: of all resident CTAs; ``warp.row`` is their index, ``warp.unit`` their number in their cluster.
+        cluster_warps: warps of a cluster.
+        window: bytes of a CTA's shared window.
+        ctas: resident.
+    """
+
+    def __init__(self, warps: list[Warp], cluster_warps: int, window: int, ctas: int, lints: dict[str, None]) -> None:
+        self.cluster_warps = cluster_warps
+        self.units = cluster_warps + _ASYNC_UNITS
+        shape = (len(warps), self.units)
+        self.order = np.zeros(shape, np.int32)
+        rows = np.arange(len(warps))
+        self.own = np.array([warp.unit for warp in warps])
+        self.order[rows, self.own] = 1
+        self.proxy = np.zeros(shape, np.int32)
+        self.tensor = np.zeros(shape, np.int32)
+        self.tensor_in = np.zeros(shape, np.int32)
+        self.tensor_out = np.zeros(shape, np.int32)
+        self.window_granules = window // _GRANULE
+        self.shared = _Marks(ctas * self.window_granules)
+        self.tmem: dict[int, _Marks] = {}
+        self.ticks = np.zeros(_ASYNC_UNITS, np.int64)
+        self.next_async = 0
+        self.lints = lints
+        self.loads_open: dict[int, bool] = {}
+
+    # --- synchronisation
+
+    def _tick(self, warp: Warp) -> None:
+        self.order[warp.row, warp.unit] += 1
+
+    def _release(self, clock: Clock | None, warp: Warp) -> Clock:
+        row = warp.row
+        if clock is None:
+            clock = Clock(self.order[row].copy(), self.proxy[row].copy(), self.tensor_out[row].copy())
+        else:
+            clock.join(self.order[row], self.proxy[row], self.tensor_out[row])
+        self._tick(warp)
+        return clock
+
+    def _acquire(self, clock: Clock | None, warp: Warp) -> None:
+        if clock is None:
+            return
+        row = warp.row
+        np.maximum(self.order[row], clock.order, out=self.order[row])
+        np.maximum(self.proxy[row], clock.proxy, out=self.proxy[row])
+        np.maximum(self.tensor_in[row], clock.tensor, out=self.tensor_in[row])
+
+    def barrier_arrive(self, barrier: Any, warp: Warp, release: bool) -> None:
+        """A CTA or cluster barrier is reached."""
+        if release:
+            barrier.clock = self._release(barrier.clock, warp)
+
+    def barrier_leave(self, barrier: Any, warp: Warp) -> None:
+        """A CTA or cluster barrier is left."""
+        self._acquire(barrier.completed_clock, warp)
+
+    def mbarrier_init(self, barrier: Any, warp: Warp) -> None:
+        """``mbarrier.init`` by a warp."""
+        barrier.made_by = (warp.row, warp.unit, int(self.order[warp.row, warp.unit]))
+
+    def _check_made(self, barrier: Any, warp: Warp) -> None:
+        row, unit, tick = barrier.made_by
+        if row != warp.row and self.order[warp.row, unit] < tick:
+            raise EmulatorError(f"{barrier.slot_text} is used by {warp} without waiting for its initialisation")
+
+    def mbarrier_arrive(self, barrier: Any, warp: Warp) -> None:
+        """An arrival by a warp."""
+        self._check_made(barrier, warp)
+        if self.loads_open.get(warp.row):
+            self.lints["a warp arrives on an mbarrier before tcgen05.wait::ld of its loads"] = None
+        barrier.clock = self._release(barrier.clock, warp)
+
+    def mbarrier_join(self, barrier: Any, clock: Clock) -> None:
+        """An arrival, or bytes, of an asynchronous operation."""
+        if barrier.clock is None:
+            barrier.clock = clock.copy()
+        else:
+            barrier.clock.join(clock.order, clock.proxy, clock.tensor)
+
+    def mbarrier_observe(self, barrier: Any, warp: Warp) -> None:
+        """A warp sees a completed phase."""
+        self._check_made(barrier, warp)
+        self._acquire(barrier.completed_clock, warp)
+
+    def proxy_fence(self, warp: Warp) -> None:
+        """``fence.proxy.async``."""
+        row = warp.row
+        np.maximum(self.proxy[row], self.order[row], out=self.proxy[row])
+        self._tick(warp)
+
+    def tensor_order(self, warp: Warp, what: str) -> None:
+        """``tcgen05.wait::ld``, ``wait::st``, ``fence::before_thread_sync`` or ``fence::after_thread_sync``."""
+        row = warp.row
+        if what == "fence::after_thread_sync":
+            np.maximum(self.tensor[row], self.tensor_in[row], out=self.tensor[row])
+        elif what == "fence::before_thread_sync":
+            for known in (self.tensor[row], self.tensor_in[row]):
+                np.maximum(self.tensor_out[row], known, out=self.tensor_out[row])
+            self.tensor_out[row, warp.unit] = self.order[row, warp.unit]
+            self._tick(warp)
+        elif what == "wait::ld":
+            self.loads_open.pop(row, None)
+
+    # --- asynchronous operations
+
+    def fork(self, warp: Warp) -> Clock:
+        """The clock of an operation that a warp issues."""
+        row = warp.row
+        number = self.next_async
+        self.next_async = (number + 1) % _ASYNC_UNITS
+        self.ticks[number] += 1
+        unit, tick = self.cluster_warps + number, int(self.ticks[number])
+        tensor = self.tensor[row].copy()
+        tensor[warp.unit] = self.order[row, warp.unit]
+        clock = Clock(self.order[row].copy(), self.proxy[row].copy(), tensor, unit, tick)
+        for part in (clock.order, clock.proxy, clock.tensor):
+            part[unit] = tick
+        self._tick(warp)
+        return clock
+
+    def in_pipe(self, operation: AsyncOperation, state: Any) -> None:
+        """An operation of an in-order pipe happens after the one before it."""
+        clock: Clock = operation.clock
+        before: Clock | None = state.clock
+        if before is not None:
+            clock.join(before.order, before.proxy, before.tensor)
+        state.clock = clock
+
+    def waited(self, warp: Warp, operations: list[AsyncOperation]) -> None:
+        """A warp waited for operations by their groups."""
+        for each in operations:
+            if each.clock is not None:
+                self._acquire(each.clock, warp)
+
+    def _name(self, unit: int) -> str:
+        return f"warp {unit} of the cluster" if unit < self.cluster_warps else "an asynchronous operation"
+
+    def _seen_by(self, clock: Clock) -> Vector:
+        """Writes that an asynchronous operation may rely on: generic ones need a proxy fence."""
+        seen = clock.order.copy()
+        seen[: self.cluster_warps] = clock.proxy[: self.cluster_warps]
+        return seen
+
+    def async_shared(self, operation: AsyncOperation, slot: int, offset: int, nbytes: int, write: bool) -> None:
+        """An asynchronous operation reads or writes a range of shared memory."""
+        first = slot * self.window_granules + offset // _GRANULE
+        self._async(operation, slice(first, first + -(-nbytes // _GRANULE)), offset, write)
+
+    def async_granules(self, operation: AsyncOperation, slot: int, granules: Any) -> None:
+        """An asynchronous operation reads 16-byte granules of shared memory."""
+        first = slot * self.window_granules
+        where = (granules[:, None] * 4 + (first + np.arange(4))).reshape(-1)
+        self._async(operation, where, -1, False)
+
+    def _async(self, operation: AsyncOperation, where: Any, offset: int, write: bool) -> None:
+        clock: Clock = operation.clock
+        marks = self.shared
+        bad = marks.unordered_write(where, self._seen_by(clock))
+        if bad.any():
+            at = int(bad.argmax())
+            place = (where.start if isinstance(where, slice) else 0) + at if isinstance(where, slice) else int(where[at])
+            unit = int(marks.write_unit[place])
+            ordered = clock.order[unit] >= marks.write_tick[place]
+            reason = "without fence.proxy.async between" if ordered else "without synchronisation between"
+            raise EmulatorError(
+                f"race: {'writes' if write else 'reads'} shared memory at {self._offset(place):#x} that {self._name(unit)} wrote, {reason}"
+            )
+        if write:
+            found = marks.unordered_read(where, clock.order)
+            if found is not None:
+                place = where.start + found[0] if isinstance(where, slice) else int(where[found[0]])
+                raise EmulatorError(f"race: overwrites shared memory at {self._offset(place):#x} that {self._name(found[1])} may still read")
+            marks.wrote(where, clock.unit, clock.tick)
+        else:
+            marks.read(where, clock.unit, clock.tick)
+
+    def _offset(self, place: int) -> int:
+        return place % self.window_granules * _GRANULE
+
+    # --- generic accesses
+
+    def _rows(self, g: Gang, picked: Any) -> Any:
+        rows = g.race_rows
+        if rows is None:
+            rows = g.race_rows = np.repeat(np.array([warp.row for warp in g.warps]), 32)
+        return rows if picked is None else rows[picked]
+
+    def generic(self, g: Gang, index: Any, picked: Any, nbytes: int, write: bool) -> None:
+        """Lanes of a gang access shared memory at element numbers `index` of `nbytes` bytes."""
+        if isinstance(index, int):
+            places = np.full(len(g.warps), index, np.int64)
+            rows = np.array([warp.row for warp in g.warps])
+            if picked is not None and len(g.warps) > 1:
+                rows = np.unique(self._rows(g, picked))
+                places = np.full(rows.size, index, np.int64)
+        else:
+            places, rows = index, self._rows(g, picked)
+        if nbytes >= _GRANULE:
+            words = nbytes // _GRANULE
+            if words > 1:
+                places = (places[:, None] * words + np.arange(words)).reshape(-1)
+                rows = np.repeat(rows, words)
+        else:
+            places = places * nbytes // _GRANULE
+        marks = self.shared
+        units = self.own[rows]
+        bad = self.order[rows, marks.write_unit[places]] < marks.write_tick[places]
+        if bad.any():
+            at = int(bad.argmax())
+            self._report(places[at], rows[at], int(marks.write_unit[places[at]]), "writes" if write else "reads", "wrote")
+        if write:
+            for reader in range(_READERS):
+                ticks = marks.read_tick[reader][places]
+                if ticks.any():
+                    bad = self.order[rows, marks.read_unit[reader][places]] < ticks
+                    if bad.any():
+                        at = int(bad.argmax())
+                        self._report(places[at], rows[at], int(marks.read_unit[reader][places[at]]), "overwrites", "may still read")
+            marks.wrote(places, units, self.order[rows, units])
+        else:
+            slots = units % _READERS
+            marks.read_unit[slots, places] = units
+            marks.read_tick[slots, places] = self.order[rows, units]
+
+    def _report(self, place: Any, row: Any, unit: int, verb: str, other: str) -> None:
+        raise EmulatorError(
+            f"race: warp {int(self.own[row])} of the cluster {verb} shared memory at {self._offset(int(place)):#x} that {self._name(unit)} {other}, "
+            "without synchronisation between"
+        )
+
+    def plain_shared(self, warp: Warp, address: int, nbytes: int) -> None:
+        """A warp writes a few bytes, at an index of all windows."""
+        where = slice(address // _GRANULE, -(-(address + nbytes) // _GRANULE))
+        self.shared.wrote(where, warp.unit, int(self.order[warp.row, warp.unit]))
+
+    # --- tensor memory
+
+    def _marks(self, cta: Cta) -> _Marks:
+        found = self.tmem.get(cta.slot)
+        if found is None:
+            found = self.tmem[cta.slot] = _Marks(4 * 512)
+        return found
+
+    @staticmethod
+    def _cells(rows: slice, column: int, width: int) -> Any:
+        first, last = rows.start // _QUARTER, (rows.stop - 1) // _QUARTER
+        return (np.arange(first, last + 1)[:, None] * 512 + np.arange(column, column + width)).reshape(-1)
+
+    def tensor_access(self, warp: Warp, cta: Cta, rows: slice, column: int, width: int, write: bool) -> None:
+        """``tcgen05.ld`` and ``st``."""
+        marks, where = self._marks(cta), self._cells(rows, column, width)
+        known = self.tensor[warp.row].copy()
+        known[warp.unit] = self.order[warp.row, warp.unit]
+        tick = int(self.order[warp.row, warp.unit])
+        self._tensor(marks, where, known, self.order[warp.row], write, str(warp))
+        if write:
+            marks.wrote(where, warp.unit, tick)
+        else:
+            self.loads_open[warp.row] = True
+            marks.read(where, warp.unit, tick)
+
+    def tensor_async(self, operation: AsyncOperation, cta: Cta, rows: slice, column: int, width: int, write: bool) -> None:
+        """``tcgen05.mma`` and ``cp``."""
+        clock: Clock = operation.clock
+        marks, where = self._marks(cta), self._cells(rows, column, width)
+        self._tensor(marks, where, clock.tensor, clock.order, write, operation.text)
+        if write:
+            marks.wrote(where, clock.unit, clock.tick)
+        else:
+            marks.read(where, clock.unit, clock.tick)
+
+    def _tensor(self, marks: _Marks, where: Any, known: Vector, order: Vector, write: bool, who: str) -> None:
+        bad = marks.unordered_write(where, known)
+        unit = -1
+        if bad.any():
+            place = where[int(bad.argmax())]
+            unit, tick, what = int(marks.write_unit[place]), int(marks.write_tick[place]), "wrote"
+        elif write:
+            found = marks.unordered_read(where, known)
+            if found is None:
+                return
+            place = where[found[0]]
+            unit, what = found[1], "may still read"
+            tick = int(marks.read_tick[unit % _READERS][place])
+        else:
+            return
+        reason = "without tcgen05.fence between" if order[unit] >= tick else "without synchronisation between"
+        raise EmulatorError(
+            f"race: {who} {'writes' if write else 'reads'} tensor memory column {int(place) % 512} that {self._name(unit)} {what}, {reason}"
+        )
