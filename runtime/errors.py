@@ -15,6 +15,7 @@
     │   └── DriverTooOld          the driver does not know this binary or call
     ├── AbiMismatch               a loaded kernel's parameters differ from the manifest's
     ├── PlanError                 a Plan used in a way it was not made for (other process, device, active list)
+    ├── CheckpointError           a checkpoint's file, names, shapes or scales
     ├── BuildError                the build side
     │   ├── MatrixError           build_matrix.yaml: file, line, column, value, what is allowed
     │   ├── CompileError          one variant did not compile
@@ -35,6 +36,7 @@ __all__ = [
     "ArtifactNotFound",
     "AuditError",
     "BuildError",
+    "CheckpointError",
     "CompileError",
     "DensemoeError",
     "DriverError",
@@ -123,6 +125,10 @@ class AbiMismatch(DensemoeError):
 
 class PlanError(DensemoeError):
     """A Plan was used in a way that it was not made for."""
+
+
+class CheckpointError(DensemoeError, ValueError):
+    """A checkpoint's file, tensor names, shapes, dtypes or scales are not what densemoe reads, or tensors are missing."""
 
 
 class BuildError(DensemoeError):
