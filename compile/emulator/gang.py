@@ -161,6 +161,7 @@ class Gang:
         self.meetings: list[Meeting] = []
         self.branch: Any = None
         self.wait: list[Condition | None] | None = None
+        self.votes: list[list[bool] | None] = []
         self.ended = False
         self.race_rows: Any = None
         self.local_data: Any = None
@@ -516,6 +517,7 @@ class Gang:
         part.priority = self.priority
         if self.wait is not None:
             part.wait = [self.wait[i] for i in indices]
+            part.votes = [self.votes[i] for i in indices] if self.votes else []
         return part
 
     def split(self, ready: list[int]) -> None:

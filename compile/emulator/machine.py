@@ -96,7 +96,6 @@ class Cta:
     threads: int
     warps: list[Warp] = field(default_factory=list)
     barriers: dict[int, CtaBarrier] = field(default_factory=dict)
-    vote_readers: dict[int, int] = field(default_factory=dict)
     pair_barriers: dict[str, CtaBarrier] = field(default_factory=dict)
     tensor_memory: Any = None
     alive: int = 0

@@ -96,7 +96,7 @@ class CtaBarrier:
         self.generation = 0
         self.clock: Clock | None = None
         self.completed_clock: Clock | None = None
-        self.votes: list[bool] = []
+        self.votes: dict[int, list[bool]] = {}
         self.condition = self._new_condition()
 
     def _new_condition(self) -> Condition:
@@ -113,6 +113,7 @@ class CtaBarrier:
         if self.arrived > expected:
             raise EmulatorError(f"{self.text}: {self.arrived} threads arrived, {expected} expected")
         if self.arrived == expected:
+            self.votes.pop(self.generation, None)  # those who wait have the list
             self.generation += 1
             self.arrived = 0
             self.completed_clock, self.clock = self.clock, None
@@ -148,7 +149,7 @@ class Synchronisation:
                 lanes = int(warp.threads.sum())
                 total = expected or warp.cta.threads
                 if self.races is not None:
-                    self.races.barrier_arrive(barrier, warp, wait)
+                    self.races.barrier_arrive(barrier, warp, True)
                 conditions[w] = barrier.arrive(LANES if expected else lanes, total)
             self.waits["bar.sync"] += len(g.warps)
             return conditions
@@ -167,22 +168,17 @@ class Synchronisation:
     def bar_red(self, g: Gang, mask: Any, number: int, threads: int, predicate: Any, operation: str) -> Any:
         """``bar.red``: None while it waits, else the result of each lane."""
         if g.wait is None:
+            g.votes = [None] * len(g.warps)
             for w in g.active_warps(mask):
                 warp = g.warps[w]
-                votes = predicate if isinstance(predicate, bool) else predicate[w * LANES : w * LANES + LANES][warp.threads]
-                warp.cta.barrier(number).votes += [bool(x) for x in np.atleast_1d(votes).repeat(LANES if isinstance(votes, bool) else 1)]
+                barrier = warp.cta.barrier(number)
+                votes = g.votes[w] = barrier.votes.setdefault(barrier.generation, [])
+                votes += [bool(x) for x in predicate[w * LANES : w * LANES + LANES][warp.threads]]
         if not self.bar_sync(g, mask, number, threads, True):
             return None
-        counts = []
-        for warp in g.warps:
-            votes = warp.cta.barrier(number).votes
-            counts.append({"popc": sum(votes), "and": all(votes), "or": any(votes)}[operation])
-        for warp in g.warps:
-            warp.cta.vote_readers[number] = warp.cta.vote_readers.get(number, 0) + 1
-            if warp.cta.vote_readers[number] == len(warp.cta.warps):
-                warp.cta.vote_readers[number] = 0
-                warp.cta.barrier(number).votes = []
-        return np.repeat(np.array(counts, np.uint32 if operation == "popc" else np.bool_), LANES)
+        count = {"popc": sum, "and": all, "or": any}[operation]
+        results = [count(votes or ()) for votes in g.votes]
+        return np.repeat(np.array(results, np.uint32 if operation == "popc" else np.bool_), LANES)
 
     def cluster_arrive(self, g: Gang, mask: Any, release: bool) -> None:
         """``barrier.cluster.arrive``."""
