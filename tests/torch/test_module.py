@@ -1,0 +1,259 @@
+"""DenseGemmMoE: routing, forms, inputs, shared experts, refusals; shards on gloo; transformers models with replaced experts."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from densemoe.runtime import data, layout, marks, packing, reference, routing
+from densemoe.runtime.errors import ProblemError
+from densemoe.runtime.layer_data import LayerData
+from densemoe.runtime.nvfp4 import Nvfp4Tensor
+from densemoe.runtime.torch import DenseGemmMoE, MoEConfig, MoEWeights, can_implement, create_moe, ops, replace_moe
+from densemoe.runtime.torch import routing as torch_routing
+from densemoe.runtime.torch.module import tile_scales
+from densemoe.runtime.torch.replace import quantize_experts
+from densemoe.runtime.torch.weights import WeightStore, quantize_projection
+
+CASE = data.LayerCase(8, 3, 128, 128, 6)
+CONFIG = MoEConfig(8, 3, 128, 128)
+ATOMS = LayerData(CASE)
+
+
+def stacked() -> tuple[torch.Tensor, torch.Tensor]:
+    """(gate_up ``[E, 2I, H]``, down ``[E, H, I]``) of the layer's data."""
+    parts = [[torch.from_numpy(ATOMS.projection(name, e)) for name in ("gate", "up", "down")] for e in range(8)]
+    return torch.stack([torch.cat(each[:2]) for each in parts]), torch.stack([each[2] for each in parts])
+
+
+def weights_of(intermediate: slice = slice(0, 128), experts: slice = slice(0, 8), **scales: float) -> MoEWeights:
+    gate_up, down = stacked()
+    gate, up = gate_up[experts, :128][:, intermediate], gate_up[experts, 128:][:, intermediate]
+    return quantize_experts(torch.cat([gate, up], 1), down[experts][:, :, intermediate], **scales)
+
+
+def tokens() -> tuple[torch.Tensor, torch.Tensor]:
+    """(bf16 hidden states, router logits)."""
+    x = torch.from_numpy(ATOMS.x.view(np.int16)).view(torch.bfloat16)
+    return x, torch.randn(6, 8, generator=torch.Generator().manual_seed(2))
+
+
+def exact(ids: torch.Tensor, weights: torch.Tensor) -> Any:
+    x, _ = tokens()
+    return reference.layer(x.double(), lambda e: tuple(map(torch.from_numpy, ATOMS.unquantised(e))), ids.numpy(), weights.numpy())
+
+
+@pytest.mark.parametrize("method", routing.METHODS)
+def test_routing_equals_numpy_s(method: str) -> None:
+    logits = torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
+    logits[7] = 0.5  # every score equal: the smaller ids win
+    options: dict[str, Any] = {"groups": 4, "best_groups": 2, "scaling": 2.5} if method == "DeepSeekV3" else {}
+    bias = torch.randn(32, generator=torch.Generator().manual_seed(4)) * 0.1 if method in ("DeepSeekV3", "MiniMaxM2") else None
+    ids, weights = torch_routing.route(method, logits, 5, bias=bias, **options)
+    expected = routing.route(method, logits.numpy(), 5, bias=None if bias is None else bias.numpy(), **options)
+    assert np.array_equal(ids.numpy(), expected[0])
+    np.testing.assert_allclose(weights.numpy(), expected[1], rtol=2e-6)
+
+
+@pytest.mark.parametrize("method", routing.METHODS)
+@pytest.mark.parametrize("form", ["bf16", "nvfp4", "fused"])
+def test_the_layer_is_close_to_the_unquantised_one(method: str, form: str) -> None:
+    x, logits = tokens()
+    between = "bf16" if form == "bf16" else "nvfp4"
+    config = dataclasses.replace(CONFIG, routing=method, between=between, fused_alpha=form == "fused")
+    layer = DenseGemmMoE(config, weights_of(between_scale=16 / 2688))
+    out = layer(x, logits)
+    assert out.dtype == torch.bfloat16
+    assert marks.layer_mark(out.double(), exact(*layer.route(logits))).passed
+    torch.testing.assert_close(out.reshape(2, 3, 128), layer(x.reshape(2, 3, 128), logits), rtol=0, atol=0)
+
+
+def test_quantised_input_equals_quantising_inside_and_f16_is_f16() -> None:
+    x, logits = tokens()
+    weights = weights_of(input_scale=4 / 2688)
+    layer = DenseGemmMoE(dataclasses.replace(CONFIG, activations="nvfp4"), weights)
+    codes, scales = ops.quantize_nvfp4(x, layer.input_multiplier)
+    plain = torch.from_numpy(layout.untile_scales(scales.numpy(), 6).copy())
+    assert torch.equal(tile_scales(plain), scales)
+    assert torch.equal(tile_scales(plain.view(torch.float8_e4m3fn)), scales)
+    assert torch.equal(layer(codes, logits, scales=plain), layer(x, logits))
+    half = DenseGemmMoE(dataclasses.replace(CONFIG, dtype="f16"), weights)
+    out = half(x.half(), logits)
+    assert out.dtype == torch.float16
+    assert marks.layer_mark(out.double(), exact(*half.route(logits))).passed
+    with pytest.raises(ProblemError, match="dtype f16"):
+        half(x, logits)
+    with pytest.raises(ProblemError, match="activations='bf16'"):
+        half(codes, logits, scales=plain)
+
+
+def test_shared_experts_are_added() -> None:
+    x, logits = tokens()
+    shared = torch.nn.Linear(128, 128, dtype=torch.bfloat16)
+    alone, both = DenseGemmMoE(CONFIG, weights_of()), DenseGemmMoE(CONFIG, weights_of(), shared_experts=shared)
+    assert torch.equal(both(x, logits), alone(x, logits) + shared(x))
+
+
+def test_inputs_that_do_not_belong_together_are_refused() -> None:
+    x, logits = tokens()
+    layer = DenseGemmMoE(CONFIG)
+    with pytest.raises(ProblemError, match="no weights"):
+        layer(x, logits)
+    layer.load(weights_of())
+    ids, weights = layer.route(logits)
+    for wrong in ({}, {"ids": ids}, {"router_logits": logits, "ids": ids, "weights": weights}):
+        with pytest.raises(ProblemError, match="router_logits, or ids and weights"):
+            layer(x, **wrong)
+    with pytest.raises(ProblemError, match="this rank's layer is"):
+        layer.load(weights_of(slice(0, 64)))
+    with pytest.raises(ProblemError, match="input scales"):
+        DenseGemmMoE(dataclasses.replace(CONFIG, between="nvfp4"), weights_of())
+
+
+def test_new_weights_go_where_the_old_ones_lie_and_a_slot_can_be_replaced() -> None:
+    x, logits = tokens()
+    layer = DenseGemmMoE(CONFIG, weights_of())
+    before, address = layer(x, logits), layer.w1.data_ptr()
+    other = weights_of(slice(0, 128), slice(0, 8))
+    other.w2_scale.mul_(2)
+    layer.load(other)
+    assert layer.w1.data_ptr() == address
+    torch.testing.assert_close(layer(x, logits), 2 * before, rtol=2**-7, atol=0)
+    parts = [{n: quantize_projection(ATOMS.projection(n, e)) for n in ("gate", "up", "down")} for e in range(8)]
+    stores = [WeightStore(8, 128, 128) for _ in range(2)]
+    for expert in range(8):
+        stores[0].put(expert, **parts[expert])
+        stores[1].put(expert, **parts[2 if expert == 5 else expert])
+    layer.load(stores[0].finish())
+    layer.update_expert(5, **parts[2])
+    assert layer.w1.data_ptr() == address
+    assert torch.equal(layer(x, logits), DenseGemmMoE(CONFIG, stores[1].finish())(x, logits))
+
+
+REFUSED = [
+    ({"activation": "gelu"}, "only SwiGLU"),
+    ({"gated_limit": 7.0}, "gpt-oss"),
+    ({"bias": True}, "biases"),
+    ({"router_weight_on_input": True}, "multiplied into the input"),
+    ({"quantisation": "mxfp4"}, "only nvfp4"),
+    ({"all_to_all": True}, "all-to-all"),
+    ({"load_balancing": True}, "update_expert"),
+    ({"tp_size": 4}, "I on this rank is 32"),
+    ({"tp_size": 3}, "not a multiple of tp_size=3"),
+    ({"ep_size": 3}, "not a multiple of ep_size=3"),
+    ({"tp_size": 2, "tp_rank": 2}, "use 0 to 1"),
+    ({"top_k": 9}, "use 1 to 8"),
+    ({"dtype": "f32"}, "bf16, f16"),
+    ({"routing": "Sinkhorn"}, "use one of Default"),
+    ({"hidden": 100}, "multiple of 64"),
+    ({"layout": packing.INTERCHANGE_LAYOUT}, "nvfp4 in both places"),
+    ({"layout": packing.INTERCHANGE_LAYOUT, "activations": "nvfp4", "between": "nvfp4", "intermediate": 512, "tp_size": 4}, "I = 128 on this rank"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), REFUSED)
+def test_what_cannot_run_is_refused_at_construction_and_goes_to_the_named_fallback(
+    change: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = dataclasses.replace(CONFIG, **change)
+    accepted, reason = can_implement(config)
+    assert not accepted
+    assert said in reason
+    for make in (DenseGemmMoE, create_moe):
+        with pytest.raises(ProblemError, match="cannot run this layer"):
+            make(config)
+
+    def grouped_gemm(given: MoEConfig) -> str:
+        return f"fallback for {given.experts} experts"
+
+    with caplog.at_level(logging.INFO, "densemoe"):
+        assert create_moe(config, fallback=grouped_gemm) == "fallback for 8 experts"
+        assert isinstance(create_moe(CONFIG, weights_of(), fallback=grouped_gemm), DenseGemmMoE)
+    assert said in caplog.messages[0]
+    assert "grouped_gemm" in caplog.messages[0]
+    assert caplog.messages[1].endswith("densemoe")
+
+
+def _rank(rank: int, folder: str, config: MoEConfig) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    x, logits = tokens()
+    results = {}
+    for name, own in (("tp", {"tp_size": 2, "tp_rank": rank}), ("ep", {"ep_size": 2, "ep_rank": rank})):
+        mine = dataclasses.replace(config, reduce=True, **own)
+        part = weights_of(
+            slice(64 * rank, 64 * rank + 64) if name == "tp" else slice(0, 128), slice(4 * rank, 4 * rank + 4) if name == "ep" else slice(0, 8)
+        )
+        results[name] = DenseGemmMoE(mine, part)(x, logits)
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_give_what_one_gives(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, (str(tmp_path), CONFIG), nprocs=2)
+    x, logits = tokens()
+    layer = DenseGemmMoE(CONFIG, weights_of())
+    mark = exact(*layer.route(logits))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name in ("tp", "ep"):
+        assert torch.equal(first[name], second[name])
+        assert marks.layer_mark(first[name].double(), mark).passed
+    # experts are quantised alike on either side: only bf16's rounding of the two parts differs
+    torch.testing.assert_close(first["ep"], layer(x, logits), rtol=2**-6, atol=2**-6)
+
+
+def tiny(kind: str) -> Any:
+    import transformers
+
+    common = {"vocab_size": 97, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if kind == "qwen3":
+        config = transformers.Qwen3MoeConfig(
+            **common, moe_intermediate_size=64, intermediate_size=128, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True, head_dim=32
+        )
+        made = transformers.Qwen3MoeForCausalLM
+    else:
+        config = transformers.MixtralConfig(**common, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2)
+        made = transformers.MixtralForCausalLM
+    torch.manual_seed(0)
+    return made(config).to(torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mixtral"])
+def test_a_model_with_replaced_experts_gives_the_logits_of_its_dequantised_self(kind: str) -> None:
+    model, twin = tiny(kind), tiny(kind)
+    ids = torch.arange(24).reshape(2, 12) * 7 % 97
+    # the twin keeps transformers' experts, with the values that NVFP4 weights have
+    for module in [each for each in twin.modules() if getattr(each, "gate_up_proj", None) is not None]:
+        with torch.no_grad():
+            for stack in (module.gate_up_proj, module.down_proj):
+                for expert in range(stack.shape[0]):
+                    part = quantize_projection(stack[expert])
+                    values = Nvfp4Tensor(part.codes, layout.tile_scales(part.scales), part.global_scale).dequantise("f32")
+                    stack[expert] = torch.from_numpy(values).to(stack.dtype)
+    names = replace_moe(model)
+    assert len(names) == 2
+    with torch.no_grad():
+        ours, theirs, plain = model(ids).logits.float(), twin(ids).logits.float(), tiny(kind)(ids).logits.float()
+    scale = float(theirs.std())
+    assert float((ours - theirs).abs().max()) < 0.05 * scale  # both work in bf16 in between
+    assert float((ours - plain).abs().mean()) < 0.2 * scale
+    generated = model.generate(ids[:1, :4], max_new_tokens=4, do_sample=False)
+    assert generated.shape == (1, 8)
+
+
+def test_a_model_without_experts_or_with_another_activation_is_refused_untouched() -> None:
+    with pytest.raises(ProblemError, match="no experts module"):
+        replace_moe(torch.nn.Linear(2, 2))
+    model = tiny("mixtral")
+    model.model.layers[1].mlp.experts.act_fn = torch.nn.GELU()
+    with pytest.raises(ProblemError, match="GELU"):
+        replace_moe(model)
+    assert hasattr(model.model.layers[0].mlp.experts, "gate_up_proj")
