@@ -116,6 +116,7 @@ def run(
         bytes=dict(machine.moved),
         products=dict(machine.products),
         waits=dict(machine.waits),
+        bank_conflicts=machine.conflicts.cycles,
         lints=list(machine.lints),
         schedule=schedule,
         digest=program.digest,

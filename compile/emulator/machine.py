@@ -16,6 +16,7 @@ import numpy as np
 
 from densemoe.compile.emulator.accesses import Accesses
 from densemoe.compile.emulator.asynchronous import AsyncOperation
+from densemoe.compile.emulator.bank_conflicts import BankConflicts
 from densemoe.compile.emulator.gang import LANES, Gang, Meeting, Warp, merge_gangs
 from densemoe.compile.emulator.memory import GlobalMemory, SharedMemory
 from densemoe.compile.emulator.races import Races
@@ -136,7 +137,8 @@ class Machine(Accesses, Synchronisation, TensorUnits):
         self.moved: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.products: Counter[str] = Counter()
-        self.lints: dict[str, None] = {}
+        self.lints: dict[str, None] = dict.fromkeys(program.lints)
+        self.conflicts = BankConflicts()
         self.mbarriers: dict[tuple[int, int], MBarrier] = {}
         self.runnable: deque[Gang] = deque()
         self.gangs: set[Gang] = set()
@@ -402,6 +404,8 @@ class Machine(Accesses, Synchronisation, TensorUnits):
         return "\n".join(lines)
 
     def note_shared(self, g: Gang, index: Any, picked: Any, nbytes: int, write: bool) -> None:
+        if not isinstance(index, int):
+            self.conflicts.add(index, picked, nbytes)
         if self.races is not None:
             self.races.generic(g, index, picked, nbytes, write)
 

@@ -176,7 +176,7 @@ class Synchronisation:
                 votes += [bool(x) for x in predicate[w * LANES : w * LANES + LANES][warp.threads]]
         if not self.bar_sync(g, mask, number, threads, True):
             return None
-        count = {"popc": sum, "and": all, "or": any}[operation]
+        count: Any = {"popc": sum, "and": all, "or": any}[operation]
         results = [count(votes or ()) for votes in g.votes]
         return np.repeat(np.array(results, np.uint32 if operation == "popc" else np.bool_), LANES)
 

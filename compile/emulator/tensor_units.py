@@ -18,7 +18,7 @@ from densemoe.compile.emulator import tcgen05
 from densemoe.compile.emulator.asynchronous import AsyncOperation, Copies
 from densemoe.compile.emulator.gang import LANES, Condition, Gang, Groups, Warp
 from densemoe.compile.emulator.memory import PARAMETER_WINDOW, RANK_SHIFT
-from densemoe.compile.emulator.smem_descriptor import SmemDescriptor, decode_sm100, operand_granules
+from densemoe.compile.emulator.smem_descriptor import SmemDescriptor, decode_sm90, decode_sm100, operand_granules
 from densemoe.compile.emulator.synchronisation import CtaBarrier
 from densemoe.compile.emulator.tensor_map import TensorMap
 from densemoe.compile.emulator.tensor_memory import COLUMNS, CopyShape, copy_to_tensor_memory, load_registers, split_address, store_registers
@@ -348,9 +348,10 @@ class TensorUnits(Copies):
 
     def check_operand(self, slot: int, bits: int, rows: int, k_bytes: int, element_bytes: int, operation: AsyncOperation) -> None:
         """Raises where an operand's bytes were never written."""
-        granules = operand_granules(decode_sm100(bits), rows, k_bytes, element_bytes)
+        self._check_granules(slot, operand_granules(decode_sm100(bits), rows, k_bytes, element_bytes).reshape(-1), operation)
+
+    def _check_granules(self, slot: int, flat: Any, operation: AsyncOperation) -> None:
         written = self.shared.written_window(slot).view(np.uint64).reshape(-1, 2)
-        flat = granules.reshape(-1)
         if int(flat.max()) >= written.shape[0]:
             raise EmulatorError(f"a matrix descriptor reaches shared address {16 * int(flat.max()):#x}, outside of shared memory")
         good = written.take(flat, axis=0) == _WRITTEN
@@ -540,6 +541,11 @@ class TensorUnits(Copies):
                     raise EmulatorError("shared memory was overwritten while a wgmma still read it")
 
             operation = self.new_operation(g, warp, action, "wgmma")
+            rows = [(b_bits, unit.n, unit.element_bytes("b") if transpose[1] else 0)]
+            if a_bits is not None:
+                rows.append((a_bits, 64, unit.element_bytes("a") if transpose[0] else 0))
+            for bits, count, element in rows:
+                self._check_granules(warp.cta.slot, operand_granules(decode_sm90(bits), count, 32, element).reshape(-1), operation)
             if warp.wgmma is None:
                 warp.wgmma = Groups()
             warp.wgmma.open.append(operation)
@@ -555,10 +561,16 @@ class TensorUnits(Copies):
 
     def wgmma_wait(self, g: Gang, mask: Any, newest: int) -> bool:
         """``wgmma.wait_group``: reads of shared memory end here at the latest."""
-        for warp in g.warps:
-            if warp.wgmma is not None:
-                for each in warp.wgmma.older_than(newest):
-                    self.finish_now(each)
+        for w, warp in enumerate(g.warps):
+            groups = warp.wgmma
+            if groups is None:
+                continue
+            if self.races is not None:
+                done = [each for group in groups.committed[: len(groups.committed) - newest] for each in group]
+                for member in g.warps[w : w + _WARPGROUP]:
+                    self.races.waited(member, done)
+            for each in groups.older_than(newest):
+                self.finish_now(each)
         return True
 
     def finish_now(self, operation: AsyncOperation) -> None:

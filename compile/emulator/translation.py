@@ -23,6 +23,7 @@ from densemoe.compile.emulator import (  # the last three fill the instruction t
 )
 from densemoe.compile.emulator.control_flow import EXIT, Block, build_blocks
 from densemoe.compile.emulator.emitter import NAMESPACE, Emitter, Key
+from densemoe.compile.emulator.lints import lint
 from densemoe.compile.emulator.operations import Operation, check, destinations
 from densemoe.compile.emulator.parser import Instruction, Kernel, Module, Symbol, parse
 from densemoe.runtime.errors import EmulatorError
@@ -269,6 +270,11 @@ class Program:
         if value.kind == "I":
             return f"return {NEXT} if {condition} else {TAKEN}" if each.negated else f"return {TAKEN} if {condition} else {NEXT}"
         return f"return branch(g, {'~' if each.negated else ''}{condition}, {emitter.mask})"
+
+    @cached_property
+    def lints(self) -> list[str]:
+        """Remarks on the text."""
+        return lint(self.kernel, self.operations)
 
     @cached_property
     def digest(self) -> str:

@@ -63,6 +63,10 @@ class Wgmma:
     d_type: str
     saturate: bool = False
 
+    def element_bytes(self, operand: str) -> int:
+        """Bytes of an element of operand ``a`` or ``b``."""
+        return _ELEMENT_BYTES[self.a_type if operand == "a" else self.b_type]
+
     @property
     def a_registers(self) -> int:
         """Registers a lane holds of A: 4."""
