@@ -62,12 +62,15 @@ def audit(variant: Variant, kernel: KernelModule, compiled: Compiled, allowance:
         faults.append(f"block {threads} in the PTX, {recipe.block} in the recipe")
     if faults:
         raise AuditError("\n".join(f"{variant.key}: {fault}" for fault in faults))
-    return {
+    found: dict[str, Any] = {
         "text_bytes": facts.text_bytes,
         "ptx_instructions": sum(counts.values()),
         "ptx_sha256": hashlib.sha256(compiled.ptx.encode()).hexdigest(),
         "expected": dict(sorted(expected.ptx_counts.items())),
     }
+    if expected.design:
+        found["design"] = dict(expected.design)
+    return found
 
 
 _INSTRUCTION = re.compile(r"(?:@!?%?\w+\s+)?([a-z][\w.:]*)\b")

@@ -28,10 +28,12 @@ class Expected:
     Attributes:
         ptx_counts: how often an opcode, with all its modifiers, stands in the PTX.
         max_registers: registers a thread may use for the residency that the kernel is designed for.
+        design: sizes that follow from the tile, for the record: bytes of memory in use and in flight, by name.
     """
 
     ptx_counts: Mapping[str, int] = field(default_factory=dict)
     max_registers: int = 255
+    design: Mapping[str, int] = field(default_factory=dict)
 
 
 class KernelModule(Protocol):

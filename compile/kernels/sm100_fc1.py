@@ -333,4 +333,4 @@ def expected(variant: Variant) -> Expected:
         counts["cvt.rn.satfinite.e2m1x2.f32"] = UNIT // 2
         counts["st.global.v8.b32"] = 1
     counts["ex2.approx.ftz.f32"] = UNIT
-    return Expected(ptx_counts=counts, max_registers=launch.registers(config))
+    return Expected(ptx_counts=counts, max_registers=launch.registers(config), design=launch.design(config))

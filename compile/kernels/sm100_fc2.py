@@ -403,4 +403,4 @@ def expected(variant: Variant) -> Expected:
     counts["fma.rn.f32x2"] = config.columns // 2
     counts["tcgen05.ld.sync.aligned.32x32b.x32.b32"] = config.columns // BLOCK
     counts["atom.acq_rel.gpu.global.add.u32"] = 1
-    return Expected(ptx_counts=counts, max_registers=launch.registers(config))
+    return Expected(ptx_counts=counts, max_registers=launch.registers(config), design=launch.design(config))

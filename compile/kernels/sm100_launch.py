@@ -97,6 +97,18 @@ def registers(config: common.Config) -> int:
     return min(LARGEST_REGISTERS, REGISTERS // (groups * 128) // 8 * 8)
 
 
+def design(config: common.Config) -> dict[str, int]:
+    """Sizes of a CTA for the record. Weights in flight on all SMs, divided by the bandwidth, are the memory latency that the ring hides."""
+    return {
+        "stages": config.stages,
+        "stage_bytes": config.stage_bytes,
+        "weight_bytes_in_flight": config.stages * config.weight_stage_bytes,
+        "smem_bytes": config.smem_bytes,
+        "tmem_columns": config.tmem_columns_used,
+        "accumulators": config.accumulators,
+    }
+
+
 def expected_counts(config: common.Config, activation_loads: int, weight_loads: int) -> dict[str, int]:
     """PTX opcodes that follow from the tile.
 

@@ -83,6 +83,8 @@ def test_the_compiled_kernel_passes_its_audit(variant: Variant) -> None:
     groups = {name.split("cta_group::")[1][0] for name in counts if "cta_group" in name}
     assert groups == {str(config.pair)}  # one kernel never mixes them
     assert numbers["expected"]
+    assert numbers["design"]["weight_bytes_in_flight"] == config.stages * config.weight_stage_bytes
+    assert numbers["design"]["smem_bytes"] == module.recipe(variant).dynamic_smem
     # ptxas may fuse a bare multiply and a bare add: all of ours say how they round
     assert not [name for name in counts if name in ("mul.f32", "add.f32", "mul.f32x2", "add.f32x2", "fma.f32x2")]
 
