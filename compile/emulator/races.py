@@ -15,6 +15,7 @@ are kept, so that a race with an older read may be missed; nothing is reported t
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -32,6 +33,7 @@ __all__ = ["Clock", "Races"]
 _ASYNC_UNITS: Final = 64  # asynchronous operations told apart at a time; older ones share a unit
 _READERS: Final = 8
 _GRANULE: Final = 4
+_PAGE: Final = 256  # granules of a page that remembers whether lanes accessed it
 _QUARTER: Final = 32  # lanes of tensor memory in a granule
 
 Vector = NDArray[np.int32]
@@ -72,16 +74,15 @@ class _Marks:
 
     def unordered_read(self, where: Any, known: Vector) -> tuple[int, int] | None:
         """(position, unit) of a read that is not known, for one vector of knowledge."""
-        for reader in range(_READERS):
-            ticks = self.read_tick[reader][where]
-            if not ticks.any():
-                continue
-            units = self.read_unit[reader][where]
-            bad = known[units] < ticks
-            if bad.any():
-                at = int(bad.argmax())
-                return at, int(units[at])
-        return None
+        ticks = self.read_tick[:, where]
+        if not np.count_nonzero(ticks):
+            return None
+        units = self.read_unit[:, where]
+        bad = known[units] < ticks
+        if not np.count_nonzero(bad):
+            return None
+        reader, at = (int(x) for x in np.argwhere(bad)[0])
+        return at, int(units[reader, at])
 
     def wrote(self, where: Any, unit: Any, tick: Any) -> None:
         self.write_unit[where] = unit
@@ -90,6 +91,12 @@ class _Marks:
     def read(self, where: Any, unit: int, tick: int) -> None:
         self.read_unit[unit % _READERS][where] = unit
         self.read_tick[unit % _READERS][where] = tick
+
+
+@lru_cache(maxsize=4096)
+def _cells(first: int, last: int, column: int, width: int) -> Any:
+    """Tensor memory granules of lane quarters `first` to `last`."""
+    return (np.arange(first, last + 1)[:, None] * 512 + np.arange(column, column + width)).reshape(-1)
 
 
 class Races:
@@ -116,6 +123,8 @@ class Races:
         self.tensor_out = np.zeros(shape, np.int32)
         self.window_granules = window // _GRANULE
         self.shared = _Marks(ctas * self.window_granules)
+        #: pages of shared memory that were accessed in pieces other than 16 bytes
+        self.generic_pages = np.zeros(ctas * self.window_granules // _PAGE + 1, np.bool_)
         self.tmem: dict[int, _Marks] = {}
         self.ticks = np.zeros(_ASYNC_UNITS, np.int64)
         self.next_async = 0
@@ -243,21 +252,41 @@ class Races:
     def async_shared(self, operation: AsyncOperation, slot: int, offset: int, nbytes: int, write: bool) -> None:
         """An asynchronous operation reads or writes a range of shared memory."""
         first = slot * self.window_granules + offset // _GRANULE
-        self._async(operation, slice(first, first + -(-nbytes // _GRANULE)), offset, write)
+        last = first + -(-nbytes // _GRANULE)
+        step = 1 if (offset | nbytes) % 16 or np.count_nonzero(self.generic_pages[first // _PAGE : last // _PAGE + 1]) else 4
+        self._async(operation, slice(first, last), slice(first, last, step), write)
 
     def async_granules(self, operation: AsyncOperation, slot: int, granules: Any) -> None:
         """An asynchronous operation reads 16-byte granules of shared memory."""
-        first = slot * self.window_granules
-        where = (granules[:, None] * 4 + (first + np.arange(4))).reshape(-1)
-        self._async(operation, where, -1, False)
+        starts = granules * 4 + slot * self.window_granules
+        marks, clock = self.shared, operation.clock
+        low, high = int(starts.min()), int(starts.max())
+        if np.count_nonzero(self.generic_pages[low // _PAGE : high // _PAGE + 1]):
+            where = (starts[:, None] + np.arange(4)).reshape(-1)
+            self._async(operation, where, where, False)
+            return
+        self._check_async(operation, starts, False)
+        rows = starts // 4
+        reader = clock.unit % _READERS
+        marks.read_unit[reader].reshape(-1, 4)[rows] = clock.unit
+        marks.read_tick[reader].reshape(-1, 4)[rows] = clock.tick
 
-    def _async(self, operation: AsyncOperation, where: Any, offset: int, write: bool) -> None:
+    def _async(self, operation: AsyncOperation, where: Any, checked: Any, write: bool) -> None:
+        """Checks `checked` (every fourth granule where only whole 16 bytes were accessed) and marks `where`."""
+        clock: Clock = operation.clock
+        self._check_async(operation, checked, write)
+        if write:
+            self.shared.wrote(where, clock.unit, clock.tick)
+        else:
+            self.shared.read(where, clock.unit, clock.tick)
+
+    def _check_async(self, operation: AsyncOperation, where: Any, write: bool) -> None:
         clock: Clock = operation.clock
         marks = self.shared
         bad = marks.unordered_write(where, self._seen_by(clock))
-        if bad.any():
+        if np.count_nonzero(bad):
             at = int(bad.argmax())
-            place = (where.start if isinstance(where, slice) else 0) + at if isinstance(where, slice) else int(where[at])
+            place = self._place(where, at)
             unit = int(marks.write_unit[place])
             ordered = clock.order[unit] >= marks.write_tick[place]
             reason = "without fence.proxy.async between" if ordered else "without synchronisation between"
@@ -267,11 +296,12 @@ class Races:
         if write:
             found = marks.unordered_read(where, clock.order)
             if found is not None:
-                place = where.start + found[0] if isinstance(where, slice) else int(where[found[0]])
+                place = self._place(where, found[0])
                 raise EmulatorError(f"race: overwrites shared memory at {self._offset(place):#x} that {self._name(found[1])} may still read")
-            marks.wrote(where, clock.unit, clock.tick)
-        else:
-            marks.read(where, clock.unit, clock.tick)
+
+    @staticmethod
+    def _place(where: Any, at: int) -> int:
+        return where.start + at * (where.step or 1) if isinstance(where, slice) else int(where[at])
 
     def _offset(self, place: int) -> int:
         return place % self.window_granules * _GRANULE
@@ -302,6 +332,7 @@ class Races:
         else:
             places = places * nbytes // _GRANULE
         marks = self.shared
+        self.generic_pages[places // _PAGE] = True
         units = self.own[rows]
         bad = self.order[rows, marks.write_unit[places]] < marks.write_tick[places]
         if bad.any():
@@ -330,6 +361,7 @@ class Races:
     def plain_shared(self, warp: Warp, address: int, nbytes: int) -> None:
         """A warp writes a few bytes, at an index of all windows."""
         where = slice(address // _GRANULE, -(-(address + nbytes) // _GRANULE))
+        self.generic_pages[address // _GRANULE // _PAGE] = True
         self.shared.wrote(where, warp.unit, int(self.order[warp.row, warp.unit]))
 
     # --- tensor memory
@@ -340,14 +372,9 @@ class Races:
             found = self.tmem[cta.slot] = _Marks(4 * 512)
         return found
 
-    @staticmethod
-    def _cells(rows: slice, column: int, width: int) -> Any:
-        first, last = rows.start // _QUARTER, (rows.stop - 1) // _QUARTER
-        return (np.arange(first, last + 1)[:, None] * 512 + np.arange(column, column + width)).reshape(-1)
-
     def tensor_access(self, warp: Warp, cta: Cta, rows: slice, column: int, width: int, write: bool) -> None:
         """``tcgen05.ld`` and ``st``."""
-        marks, where = self._marks(cta), self._cells(rows, column, width)
+        marks, where = self._marks(cta), _cells(rows.start // _QUARTER, (rows.stop - 1) // _QUARTER, column, width)
         known = self.tensor[warp.row].copy()
         known[warp.unit] = self.order[warp.row, warp.unit]
         tick = int(self.order[warp.row, warp.unit])
@@ -361,7 +388,7 @@ class Races:
     def tensor_async(self, operation: AsyncOperation, cta: Cta, rows: slice, column: int, width: int, write: bool) -> None:
         """``tcgen05.mma`` and ``cp``."""
         clock: Clock = operation.clock
-        marks, where = self._marks(cta), self._cells(rows, column, width)
+        marks, where = self._marks(cta), _cells(rows.start // _QUARTER, (rows.stop - 1) // _QUARTER, column, width)
         self._tensor(marks, where, clock.tensor, clock.order, write, operation.text)
         if write:
             marks.wrote(where, clock.unit, clock.tick)
@@ -371,7 +398,7 @@ class Races:
     def _tensor(self, marks: _Marks, where: Any, known: Vector, order: Vector, write: bool, who: str) -> None:
         bad = marks.unordered_write(where, known)
         unit = -1
-        if bad.any():
+        if np.count_nonzero(bad):
             place = where[int(bad.argmax())]
             unit, tick, what = int(marks.write_unit[place]), int(marks.write_tick[place]), "wrote"
         elif write:

@@ -351,13 +351,15 @@ class TensorUnits(Copies):
         self._check_granules(slot, operand_granules(decode_sm100(bits), rows, k_bytes, element_bytes).reshape(-1), operation)
 
     def _check_granules(self, slot: int, flat: Any, operation: AsyncOperation) -> None:
-        written = self.shared.written_window(slot).view(np.uint64).reshape(-1, 2)
-        if int(flat.max()) >= written.shape[0]:
-            raise EmulatorError(f"a matrix descriptor reaches shared address {16 * int(flat.max()):#x}, outside of shared memory")
-        good = written.take(flat, axis=0) == _WRITTEN
-        if not good.all():
-            bad = int(flat[~good.all(axis=1)][0]) * 16
-            raise EmulatorError(f"shared memory at {bad:#x} is read before it was written")
+        window = self.shared.written_window(slot)
+        first, end = 16 * int(flat.min()), 16 * (int(flat.max()) + 1)
+        if end > window.size:
+            raise EmulatorError(f"a matrix descriptor reaches shared address {end - 16:#x}, outside of shared memory")
+        if window[first:end].min() != 0xFF:  # also what lies between its rows
+            good = window.view(np.uint64).reshape(-1, 2).take(flat, axis=0) == _WRITTEN
+            if not good.all():
+                bad = int(flat[~good.all(axis=1)][0]) * 16
+                raise EmulatorError(f"shared memory at {bad:#x} is read before it was written")
         if self.races is not None:
             self.races.async_granules(operation, slot, flat)
 
