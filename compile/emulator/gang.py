@@ -583,4 +583,5 @@ def merge_gangs(gangs: list[Gang], block: int) -> Gang | None:
         merged.local_data = np.concatenate([data for data, _ in parts])
         merged.local_written = np.concatenate([written for _, written in parts])
     merged.meetings = list(first.meetings)
-    return merged
+    order = sorted(range(len(merged.warps)), key=lambda i: (merged.warps[i].cta.slot, merged.warps[i].index))
+    return merged if order == list(range(len(order))) else merged.take(order)
