@@ -1,18 +1,15 @@
-"""Translation of instructions on registers: integers, floats, halves, predicates, moves, conversions.
+"""Translation of instructions on registers: integers, comparisons, predicates, moves (`float_arithmetic` has floats and conversions).
 
-Sources: PTX ISA 9.x, 9.7.1 (integer), 9.7.2 (extended precision is not modelled), 9.7.3 (float), 9.7.4 and 9.7.5 (half), 9.7.6 (comparison),
-9.7.8 (logic), 9.7.9 (movement and conversion), 9.7.12 (control flow: ``bra``, ``ret``).
-
-``mul``, ``add`` and ``sub`` on floats without a rounding modifier are rounded on their own here; ptxas may contract them.
+Sources: PTX ISA 9.x, 9.7.1 (integer), 9.7.2 (extended precision is not modelled), 9.7.6 (comparison), 9.7.8 (logic), 9.7.9 (movement),
+9.7.12 (control flow: ``bra``, ``ret``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from densemoe.compile.emulator.conversions import make_converter
 from densemoe.compile.emulator.emitter import Emitter, Value, literal
-from densemoe.compile.emulator.operations import family, operation
+from densemoe.compile.emulator.operations import operation
 from densemoe.compile.emulator.parser import Immediate, Instruction, Operand, Pair, Register, Vector
 from densemoe.runtime.errors import EmulatorError
 
@@ -20,26 +17,26 @@ _DTYPE = {("u", 8): "u1", ("s", 8): "i1", ("u", 16): "u2", ("u", 32): "u4", ("u"
 _WIDE = {16: 32, 32: 64}
 
 
-def _width(name: str) -> int:
+def width(name: str) -> int:
     return 1 if name == "pred" else int(name.lstrip("busf").removesuffix("x2").lstrip("f") or 0)
 
 
-def _mask(bits: int) -> int:
+def low_mask(bits: int) -> int:
     return (1 << bits) - 1
 
 
-def _values(e: Emitter, operands: Sequence[Operand], bits: int) -> list[Value]:
+def values_of(e: Emitter, operands: Sequence[Operand], bits: int) -> list[Value]:
     return [e.value(operand, bits) for operand in operands]
 
 
-def _uniform(values: Sequence[Value]) -> bool:
+def uniform(values: Sequence[Value]) -> bool:
     return all(value.kind == "I" for value in values)
 
 
-def _binary(e: Emitter, values: Sequence[Value], bits: int, form: str, array: str, integer: str) -> Value:
+def binary(e: Emitter, values: Sequence[Value], bits: int, form: str, array: str, integer: str) -> Value:
     """A value from an array expression or, of ints, an integer one (which may leave the range)."""
-    if _uniform(values):
-        return e.integer(bits, f"({integer.format(*(e.form(v, form) for v in values))}) & {_mask(bits)}")
+    if uniform(values):
+        return e.integer(bits, f"({integer.format(*(e.form(v, form) for v in values))}) & {low_mask(bits)}")
     return e.array(bits, form, array.format(*(e.form(v, form) for v in values)))
 
 
@@ -48,19 +45,19 @@ def _binary(e: Emitter, values: Sequence[Value], bits: int, form: str, array: st
 
 @operation("{add|sub}.{u|s}{16|32|64}", operands=3)
 def _add(e: Emitter, i: Instruction) -> None:
-    bits, sign = _width(i.parts[1]), "+" if i.parts[0] == "add" else "-"
-    a, b = _values(e, i.operands[1:], bits)
+    bits, sign = width(i.parts[1]), "+" if i.parts[0] == "add" else "-"
+    a, b = values_of(e, i.operands[1:], bits)
     for first, second in ((a, b), (b, a)):
         if second.literal == 0 and (sign == "+" or second is b):
             e.assign(i.operands[0], first)
             return
-    e.assign(i.operands[0], _binary(e, (a, b), bits, "u", f"{{}} {sign} {{}}", f"{{}} {sign} {{}}"))
+    e.assign(i.operands[0], binary(e, (a, b), bits, "u", f"{{}} {sign} {{}}", f"{{}} {sign} {{}}"))
 
 
 @operation("add.sat.s32", operands=3)
 def _add_saturated(e: Emitter, i: Instruction) -> None:
-    a, b = _values(e, i.operands[1:], 32)
-    if _uniform((a, b)):
+    a, b = values_of(e, i.operands[1:], 32)
+    if uniform((a, b)):
         e.assign(i.operands[0], e.integer(32, f"max(min({e.s(a)} + {e.s(b)}, 0x7FFFFFFF), -0x80000000) & 0xFFFFFFFF"))
     else:
         e.assign(i.operands[0], e.array(32, "s", f"saturate_add({e.s(a)}, {e.s(b)})"))
@@ -68,11 +65,11 @@ def _add_saturated(e: Emitter, i: Instruction) -> None:
 
 def _product(e: Emitter, a: Value, b: Value, kind: str, bits: int, part: str) -> Value:
     """``.lo``, ``.hi`` or ``.wide`` of a product of `kind` (u or s)."""
-    if _uniform((a, b)):
+    if uniform((a, b)):
         text = f"{e.form(a, kind)} * {e.form(b, kind)}"
         if part == "wide":
-            return e.integer(2 * bits, f"{text} & {_mask(2 * bits)}")
-        return e.integer(bits, f"({text} >> {bits}) & {_mask(bits)}" if part == "hi" else f"{text} & {_mask(bits)}")
+            return e.integer(2 * bits, f"{text} & {low_mask(2 * bits)}")
+        return e.integer(bits, f"({text} >> {bits}) & {low_mask(bits)}" if part == "hi" else f"{text} & {low_mask(bits)}")
     if part == "lo":
         return e.array(bits, "u", f"{e.u(a)} * {e.u(b)}")
     if bits == 64:
@@ -88,26 +85,26 @@ def _product(e: Emitter, a: Value, b: Value, kind: str, bits: int, part: str) ->
 
 @operation("mul.{lo|hi}.{u|s}{16|32|64}", "mul.wide.{u|s}{16|32}", operands=3)
 def _mul(e: Emitter, i: Instruction) -> None:
-    part, kind, bits = i.parts[1], i.parts[2][0], _width(i.parts[2])
-    a, b = _values(e, i.operands[1:], bits)
+    part, kind, bits = i.parts[1], i.parts[2][0], width(i.parts[2])
+    a, b = values_of(e, i.operands[1:], bits)
     e.assign(i.operands[0], _product(e, a, b, kind, bits, part))
 
 
 @operation("mad.{lo|hi}.{u|s}{16|32|64}", "mad.wide.{u|s}{16|32}", operands=4)
 def _mad(e: Emitter, i: Instruction) -> None:
-    part, kind, bits = i.parts[1], i.parts[2][0], _width(i.parts[2])
-    a, b = _values(e, i.operands[1:3], bits)
+    part, kind, bits = i.parts[1], i.parts[2][0], width(i.parts[2])
+    a, b = values_of(e, i.operands[1:3], bits)
     out = 2 * bits if part == "wide" else bits
     c = e.value(i.operands[3], out)
-    e.assign(i.operands[0], _binary(e, (_product(e, a, b, kind, bits, part), c), out, "u", "{} + {}", "{} + {}"))
+    e.assign(i.operands[0], binary(e, (_product(e, a, b, kind, bits, part), c), out, "u", "{} + {}", "{} + {}"))
 
 
 @operation("{div|rem}.{u|s}{16|32|64}", operands=3)
 def _div(e: Emitter, i: Instruction) -> None:
-    kind, bits = i.parts[1][0], _width(i.parts[1])
-    a, b = _values(e, i.operands[1:], bits)
-    if _uniform((a, b)):
-        e.assign(i.operands[0], e.integer(bits, f"{i.parts[0]}_int({e.form(a, kind)}, {e.form(b, kind)}) & {_mask(bits)}"))
+    kind, bits = i.parts[1][0], width(i.parts[1])
+    a, b = values_of(e, i.operands[1:], bits)
+    if uniform((a, b)):
+        e.assign(i.operands[0], e.integer(bits, f"{i.parts[0]}_int({e.form(a, kind)}, {e.form(b, kind)}) & {low_mask(bits)}"))
         return
     remainder = i.parts[0] == "rem"
     e.assign(i.operands[0], e.array(bits, kind, f"div({e.form(a, kind)}, {e.form(b, kind)}, {e.mask}, {remainder})"))
@@ -115,44 +112,44 @@ def _div(e: Emitter, i: Instruction) -> None:
 
 @operation("{min|max}.{u|s}{16|32|64}", operands=3)
 def _min(e: Emitter, i: Instruction) -> None:
-    kind, bits = i.parts[1][0], _width(i.parts[1])
-    values = _values(e, i.operands[1:], bits)
+    kind, bits = i.parts[1][0], width(i.parts[1])
+    values = values_of(e, i.operands[1:], bits)
     name = i.parts[0]
-    e.assign(i.operands[0], _binary(e, values, bits, kind, f"np.{name}imum({{}}, {{}})", f"{name}({{}}, {{}})"))
+    e.assign(i.operands[0], binary(e, values, bits, kind, f"np.{name}imum({{}}, {{}})", f"{name}({{}}, {{}})"))
 
 
 @operation("abs.s{16|32|64}", "neg.s{16|32|64}", operands=2)
 def _abs(e: Emitter, i: Instruction) -> None:
-    bits = _width(i.parts[1])
-    values = _values(e, i.operands[1:], bits)
+    bits = width(i.parts[1])
+    values = values_of(e, i.operands[1:], bits)
     text = "abs({})" if i.parts[0] == "abs" else "-{}"
-    e.assign(i.operands[0], _binary(e, values, bits, "s", text, text))
+    e.assign(i.operands[0], binary(e, values, bits, "s", text, text))
 
 
 @operation("{and|or|xor}.{b16|b32|b64|pred}", operands=3)
 def _logic(e: Emitter, i: Instruction) -> None:
-    sign, bits = {"and": "&", "or": "|", "xor": "^"}[i.parts[0]], _width(i.parts[1])
-    values = _values(e, i.operands[1:], bits)
+    sign, bits = {"and": "&", "or": "|", "xor": "^"}[i.parts[0]], width(i.parts[1])
+    values = values_of(e, i.operands[1:], bits)
     text = f"{{}} {sign} {{}}"
-    if bits == 1 and _uniform(values):
+    if bits == 1 and uniform(values):
         e.assign(i.operands[0], e.integer(1, text.format(*(e.u(v) for v in values))))
         return
-    e.assign(i.operands[0], _binary(e, values, bits, "u", text, text))
+    e.assign(i.operands[0], binary(e, values, bits, "u", text, text))
 
 
 @operation("not.{b16|b32|b64|pred}", operands=2)
 def _not(e: Emitter, i: Instruction) -> None:
-    bits = _width(i.parts[1])
+    bits = width(i.parts[1])
     value = e.value(i.operands[1], bits)
     if bits == 1 and value.kind == "I":
         e.assign(i.operands[0], e.integer(1, f"not {e.u(value)}"))
     else:
-        e.assign(i.operands[0], _binary(e, (value,), bits, "u", "~{}", "~{}"))
+        e.assign(i.operands[0], binary(e, (value,), bits, "u", "~{}", "~{}"))
 
 
 @operation("cnot.b{16|32|64}", operands=2)
 def _cnot(e: Emitter, i: Instruction) -> None:
-    bits = _width(i.parts[1])
+    bits = width(i.parts[1])
     value = e.value(i.operands[1], bits)
     if value.kind == "I":
         e.assign(i.operands[0], e.integer(bits, f"int({e.u(value)} == 0)"))
@@ -162,7 +159,7 @@ def _cnot(e: Emitter, i: Instruction) -> None:
 
 @operation("{shl}.b{16|32|64}", "shr.{b|u|s}{16|32|64}", operands=3)
 def _shift(e: Emitter, i: Instruction) -> None:
-    left, bits = i.parts[0] == "shl", _width(i.parts[1])
+    left, bits = i.parts[0] == "shl", width(i.parts[1])
     kind = "s" if i.parts[1][0] == "s" else "u"
     a, b = e.value(i.operands[1], bits), e.value(i.operands[2], 32)
     if b.literal is not None:
@@ -173,10 +170,10 @@ def _shift(e: Emitter, i: Instruction) -> None:
             e.assign(i.operands[0], literal(0, bits))
         else:
             sign = "<<" if left else ">>"
-            e.assign(i.operands[0], _binary(e, (a,), bits, kind, f"{{}} {sign} {amount}", f"{{}} {sign} {amount}"))
-    elif _uniform((a, b)):
+            e.assign(i.operands[0], binary(e, (a,), bits, kind, f"{{}} {sign} {amount}", f"{{}} {sign} {amount}"))
+    elif uniform((a, b)):
         limit = bits if left or kind == "u" else bits - 1
-        e.assign(i.operands[0], e.integer(bits, f"{e.form(a, kind)} {'<<' if left else '>>'} min({e.u(b)}, {limit}) & {_mask(bits)}"))
+        e.assign(i.operands[0], e.integer(bits, f"{e.form(a, kind)} {'<<' if left else '>>'} min({e.u(b)}, {limit}) & {low_mask(bits)}"))
     else:
         function = "shl" if left else "shr"
         e.assign(i.operands[0], e.array(bits, kind, f"{function}({e.form(a, kind)}, {e.u(b)}, {_DTYPE[kind, bits]})"))
@@ -184,7 +181,7 @@ def _shift(e: Emitter, i: Instruction) -> None:
 
 def _call(e: Emitter, i: Instruction, values: Sequence[Value], bits: int, text: str, form: str = "u") -> None:
     """A function of `lanes` that takes arrays; of uniform operands its one-element result becomes an int."""
-    if _uniform(values):
+    if uniform(values):
         arrays = [f"A{v.bits}({e.u(v)})" if v.literal is None else e.u(v) for v in values]
         arrays[0] = f"A{values[0].bits}({e.u(values[0])})"
         e.assign(i.operands[0], e.integer(bits, f"int(np.atleast_1d({text.format(*arrays)})[0])"))
@@ -194,27 +191,27 @@ def _call(e: Emitter, i: Instruction, values: Sequence[Value], bits: int, text: 
 
 @operation("shf.{l|r}.{clamp|wrap}.b32", operands=4)
 def _funnel(e: Emitter, i: Instruction) -> None:
-    values = _values(e, i.operands[1:], 32)
+    values = values_of(e, i.operands[1:], 32)
     _call(e, i, values, 32, f"shf({{}}, {{}}, {{}}, {i.parts[1] == 'l'}, {i.parts[2] == 'wrap'})")
 
 
 @operation("bfe.{u|s}{32|64}", operands=4)
 def _bfe(e: Emitter, i: Instruction) -> None:
-    bits = _width(i.parts[1])
-    values = [e.value(i.operands[1], bits), *_values(e, i.operands[2:], 32)]
+    bits = width(i.parts[1])
+    values = [e.value(i.operands[1], bits), *values_of(e, i.operands[2:], 32)]
     _call(e, i, values, bits, f"bfe({{}}, {{}}, {{}}, {bits}, {i.parts[1][0] == 's'})")
 
 
 @operation("bfi.b{32|64}", operands=5)
 def _bfi(e: Emitter, i: Instruction) -> None:
-    bits = _width(i.parts[1])
-    values = [*_values(e, i.operands[1:3], bits), *_values(e, i.operands[3:], 32)]
+    bits = width(i.parts[1])
+    values = [*values_of(e, i.operands[1:3], bits), *values_of(e, i.operands[3:], 32)]
     _call(e, i, values, bits, f"bfi({{}}, {{}}, {{}}, {{}}, {bits})")
 
 
 @operation("prmt.b32", operands=4)
 def _prmt(e: Emitter, i: Instruction) -> None:
-    _call(e, i, _values(e, i.operands[1:], 32), 32, "prmt({}, {}, {})")
+    _call(e, i, values_of(e, i.operands[1:], 32), 32, "prmt({}, {}, {})")
 
 
 @operation("lop3.b32", operands=5)
@@ -222,20 +219,20 @@ def _lop3(e: Emitter, i: Instruction) -> None:
     table = i.operands[4]
     if not isinstance(table, Immediate):
         raise EmulatorError("the table of lop3 is an immediate")
-    _call(e, i, _values(e, i.operands[1:4], 32), 32, f"lop3({{}}, {{}}, {{}}, {table.value})")
+    _call(e, i, values_of(e, i.operands[1:4], 32), 32, f"lop3({{}}, {{}}, {{}}, {table.value})")
 
 
 @operation("{popc|clz|brev}.b{32|64}", operands=2)
 def _bits(e: Emitter, i: Instruction) -> None:
-    bits = _width(i.parts[1])
+    bits = width(i.parts[1])
     name = i.parts[0]
     text = "popc({})" if name == "popc" else f"{name}({{}}, {bits})"
-    _call(e, i, _values(e, i.operands[1:], bits), bits if name == "brev" else 32, text)
+    _call(e, i, values_of(e, i.operands[1:], bits), bits if name == "brev" else 32, text)
 
 
 @operation("bfind{.shiftamt|}.{u|s}{32|64}", operands=2)
 def _bfind(e: Emitter, i: Instruction) -> None:
-    bits, kind = _width(i.parts[-1]), i.parts[-1][0]
+    bits, kind = width(i.parts[-1]), i.parts[-1][0]
     value = e.value(i.operands[1], bits)
     text = f"bfind({{}}, {bits}, {kind == 's'}, {'shiftamt' in i.parts})"
     if value.kind == "I":
@@ -247,7 +244,7 @@ def _bfind(e: Emitter, i: Instruction) -> None:
 
 @operation("dp4a.{u32|s32}.{u32|s32}", operands=4)
 def _dp4a(e: Emitter, i: Instruction) -> None:
-    _call(e, i, _values(e, i.operands[1:], 32), 32, f"dp4a({{}}, {{}}, {{}}, {i.parts[1] == 's32'}, {i.parts[2] == 's32'})")
+    _call(e, i, values_of(e, i.operands[1:], 32), 32, f"dp4a({{}}, {{}}, {{}}, {i.parts[1] == 's32'}, {i.parts[2] == 's32'})")
 
 
 # --- comparison and selection -----------------------------------------------------------------------------------------
@@ -259,7 +256,7 @@ def _comparison(e: Emitter, name: str, kind: str, a: Value, b: Value) -> Value:
     if kind != "f":
         form = "s" if kind == "s" and name not in ("eq", "ne") else "u"
         text = f"{e.form(a, form)} {_COMPARE[name]} {e.form(b, form)}"
-        return e.integer(1, text) if _uniform((a, b)) else e.array(1, "u", text)
+        return e.integer(1, text) if uniform((a, b)) else e.array(1, "u", text)
     x, y = e.f(a), e.f(b)
     nan = f"(({x} != {x}) | ({y} != {y}))"
     if name in ("num", "nan"):
@@ -270,12 +267,12 @@ def _comparison(e: Emitter, name: str, kind: str, a: Value, b: Value) -> Value:
         text = f"({x} != {y}) & ~{nan}"
     else:
         text = f"{x} {_COMPARE[name]} {y}"
-    return e.integer(1, f"bool({text})") if _uniform((a, b)) else e.array(1, "u", text)
+    return e.integer(1, f"bool({text})") if uniform((a, b)) else e.array(1, "u", text)
 
 
 def _predicate_logic(e: Emitter, name: str, a: Value, b: Value) -> Value:
     text = f"{e.u(a)} {({'and': '&', 'or': '|', 'xor': '^'}[name])} {e.u(b)}"
-    return e.integer(1, text) if _uniform((a, b)) else e.array(1, "u", text)
+    return e.integer(1, text) if uniform((a, b)) else e.array(1, "u", text)
 
 
 def _inverse(e: Emitter, a: Value) -> Value:
@@ -292,11 +289,11 @@ _FLOAT_COMPARE = "{eq|ne|lt|le|gt|ge|equ|neu|ltu|leu|gtu|geu|num|nan}{.and|.or|.
 
 @operation(*(f"setp.{each}" for each in (*_INTEGER_COMPARE, _FLOAT_COMPARE)), operands=(3, 4))
 def _setp(e: Emitter, i: Instruction) -> None:
-    name, kind, bits = i.parts[1], i.parts[-1][0], _width(i.parts[-1])
+    name, kind, bits = i.parts[1], i.parts[-1][0], width(i.parts[-1])
     combine = i.parts[2] if len(i.parts) == 4 else ""
     if len(i.operands) != (4 if combine else 3):
         raise EmulatorError("setp takes a third source with .and, .or, .xor only")
-    a, b = _values(e, i.operands[1:3], bits)
+    a, b = values_of(e, i.operands[1:3], bits)
     result = _comparison(e, name, kind, a, b)
     target = i.operands[0]
     first, second = (target.first, target.second) if isinstance(target, Pair) else (target, None)
@@ -314,12 +311,12 @@ def _setp(e: Emitter, i: Instruction) -> None:
 
 @operation("selp.{b|u|s}{16|32|64}", "selp.f{32|64}", operands=4)
 def _selp(e: Emitter, i: Instruction) -> None:
-    bits = _width(i.parts[1])
-    a, b = _values(e, i.operands[1:3], bits)
+    bits = width(i.parts[1])
+    a, b = values_of(e, i.operands[1:3], bits)
     p = e.value(i.operands[3], 1)
     if p.kind == "A":
         e.assign(i.operands[0], e.array(bits, "u", f"select({e.u(p)}, {e.u(a)}, {e.u(b)}, {_DTYPE['u', bits]})"))
-    elif _uniform((a, b)):
+    elif uniform((a, b)):
         e.assign(i.operands[0], e.integer(bits, f"{e.u(a)} if {e.u(p)} else {e.u(b)}"))
     else:
         e.assign(i.operands[0], e.array(bits, "u", f"{e.full(a)} if {e.u(p)} else {e.full(b)}"))
@@ -330,7 +327,7 @@ def _selp(e: Emitter, i: Instruction) -> None:
 
 @operation("mov.{b|u|s}{16|32|64}", "mov.f{16|32|64}", "mov.pred", operands=2)
 def _mov(e: Emitter, i: Instruction) -> None:
-    bits = _width(i.parts[1])
+    bits = width(i.parts[1])
     target, source = i.operands
     if isinstance(target, Vector):
         _unpack(e, target.items, e.value(source, bits), bits)
@@ -344,10 +341,10 @@ def _mov(e: Emitter, i: Instruction) -> None:
 
 def _pack(e: Emitter, items: Sequence[Operand], bits: int) -> Value:
     part = bits // len(items)
-    values = _values(e, items, part)
+    values = values_of(e, items, part)
     if part == 32:
         return e.pair(values[0], values[1])
-    if _uniform(values):
+    if uniform(values):
         return e.integer(bits, " | ".join(f"{e.u(v)} << {part * n}" for n, v in enumerate(values)))
     dtype = _DTYPE["u", bits]
     terms = [f"{e.full(v)}.astype({dtype}) << {part * n}" if n else f"{e.full(v)}.astype({dtype})" for n, v in enumerate(values)]
@@ -359,260 +356,12 @@ def _unpack(e: Emitter, items: Sequence[Operand], value: Value, bits: int) -> No
     if part == 32:
         results = list(e.halves(value))
     elif value.kind == "I":
-        results = [e.integer(part, f"{e.u(value)} >> {part * n} & {_mask(part)}") for n in range(len(items))]
+        results = [e.integer(part, f"{e.u(value)} >> {part * n} & {low_mask(part)}") for n in range(len(items))]
     else:
         u = e.u(value)
         results = [e.array(part, "u", f"({u} >> {part * n}).astype({_DTYPE['u', part]})") for n in range(len(items))]
     for item, result in zip(items, results, strict=True):
         e.assign(item, result)
-
-
-# --- floats -----------------------------------------------------------------------------------------------------------
-
-
-def _float(e: Emitter, values: Sequence[Value], bits: int, text: str) -> Value:
-    """A float result: of uniform operands computed on one-element arrays."""
-    if _uniform(values):
-        arrays = [f"A{bits}({e.u(v)}).view(f{bits // 8})" for v in values]
-        return e.integer(bits, f"int(np.atleast_1d({text.format(*arrays)}).view(u{bits // 8})[0])")
-    return e.array(bits, "f", text.format(*(e.f(v) for v in values)))
-
-
-_SIGNS = {"add": "+", "sub": "-", "mul": "*"}
-
-
-@operation("{add|sub|mul}{.rn|}{.ftz|}.f32", "{add|sub|mul}{.rn|}.f64", "{add|sub|mul}{.rn|}.f16", operands=3)
-def _float_binary(e: Emitter, i: Instruction) -> None:
-    bits = _width(i.parts[-1])
-    values = _values(e, i.operands[1:], bits)
-    text = f"{{}} {_SIGNS[i.parts[0]]} {{}}"
-    if "ftz" in i.parts:
-        text = f"ftz(ftz({{}}) {_SIGNS[i.parts[0]]} ftz({{}}))"
-    e.assign(i.operands[0], _float(e, values, bits, text))
-
-
-@operation("{add|sub|mul}{.rn|}{.ftz|}.f32x2", operands=3)
-def _packed_binary(e: Emitter, i: Instruction) -> None:
-    (al, ah), (bl, bh) = (e.halves(v) for v in _values(e, i.operands[1:], 64))
-    text = f"{{}} {_SIGNS[i.parts[0]]} {{}}" if "ftz" not in i.parts else f"ftz(ftz({{}}) {_SIGNS[i.parts[0]]} ftz({{}}))"
-    e.assign(i.operands[0], e.pair(_float(e, (al, bl), 32, text), _float(e, (ah, bh), 32, text)))
-
-
-@operation("fma.rn{.ftz|}.f32", operands=4)
-def _fma(e: Emitter, i: Instruction) -> None:
-    text = "ftz(fma32(ftz({}), ftz({}), ftz({})))" if "ftz" in i.parts else "fma32({}, {}, {})"
-    e.assign(i.operands[0], _float(e, _values(e, i.operands[1:], 32), 32, text))
-
-
-@operation("fma.rn{.ftz|}.f32x2", operands=4)
-def _packed_fma(e: Emitter, i: Instruction) -> None:
-    text = "ftz(fma32(ftz({}), ftz({}), ftz({})))" if "ftz" in i.parts else "fma32({}, {}, {})"
-    halves = [e.halves(v) for v in _values(e, i.operands[1:], 64)]
-    e.assign(i.operands[0], e.pair(_float(e, [h[0] for h in halves], 32, text), _float(e, [h[1] for h in halves], 32, text)))
-
-
-@operation("{min|max}{.ftz|}{.NaN|}{.xorsign.abs|}.f32", operands=(3, 4))
-def _float_min(e: Emitter, i: Instruction) -> None:
-    xorsign = "xorsign" in i.parts
-    values = _values(e, i.operands[1:], 32)
-    if len(values) == 3 and xorsign:
-        raise EmulatorError(".xorsign.abs has two sources")
-    items = ", ".join("ftz({})" if "ftz" in i.parts else "{}" for _ in values)
-    if len(values) == 2 and not xorsign and "NaN" not in i.parts and "ftz" not in i.parts:
-        e.assign(i.operands[0], _float(e, values, 32, f"{i.parts[0]}32({{}}, {{}})"))
-        return
-    text = f"extremum(({items},), {i.parts[0] == 'max'}, {'NaN' in i.parts}, {xorsign})"
-    e.assign(i.operands[0], _float(e, values, 32, text))
-
-
-@operation("{abs|neg}{.ftz|}.f32", "{abs|neg}.f64", operands=2)
-def _float_sign(e: Emitter, i: Instruction) -> None:
-    bits = _width(i.parts[-1])
-    value = e.value(i.operands[1], bits)
-    if "ftz" in i.parts:
-        value = _float(e, (value,), 32, "ftz({})")
-    sign = 1 << (bits - 1)
-    text = f"{{}} & {sign - 1}" if i.parts[0] == "abs" else f"{{}} ^ {sign}"
-    if i.parts[0] == "abs" and value.kind == "A" and "f" in value.forms:
-        e.assign(i.operands[0], e.array(bits, "f", f"np.abs({value.forms['f']})"))
-    else:
-        e.assign(i.operands[0], _binary(e, (value,), bits, "u", text, text))
-
-
-@operation("{ex2|lg2|sin|cos|rsqrt|sqrt|rcp}.approx{.ftz|}.f32", "tanh.approx.f32", "{rcp|sqrt}.rn{.ftz|}.f32", operands=2)
-def _unary(e: Emitter, i: Instruction) -> None:
-    text = f"unary('{i.parts[0]}', {{}}, {'ftz' in i.parts})"
-    e.assign(i.operands[0], _float(e, _values(e, i.operands[1:], 32), 32, text))
-
-
-@operation("div.{rn|approx|full}{.ftz|}.f32", operands=3)
-def _float_div(e: Emitter, i: Instruction) -> None:
-    text = f"divide32({{}}, {{}}, {'ftz' in i.parts})"
-    e.assign(i.operands[0], _float(e, _values(e, i.operands[1:], 32), 32, text))
-
-
-@operation("copysign.f{32|64}", operands=3)
-def _copysign(e: Emitter, i: Instruction) -> None:
-    bits = _width(i.parts[1])
-    sign = 1 << (bits - 1)
-    text = f"({{0}} & {sign}) | ({{1}} & {sign - 1})"
-    e.assign(i.operands[0], _binary(e, _values(e, i.operands[1:], bits), bits, "u", text, text))
-
-
-# --- halves -----------------------------------------------------------------------------------------------------------
-
-
-def _half(e: Emitter, i: Instruction, text: str, bits: int) -> None:
-    values = _values(e, i.operands[1:], bits)
-    if _uniform(values):
-        arrays = [f"A{bits}({e.u(v)})" for v in values]
-        e.assign(i.operands[0], e.integer(bits, f"int({text.format(*arrays)}.view(u{bits // 8})[0])"))
-    else:
-        e.assign(i.operands[0], e.array(bits, "u", text.format(*(e.u(v) if v.kind == "A" else f"A{bits}({e.u(v)})" for v in values))))
-
-
-@operation("{add|sub|mul}{.rn|}.bf16{x2|}", "fma.rn.bf16{x2|}", operands=(3, 4))
-def _bf16(e: Emitter, i: Instruction) -> None:
-    if len(i.operands) != (4 if i.parts[0] == "fma" else 3):
-        raise EmulatorError(f"{i.opcode} with {len(i.operands)} operands")
-    packed = i.parts[-1] == "bf16x2"
-    marks = ", ".join("{}" for _ in i.operands[1:])
-    name = {"sub": "add"}.get(i.parts[0], i.parts[0])
-    text = f"{name}_bf16({marks}, {packed}{', True' if i.parts[0] == 'sub' else ''})"
-    _half(e, i, text, 32 if packed else 16)
-
-
-@operation("{add|sub|mul}{.rn|}.f16x2", operands=3)
-def _f16x2(e: Emitter, i: Instruction) -> None:
-    values = _values(e, i.operands[1:], 32)
-    text = f"({{}}.view(f2) {_SIGNS[i.parts[0]]} {{}}.view(f2)).view(u4)"
-    if _uniform(values):
-        e.assign(i.operands[0], e.integer(32, f"int({text.format(*(f'A32({e.u(v)})' for v in values))}[0])"))
-    else:
-        e.assign(i.operands[0], e.array(32, "u", text.format(*(e.full(v) for v in values))))
-
-
-@operation("fma.rn.f16{x2|}", operands=4)
-def _fma_f16(e: Emitter, i: Instruction) -> None:
-    bits = 32 if i.parts[-1] == "f16x2" else 16
-    values = _values(e, i.operands[1:], bits)
-    text = f"fma16({{}}.view(f2), {{}}.view(f2), {{}}.view(f2)).view(u{bits // 8})"
-    if _uniform(values):
-        e.assign(i.operands[0], e.integer(bits, f"int({text.format(*(f'A{bits}({e.u(v)})' for v in values))}[0])"))
-    else:
-        e.assign(i.operands[0], e.array(bits, "u", text.format(*(e.full(v) for v in values))))
-
-
-@operation("{min|max}{.NaN|}{.xorsign.abs|}.{f16|bf16}{x2|}", operands=3)
-def _half_min(e: Emitter, i: Instruction) -> None:
-    kind = i.parts[-1]
-    bits = 32 if kind.endswith("x2") else 16
-    values = _values(e, i.operands[1:], bits)
-    convert = "bf16_values({})" if kind.startswith("bf16") else "{}.view(f2)"
-    back = f"(v.view(u4) >> 16).astype(u2).view(u{bits // 8})" if kind.startswith("bf16") else f"v.view(u{bits // 8})"
-    arrays = [f"A{bits}({e.u(v)})" for v in values] if _uniform(values) else [e.full(v) for v in values]
-    local = e.let(f"extremum(({', '.join(convert.format(a) for a in arrays)}), {i.parts[0] == 'max'}, {'NaN' in i.parts}, {'xorsign' in i.parts})")
-    text = back.replace("v.view", f"{local}.view")
-    e.assign(i.operands[0], e.integer(bits, f"int({text}[0])") if _uniform(values) else e.array(bits, "u", text))
-
-
-@operation("{abs|neg}.{f16|bf16}{x2|}", operands=2)
-def _half_sign(e: Emitter, i: Instruction) -> None:
-    bits = 32 if i.parts[1].endswith("x2") else 16
-    keep, flip = (0x7FFF7FFF, 0x80008000) if bits == 32 else (0x7FFF, 0x8000)
-    text = f"{{}} & {keep}" if i.parts[0] == "abs" else f"{{}} ^ {flip}"
-    e.assign(i.operands[0], _binary(e, _values(e, i.operands[1:], bits), bits, "u", text, text))
-
-
-# --- conversions ------------------------------------------------------------------------------------------------------
-
-_MODIFIERS = {"ftz": "ftz", "sat": "saturate", "satfinite": "satfinite", "relu": "relu"}
-_ROUNDINGS = ("rn", "rna", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi")
-_SOURCE_BITS = {"f16x2": 32, "bf16x2": 32, "e4m3x2": 16, "e5m2x2": 16, "e2m3x2": 16, "e3m2x2": 16, "e2m1x2": 8, "ue8m0x2": 16, "tf32": 32, "bf16": 16}
-
-
-def _bits_of(name: str) -> int:
-    return _SOURCE_BITS.get(name) or _width(name)
-
-
-def _cvt_arguments(opcode: str) -> tuple[str, str, dict[str, object]]:
-    parts = opcode.split(".")
-    destination, source, modifiers = parts[-2], parts[-1], parts[1:-2]
-    arguments: dict[str, object] = {}
-    for each in modifiers:
-        if each in _ROUNDINGS and "rounding" not in arguments:
-            arguments["rounding"] = each
-        elif each in _MODIFIERS and _MODIFIERS[each] not in arguments:
-            arguments[_MODIFIERS[each]] = True
-        else:
-            raise EmulatorError(f"{opcode}: .{each} is not known here")
-    return destination, source, arguments
-
-
-def _accepts_cvt(opcode: str) -> bool:
-    try:
-        destination, source, arguments = _cvt_arguments(opcode)
-        make_converter(destination, source, **arguments)  # type: ignore[arg-type]
-    except (EmulatorError, KeyError, IndexError):
-        return False
-    return True
-
-
-@family("cvt", _accepts_cvt, operands=(2, 3))
-def _cvt(e: Emitter, i: Instruction) -> None:
-    destination, source, arguments = _cvt_arguments(i.opcode)
-    pair = destination.endswith("x2") and source == "f32"
-    if len(i.operands) != (3 if pair else 2):
-        raise EmulatorError(f"{i.opcode} with {len(i.operands)} operands")
-    target = i.operands[0]
-    if not isinstance(target, Register):
-        raise EmulatorError("the destination of cvt is a register")
-    out = e.program.bits[target.name]
-    values = _values(e, i.operands[1:], _bits_of(source))
-    signed = destination[0] == "s"
-    if destination[0] in "us" and source[0] in "us" and not arguments and destination[1:].isdigit() and source[1:].isdigit():
-        _cvt_integer(e, target, values[0], destination, source, out)
-        return
-    function = e.constant(make_converter(destination, source, **arguments))  # type: ignore[arg-type]
-    bits = 8 if destination == "e2m1x2" else _bits_of(destination)
-    text = f"{function}({', '.join('{}' for _ in values)})"
-    if _uniform(values):
-        local = e.let(f"int({text.format(*(f'A{v.bits}({e.u(v)})' for v in values))}[0])")
-        if signed and bits < out:
-            local = f"extend_int({local}, {out}, {bits}, True)"
-        e.assign(target, e.integer(out, local))
-        return
-    text = text.format(*(e.full(v) for v in values))
-    if bits < out:
-        text = f"extend({text}, {out}, {bits}, {signed})"
-    e.assign(target, e.array(max(bits, out), "u", text))
-
-
-def _cvt_integer(e: Emitter, target: Register, value: Value, destination: str, source: str, out: int) -> None:
-    """Integer to integer: extension from the narrower type, by the signs of source and destination."""
-    to, of = int(destination[1:]), int(source[1:])
-    first_signed, then_signed = source[0] == "s", destination[0] == "s"
-    if value.kind == "I":
-        text = f"extend_int(extend_int({e.u(value)}, {to}, {min(of, value.bits)}, {first_signed}), {out}, {to}, {then_signed})"
-        if not first_signed and of >= value.bits and to >= of and out == to:
-            text = e.u(value)
-        elif not first_signed and not then_signed:
-            text = f"{e.u(value)} & {_mask(min(to, of))}"
-        e.assign(target, e.integer(out, text))
-        return
-    text = e.u(value)
-    if min(to, of) < value.bits and of < to:
-        text = f"extend({text}, {to}, {of}, {first_signed})"
-    elif of < to:
-        kinds = {8: ("u1", "i1"), 32: ("u4", "i4"), 16: ("u2", "i2"), 64: ("u8", "i8")}
-        text = f"{e.s(value)}.astype({kinds[to][1]}).view({kinds[to][0]})" if first_signed else f"{text}.astype({kinds[to][0]})"
-    elif to < value.bits:
-        text = f"extend({text}, {out}, {to}, {then_signed})"
-        e.assign(target, e.array(out, "u", text))
-        return
-    if to < out:
-        text = f"extend({text}, {out}, {to}, {then_signed})"
-    e.assign(target, e.array(out, "u", text))
 
 
 # --- control flow: the way out of a block is translated with the block ----------------------------------------------------

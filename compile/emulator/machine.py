@@ -21,14 +21,15 @@ from densemoe.compile.emulator.gang import LANES, Gang, Meeting, Warp, merge_gan
 from densemoe.compile.emulator.memory import GlobalMemory, SharedMemory
 from densemoe.compile.emulator.races import Races
 from densemoe.compile.emulator.synchronisation import CtaBarrier, MBarrier, Synchronisation
-from densemoe.compile.emulator.tensor_units import TensorUnits
 from densemoe.compile.emulator.translation import SHARED_START, Program, Version
+from densemoe.compile.emulator.warpgroup_units import WarpgroupUnits
 from densemoe.runtime.errors import EmulatorError
 
 __all__ = ["Cluster", "Cta", "Machine", "Schedule"]
 
 _GANG_LANES: Final = 8192  # lanes of one gang at most: larger arrays leave the cache
 _RESIDENT_BYTES: Final = 192 << 20  # of shared memory at a time
+_IDLE_TURNS: Final = 1000  # turns in a row that gangs may use up before a livelock is reported
 _TURN: Final = 4096  # blocks a gang runs before others have their turn (it may be polling)
 
 
@@ -109,7 +110,7 @@ class Cta:
         return found
 
 
-class Machine(Accesses, Synchronisation, TensorUnits):
+class Machine(Accesses, Synchronisation, WarpgroupUnits):
     """One launch in progress."""
 
     def __init__(
@@ -149,6 +150,7 @@ class Machine(Accesses, Synchronisation, TensorUnits):
         self.want_races = races
         self.races: Races | None = None
         self.ticks = 0
+        self.idle_turns = 0
         end = program.dynamic_start + dynamic_smem
         clusters = int(np.prod(grid)) // self.cluster_size
         window = -(-end // 1024) * 1024
@@ -371,13 +373,29 @@ class Machine(Accesses, Synchronisation, TensorUnits):
         state = gang.advance(budget)
         if state == "yield":
             self.runnable.append(gang)
-        elif state == "gone":
+            if self.together:
+                self._polling(gang)
+            return
+        self.idle_turns = 0
+        if state == "wait":
+            return
+        if state == "gone":
             gang.ended = True
             self.gangs.discard(gang)
         elif state == "end":
             self._end(gang)
         elif state == "linger":
             self._arrived(gang)
+
+    def _polling(self, gang: Gang) -> None:
+        """A gang used up its turn, so it may be polling: what it polls for must get its chance."""
+        self.idle_turns += 1
+        if self.idle_turns > _IDLE_TURNS:
+            raise EmulatorError(f"livelock: {gang.warps[0]} runs for ever near PTX line {gang.line} ({self.program.text_of(gang.line)})")
+        if self.meetings:
+            self._release(self.meetings[0])
+        else:
+            self._execute_one()
 
     def _split_ready(self) -> bool:
         """Lets those warps of a waiting gang go on whose condition is met."""

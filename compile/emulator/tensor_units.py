@@ -1,11 +1,10 @@
-"""Tensor copies, ``wgmma`` and ``tcgen05`` at run time.
+"""Tensor copies and ``tcgen05`` at run time.
 
-Sources: PTX ISA 9.x, 9.7.9.27 (``cp.async.bulk.tensor``, multicast, ``.cta_group``), 9.7.15 (``wgmma``), 9.7.16 (``tcgen05``: 6 ordering, 7
-allocation, 8 ld and st, 9 cp, 10 mma, 12 commit).
+Sources: PTX ISA 9.x, 9.7.9.27 (``cp.async.bulk.tensor``, multicast, ``.cta_group``), 9.7.16 (``tcgen05``: 6 ordering, 7 allocation,
+8 ld and st, 9 cp, 10 mma, 12 commit).
 
 ``tcgen05.cp``, ``mma`` and ``commit`` run in order in one pipe of each CTA pair. Every CTA has tensor memory of its own (CTAs that share a
-multiprocessor, and would wait for each other's columns, are not modelled). ``wgmma`` computes when it is issued; when its group is waited
-for, the shared memory that it read must not have changed.
+multiprocessor, and would wait for each other's columns, are not modelled).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from densemoe.compile.emulator import tcgen05
 from densemoe.compile.emulator.asynchronous import AsyncOperation, Copies
 from densemoe.compile.emulator.gang import LANES, Condition, Gang, Groups, Warp
 from densemoe.compile.emulator.memory import PARAMETER_WINDOW, RANK_SHIFT
-from densemoe.compile.emulator.smem_descriptor import SmemDescriptor, decode_sm90, decode_sm100, operand_granules
+from densemoe.compile.emulator.smem_descriptor import SmemDescriptor, decode_sm100, operand_granules
 from densemoe.compile.emulator.synchronisation import CtaBarrier
 from densemoe.compile.emulator.tensor_map import TensorMap
 from densemoe.compile.emulator.tensor_memory import COLUMNS, CopyShape, copy_to_tensor_memory, load_registers, split_address, store_registers
@@ -348,9 +347,10 @@ class TensorUnits(Copies):
 
     def check_operand(self, slot: int, bits: int, rows: int, k_bytes: int, element_bytes: int, operation: AsyncOperation) -> None:
         """Raises where an operand's bytes were never written."""
-        self._check_granules(slot, operand_granules(decode_sm100(bits), rows, k_bytes, element_bytes).reshape(-1), operation)
+        self.check_granules(slot, operand_granules(decode_sm100(bits), rows, k_bytes, element_bytes).reshape(-1), operation)
 
-    def _check_granules(self, slot: int, flat: Any, operation: AsyncOperation) -> None:
+    def check_granules(self, slot: int, flat: Any, operation: AsyncOperation) -> None:
+        """Raises where 16-byte granules that an operation reads were never written, or are raced for."""
         window = self.shared.written_window(slot)
         first, end = 16 * int(flat.min()), 16 * (int(flat.max()) + 1)
         if end > window.size:
@@ -494,90 +494,6 @@ class TensorUnits(Copies):
         if self.races is not None:
             for w in g.active_warps(mask):
                 self.races.tensor_order(g.warps[w], what)
-
-    # --- wgmma
-
-    def wgmma(
-        self, g: Gang, mask: Any, unit: Any, d: tuple[Any, ...], a: Any, b: Any, add: Any, signs: tuple[int, int], transpose: tuple[bool, bool]
-    ) -> Any:
-        """``wgmma.mma_async``: registers of D, ``[registers, lanes]``."""
-        if mask is not None and not mask.all():
-            raise EmulatorError("wgmma with inactive lanes")
-        warps = g.warps
-        for w in range(0, len(warps), _WARPGROUP):
-            group = warps[w : w + _WARPGROUP]
-            first = group[0]
-            whole = len(group) == _WARPGROUP and first.index % _WARPGROUP == 0
-            if not whole or any(each.cta is not first.cta or each.index != first.index + n for n, each in enumerate(group)):
-                raise EmulatorError("wgmma by warps that are not a whole warpgroup at one instruction")
-        result = np.empty((len(d), g.lanes), np.uint32)
-        old = [np.full(g.lanes, v, np.uint32) if isinstance(v, int) else v for v in d]
-        for w in range(0, len(warps), _WARPGROUP):
-            warp = warps[w]
-            window = self.shared.window(warp.cta.slot)
-            lanes = slice(w * LANES, (w + _WARPGROUP) * LANES)
-            b_bits = b if isinstance(b, int) else int(b[w * LANES])
-            b_matrix = unit.b_from_shared(window, b_bits, transpose[1])
-            a_bits = None
-            if isinstance(a, tuple):
-                a_matrix = unit.a_from_registers(np.stack([np.full(128, v, np.uint32) if isinstance(v, int) else v[lanes] for v in a]))
-            else:
-                a_bits = a if isinstance(a, int) else int(a[w * LANES])
-                a_matrix = unit.a_from_shared(window, a_bits, transpose[0])
-            accumulate = add if isinstance(add, bool) else bool(add[w * LANES])
-            previous = np.stack([each[lanes] for each in old]) if accumulate else None
-            result[:, lanes] = unit.multiply(a_matrix, b_matrix, previous, *signs)
-
-            def action(
-                operation: AsyncOperation,
-                window: Any = window,
-                b_bits: int = b_bits,
-                b_matrix: Any = b_matrix,
-                a_bits: int | None = a_bits,
-                a_matrix: Any = a_matrix,
-            ) -> None:
-                same = np.array_equal(unit.b_from_shared(window, b_bits, transpose[1]), b_matrix, equal_nan=True)
-                if a_bits is not None:
-                    same = same and np.array_equal(unit.a_from_shared(window, a_bits, transpose[0]), a_matrix, equal_nan=True)
-                if not same:
-                    raise EmulatorError("shared memory was overwritten while a wgmma still read it")
-
-            operation = self.new_operation(g, warp, action, "wgmma")
-            rows = [(b_bits, unit.n, unit.element_bytes("b") if transpose[1] else 0)]
-            if a_bits is not None:
-                rows.append((a_bits, 64, unit.element_bytes("a") if transpose[0] else 0))
-            for bits, count, element in rows:
-                self._check_granules(warp.cta.slot, operand_granules(decode_sm90(bits), count, 32, element).reshape(-1), operation)
-            if warp.wgmma is None:
-                warp.wgmma = Groups()
-            warp.wgmma.open.append(operation)
-            self.products["wgmma"] = self.products.get("wgmma", 0) + 1
-            self.submit(operation)
-        return result
-
-    def wgmma_commit(self, g: Gang, mask: Any) -> None:
-        """``wgmma.commit_group``."""
-        for warp in g.warps:
-            if warp.wgmma is not None:
-                warp.wgmma.commit()
-
-    def wgmma_wait(self, g: Gang, mask: Any, newest: int) -> bool:
-        """``wgmma.wait_group``: reads of shared memory end here at the latest."""
-        for w, warp in enumerate(g.warps):
-            groups = warp.wgmma
-            if groups is None:
-                continue
-            if self.races is not None:
-                done = [each for group in groups.committed[: len(groups.committed) - newest] for each in group]
-                for member in g.warps[w : w + _WARPGROUP]:
-                    self.races.waited(member, done)
-            for each in groups.older_than(newest):
-                self.finish_now(each)
-        return True
-
-    def finish_now(self, operation: AsyncOperation) -> None:
-        """Executes a pending operation because its completion is waited for."""
-        raise NotImplementedError
 
 
 class _Product:

@@ -16,6 +16,7 @@ import numpy as np
 
 from densemoe.compile.emulator import (  # the last three fill the instruction table
     arithmetic,
+    float_arithmetic,
     lanes,
     memory_instructions,
     synchronisation_instructions,
@@ -33,7 +34,7 @@ __all__ = ["DIVERGED", "NEXT", "SHARED_START", "TAKEN", "WAIT", "Program", "Vers
 TAKEN, NEXT, DIVERGED, WAIT = 0, 1, 2, 3
 SHARED_START: Final = 1024  # the system's own part of the shared window comes first, as on the devices; touching it is an error
 _PER_CTA: Final = ("%ctaid", "%clusterid", "%cluster_ctaid", "%cluster_ctarank")
-_FILLED = (arithmetic, memory_instructions, synchronisation_instructions, tensor_instructions)
+_FILLED = (arithmetic, float_arithmetic, memory_instructions, synchronisation_instructions, tensor_instructions)
 
 
 def _undefined(name: str) -> None:

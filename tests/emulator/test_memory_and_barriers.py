@@ -226,6 +226,23 @@ def test_barrier_reductions() -> None:
         np.testing.assert_array_equal(one(body, np.zeros(4, np.uint32), 64, threads=64, schedule=schedule), 140)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_polling_sees_what_others_do(schedule: str) -> None:
+    """A warp that tests an mbarrier in a loop, and one that reads a flag in global memory, do not keep others from running."""
+    data = np.arange(32, dtype=np.uint32)
+    test = "W: mbarrier.test_wait.parity.shared.b64 %p2, [%r1], 0; @!%p2 bra W;"
+    np.testing.assert_array_equal(one(BULK.format(wait=test, fence="fence.proxy.async;"), data, schedule=schedule, shared=1024), data + 5)
+    flag = """mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 1; @%p1 bra FLAG;
+        SPIN: ld.acquire.gpu.global.b32 %r2, [%x1]; setp.eq.u32 %p2, %r2, 0; @%p2 bra SPIN; bra.uni OUT;
+        FLAG: st.release.gpu.global.b32 [%x1], 7; OUT:"""
+    assert one(flag, np.zeros(4, np.uint32), grid=2, schedule=schedule)[0] == 7
+
+
+def test_a_loop_without_an_end_is_an_error() -> None:
+    with pytest.raises(EmulatorError, match=r"livelock.*PTX line \d+"):
+        one("SPIN: ld.volatile.global.b32 %r2, [%x1]; setp.eq.u32 %p2, %r2, 0; @%p2 bra SPIN;", np.zeros(4, np.uint32))
+
+
 def test_mbarrier_misuse_is_an_error() -> None:
     begin = "mov.u32 %r1, window; setp.eq.u32 %p1, %t0, 0; @%p1 mbarrier.init.shared.b64 [%r1], 1; bar.sync 0;"
     with pytest.raises(EmulatorError, match="initialised twice"):
