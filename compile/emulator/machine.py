@@ -149,6 +149,7 @@ class Machine(Accesses, Synchronisation, WarpgroupUnits):
         self.steps = 0
         self.want_races = races
         self.races: Races | None = None
+        self.checked_operands: dict[tuple[int, ...], Any] = {}
         self.ticks = 0
         self.idle_turns = 0
         end = program.dynamic_start + dynamic_smem
@@ -173,6 +174,7 @@ class Machine(Accesses, Synchronisation, WarpgroupUnits):
 
     def _wave(self, indices: range) -> None:
         self.mbarriers.clear()
+        self.checked_operands.clear()
         ctas = []
         threads = int(np.prod(self.block))
         warps_per_cta = -(-threads // LANES)

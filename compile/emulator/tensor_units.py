@@ -9,6 +9,7 @@ multiprocessor, and would wait for each other's columns, are not modelled).
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,22 @@ from densemoe.compile.emulator.memory import PARAMETER_WINDOW, RANK_SHIFT
 from densemoe.compile.emulator.smem_descriptor import SmemDescriptor, decode_sm100, operand_granules
 from densemoe.compile.emulator.synchronisation import CtaBarrier
 from densemoe.compile.emulator.tensor_map import TensorMap
-from densemoe.compile.emulator.tensor_memory import COLUMNS, CopyShape, copy_to_tensor_memory, load_registers, split_address, store_registers
+from densemoe.compile.emulator.tensor_memory import (
+    COLUMNS,
+    AccumulatorLayout,
+    CopyShape,
+    copy_to_tensor_memory,
+    load_registers,
+    split_address,
+    store_registers,
+)
 from densemoe.compile.emulator.tile import Tile
 from densemoe.runtime.errors import EmulatorError
 
 __all__ = ["TensorMemoryState", "TensorUnits"]
 
 _WARPGROUP = 4
+_LANES = 128  # of tensor memory
 _OFFSET = (1 << RANK_SHIFT) - 1
 _WRITTEN = np.uint64(0xFFFFFFFFFFFFFFFF)
 _MAP_BYTES = 128
@@ -70,6 +80,7 @@ class TensorUnits(Copies):
     products: dict[str, int]
     lints: dict[str, None]
     parameters: bytes
+    checked_operands: dict[tuple[int, ...], Any]
 
     # --- tensor copies
 
@@ -346,22 +357,26 @@ class TensorUnits(Copies):
         self.submit(operation)
 
     def check_operand(self, slot: int, bits: int, rows: int, k_bytes: int, element_bytes: int, operation: AsyncOperation) -> None:
-        """Raises where an operand's bytes were never written."""
-        self.check_granules(slot, operand_granules(decode_sm100(bits), rows, k_bytes, element_bytes).reshape(-1), operation)
-
-    def check_granules(self, slot: int, flat: Any, operation: AsyncOperation) -> None:
-        """Raises where 16-byte granules that an operation reads were never written, or are raced for."""
-        window = self.shared.written_window(slot)
-        first, end = 16 * int(flat.min()), 16 * (int(flat.max()) + 1)
-        if end > window.size:
-            raise EmulatorError(f"a matrix descriptor reaches shared address {end - 16:#x}, outside of shared memory")
-        if window[first:end].min() != 0xFF:  # also what lies between its rows
-            good = window.view(np.uint64).reshape(-1, 2).take(flat, axis=0) == _WRITTEN
-            if not good.all():
-                bad = int(flat[~good.all(axis=1)][0]) * 16
-                raise EmulatorError(f"shared memory at {bad:#x} is read before it was written")
+        """Raises where an operand's bytes were never written, or are raced for."""
+        key = (slot, bits, rows, k_bytes, element_bytes)
+        flat = self.checked_operands.get(key)
+        if flat is None:  # bytes stay written, so an operand is looked at once
+            flat = operand_granules(decode_sm100(bits), rows, k_bytes, element_bytes).reshape(-1)
+            self.check_granules(slot, flat)
+            self.checked_operands[key] = flat
         if self.races is not None:
             self.races.async_granules(operation, slot, flat)
+
+    def check_granules(self, slot: int, flat: Any) -> None:
+        """Raises where 16-byte granules of a window were never written."""
+        written = self.shared.written_window(slot).view(np.uint64).reshape(-1, 2)
+        highest = int(flat.max())
+        if highest >= written.shape[0]:
+            raise EmulatorError(f"a matrix descriptor reaches shared address {16 * highest:#x}, outside of shared memory")
+        good = written.take(flat, axis=0) == _WRITTEN
+        if not good.all():
+            bad = int(flat[~good.all(axis=1)][0]) * 16
+            raise EmulatorError(f"shared memory at {bad:#x} is read before it was written")
 
     def tmem_copy(self, g: Gang, mask: Any, address: Any, descriptor: Any, shape: CopyShape, group: int) -> None:
         """``tcgen05.cp``."""
@@ -465,14 +480,17 @@ class TensorUnits(Copies):
                 a = tcgen05.scale_operand(a, row_scales, descriptor.scale_format)
                 own_b = tcgen05.scale_operand(b, column_scales, descriptor.scale_format)
             lanes = _lanes_of(descriptor.layout)
+            whole = lanes.size == _LANES
             if job.add:
-                good = state.written[lanes, column : column + width]
+                good = state.written[:, column : column + width] if whole else state.written[lanes, column : column + width]
                 if not good.all():
                     raise EmulatorError("tcgen05.mma adds to tensor memory that was never written")
             if self.races is not None:
                 self.races.tensor_async(operation, cta, slice(0, 128), column, width, True)
             tcgen05.accumulate(state.words, job.d, descriptor, a, own_b, job.add, job.scale_input_d, job.disabled)
-            if job.disabled is None:
+            if whole and job.disabled is None:
+                state.written[:, column : column + width] = True
+            elif job.disabled is None:
                 state.written[lanes, column : column + width] = True
             else:
                 state.written[lanes[~job.disabled[lanes]], column : column + width] = True
@@ -522,7 +540,8 @@ class _Product:
         self.disabled, self.scale_input_d = disabled, scale_input_d
 
 
-def _lanes_of(layout: Any) -> Any:
+@lru_cache(maxsize=64)
+def _lanes_of(layout: AccumulatorLayout) -> Any:
     """Tensor memory lanes that a layout's D takes."""
     lanes = np.array(layout.lanes)
     return np.concatenate([lanes + part * layout.part_lanes for part in range(layout.parts)])

@@ -75,7 +75,10 @@ class WarpgroupUnits(TensorUnits):
             if a_bits is not None:
                 rows.append((a_bits, 64, unit.element_bytes("a") if transpose[0] else 0))
             for bits, count, element in rows:
-                self.check_granules(warp.cta.slot, operand_granules(decode_sm90(bits), count, 32, element).reshape(-1), operation)
+                granules = operand_granules(decode_sm90(bits), count, 32, element).reshape(-1)
+                self.check_granules(warp.cta.slot, granules)
+                if self.races is not None:
+                    self.races.async_granules(operation, warp.cta.slot, granules)
             if warp.wgmma is None:
                 warp.wgmma = Groups()
             warp.wgmma.open.append(operation)
