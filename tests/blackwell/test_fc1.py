@@ -48,7 +48,7 @@ def test_plain_outputs_are_converted_once(shape: str, dtype: str, kind: str) -> 
     emulated.fc1(f"fc1.sm100f.{shape}.nvfp4-{dtype}", 130, 1, 256, 128, kind=kind, post=True, zeros=0.2).check()
 
 
-@pytest.mark.parametrize("m", [1, 7, 8, 9, 127, 128, 129, 255, 257])
+@pytest.mark.parametrize("m", [1, 7, 8, 9, 127, 128, 129, 255, 257, 511, 512])
 @pytest.mark.parametrize("key", [PLAIN, PAIR])
 def test_any_m_reads_and_writes_its_own_rows(key: str, m: int) -> None:
     """Buffers end at row M: a row too many is a fault. With 2-CTA tiles an odd number of 128-row tiles is among them."""
@@ -130,3 +130,9 @@ def test_more_tiles_than_ctas_reuse_stages_and_accumulators() -> None:
     """Two CTAs take 12 tiles each of 5 K tiles: every stage and accumulator is used again, in many schedules."""
     for schedule in ("lazy", "random:1", "random:2", "pct:1:3"):
         emulated.fc1(PLAIN, 3, 24, 1088, 64, kind="exact", schedule=schedule, sm_count=2).check()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("key", [QUAD, PAIR])
+def test_many_experts(key: str) -> None:
+    emulated.fc1(key, 2, 384, 64, 64, kind="exact", post=True, zeros=0.5, sm_count=16).check()

@@ -41,7 +41,7 @@ def test_other_outputs(shape: str, dtype: str) -> None:
     emulated.fc2(f"fc2.sm100f.{shape}.nvfp4-{dtype}", 5, 2, 320, 256, kind="integers", splits=2).check()
 
 
-@pytest.mark.parametrize("m", [1, 7, 8, 9, 127, 128, 129, 255, 257])
+@pytest.mark.parametrize("m", [1, 7, 8, 9, 127, 128, 129, 255, 257, 511, 512])
 @pytest.mark.parametrize("key", [PLAIN, PAIR])
 def test_any_m_reads_and_writes_its_own_rows(key: str, m: int) -> None:
     """Alpha ends at row M: the reference read past it when M > 128 was ragged, and with 2-CTA tiles (contract section 10)."""
@@ -129,3 +129,11 @@ def test_prefetch_changes_no_bit(settings: dict[str, int]) -> None:
 def test_more_tiles_than_ctas_reuse_stages_and_accumulators() -> None:
     for schedule in ("lazy", "random:1", "random:2", "pct:1:3"):
         emulated.fc2(WIDE, 3, 4, 512, 512, kind="exact", schedule=schedule, sm_count=1).check()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("experts", "intermediate"), [(384, 256), (1, 32768)])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_many_experts_and_wide_ones(experts: int, intermediate: int, splits: int) -> None:
+    """K = 384 · 256 is DeepSeek-V3's and Kimi-K2's at eight ranks; I = 32768 is the largest of the contract's layers."""
+    emulated.fc2(NARROW, 2, experts, 64, intermediate, kind="exact", zeros=0.5, splits=splits).check()
