@@ -230,6 +230,10 @@ def shapes(variant: Variant) -> tuple[Problem, ...]:
     """Problems that exercise a variant's recipe: one token, a ragged middle, many tiles; both states of its run-time switches."""
 
     def make(m: int, experts: int, hidden: int, intermediate: int, switch: bool) -> Problem:
+        if variant.op == "prepare":
+            return Problem("prepare", m, experts, 0, 0, variant.a_dtype, variant.c_dtype, top_k=min(experts, 8), first_expert=m, elsewhere=switch)
+        if variant.op == "quantize":
+            return Problem("quantize", m, 0, hidden, 0, variant.a_dtype, variant.c_dtype)
         post, scalar, listed = switch and variant.op == "fc1", switch and variant.op == "fc2", switch and variant.arch != "sm_90a"
         return Problem(variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype, post, scalar, listed)
 

@@ -20,6 +20,7 @@ SCALE_ROWS: Final = 128  # rows of one scale tile (contract section 2)
 GROUP: Final = 16  # consecutive k that share one e4m3 scale
 CODES_ALIGNMENT: Final = 32
 OTHER_ALIGNMENT: Final = 16
+LARGEST_LISTED: Final = 4096  # experts that `prepare` has flags for
 LARGEST_TOP_K: Final = 32  # `prepare` holds a token's experts one a lane
 
 
@@ -105,6 +106,8 @@ class Problem:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_DIMENSION:
                 raise ProblemError(f"{name}={value!r}: use an integer from {least} to {LARGEST_DIMENSION}")
+        if self.op == "prepare" and self.experts > LARGEST_LISTED:
+            raise ProblemError(f"experts={self.experts} for prepare: at most {LARGEST_LISTED}; use expert parallelism")
         for name in ("hidden", "intermediate"):
             value = getattr(self, name)
             if value % 64:
@@ -184,7 +187,7 @@ class Problem:
             TensorSpec("w2_alpha", "f32", (self.experts,), 4),
             TensorSpec("alpha_divisor", "f32", (1,), 4),
             TensorSpec("alpha", "f32", (self.m, self.experts), 4, output=True),
-            TensorSpec("active_experts", "i32", (1 + self.experts,), 4, output=True),
+            TensorSpec("active_list", "i32", (1 + self.experts,), 4, output=True),
         )
 
     def names(self) -> dict[str, int]:

@@ -483,7 +483,7 @@ def _moe(
     def make() -> _Entry:
         problems = check()
         last = len(problems) - 1
-        roles = {"alpha": (last - 2, "alpha"), "active_experts": (last - 2, "active_experts")}
+        roles = {"alpha": (last - 2, "alpha"), "active_list": (last - 2, "active_list")}
         if input_multiplier is not None:
             roles.update({"x.codes": (0, "c.codes"), "x.scales": (0, "c.scales")})
         if output_multiplier is not None:
@@ -543,7 +543,7 @@ def _moe_addresses(entry: _Entry, arguments: tuple[Tensor | None, ...], c: Tenso
         "w2_alpha": w2_alpha,
         "alpha_divisor": alpha_max or _one(c.device).data_ptr(),
         "alpha": alpha,
-        "active_experts": base + at["active_experts"],
+        "active_list": base + at["active_list"],
     }
     return (*quantise, prepare, first, second)
 

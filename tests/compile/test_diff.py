@@ -49,7 +49,7 @@ def test_a_set_equals_itself_and_its_wheel(artifacts: Path, tmp_path: Path) -> N
     for first, second in ((artifacts, artifacts), (artifacts, wheel), (wheel, wheel)):
         found = diff.compare(first, second)
         assert not found.different
-        assert found.equal == 4
+        assert found.equal == len(load(artifacts).variants) >= 4
 
 
 def test_every_kind_of_change_is_listed(artifacts: Path, artifacts_copy: Path) -> None:
@@ -89,7 +89,7 @@ def test_exit_codes_and_json(artifacts: Path, artifacts_copy: Path, tmp_path: Pa
     rewrite(artifacts_copy, dataclasses.replace(manifest, variants={KEY: manifest.variants[KEY]}))
     capsys.readouterr()
     assert cli.main(["diff", str(artifacts), str(artifacts_copy), "--json"]) == 1
-    assert len(json.loads(capsys.readouterr().out)["removed"]) == 3
+    assert len(json.loads(capsys.readouterr().out)["removed"]) == 6
     assert cli.main(["diff", str(artifacts), str(tmp_path / "none")]) == 2
     assert cli.main(["diff", str(artifacts), str(tmp_path / "none.whl")]) == 2
 
