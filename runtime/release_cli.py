@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from densemoe.runtime.errors import ProblemError
@@ -16,7 +17,7 @@ from densemoe.runtime.errors import ProblemError
 if TYPE_CHECKING:
     from densemoe.runtime.coverage import Cell
 
-__all__ = ["add_commands", "check", "coverage"]
+__all__ = ["add_commands", "check", "coverage", "fetch"]
 
 _BUILD: Final = "densemoe.compile.release_cli"
 
@@ -45,6 +46,18 @@ def add_commands(add: Add) -> None:
     lock.add_argument("--check", action="store_true", help="build, compare and write nothing; exit code 1 where something differs")
     lock.add_argument("--resolve", action="store_true", help="ask the package index for the wheels of the build environment anew")
     lock.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    fetch = add(
+        "fetch",
+        "an artifact root from a web server or a bucket into a folder, checked against the lock, resumable",
+        "densemoe fetch https://example.org/densemoe/0.1.0 --out /opt/densemoe",
+        "densemoe.runtime.release_cli:fetch",
+    )
+    fetch.add_argument("url", help="of the folder that holds index.json; any address that fsspec knows")
+    fetch.add_argument("--out", required=True, help="artifact root to write; use it with DENSEMOE_ARTIFACTS afterwards")
+    fetch.add_argument("--arch", action="append", default=[], help="only this architecture; may be repeated")
+    fetch.add_argument("--unlocked", action="store_true", help="take cubins that artifacts/manifest.lock does not state")
+    fetch.add_argument("--json", action="store_true", help="print JSON")
 
     reproduce = add(
         "reproduce",
@@ -93,6 +106,20 @@ def add_commands(add: Add) -> None:
     coverage.add_argument("--a-dtype", choices=("bf16", "nvfp4"), help="only these activations (default: both)")
     coverage.add_argument("--m", type=int, action="append", help="only these numbers of tokens; may be repeated")
     _artifacts(coverage)
+
+
+def fetch(args: argparse.Namespace) -> int:
+    """``densemoe fetch``: 0 when the root is whole in its place."""
+    from densemoe.runtime import fetch as fetching
+    from densemoe.runtime.lock import Lock
+
+    lock = None if args.unlocked else Lock.read()
+    found = fetching.fetch(args.url, Path(args.out), architectures=args.arch, lock=lock)
+    if args.json:
+        print(json.dumps(vars(found), indent=2, sort_keys=True))
+    else:
+        print(f"{args.out}: {len(found.fetched)} fetched, {len(found.kept)} there already, {found.received} bytes received")
+    return 0
 
 
 def check(args: argparse.Namespace) -> int:

@@ -132,7 +132,7 @@ def test_licence_and_sbom_lie_in_the_metadata(wheel: Path) -> None:
     ("edit", "option", "said"),
     [
         ("", "cmake.define.DENSEMOE_ARCHITECTURES=sm_100f,sm_90", "'sm_90' has no variant|'sm_100f' has no variant"),
-        ("budget", QUICK, r"tile 8x64: [0-9,]+ bytes deflated in 4 cubins, 1,000 are allowed"),
+        ("budget", QUICK, r"tile 8x64: [0-9,]+ bytes deflated in [0-9]+ cubins, 1,000 are allowed"),
         ("lock", QUICK, r"sha256 000000000000… is locked"),
     ],
 )
