@@ -438,6 +438,9 @@ class Machine(Accesses, Synchronisation, WarpgroupUnits):
 
     def fence(self, g: Gang, mask: Any, opcode: str) -> None:
         """A memory fence."""
+        if self.races is not None and opcode.startswith("fence.mbarrier_init"):
+            for w in g.active_warps(mask):
+                self.races.init_fence(g.warps[w])
 
     def proxy_fence(self, g: Gang, mask: Any) -> None:
         """``fence.proxy.async``."""

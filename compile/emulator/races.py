@@ -130,6 +130,7 @@ class Races:
         self.next_async = 0
         self.lints = lints
         self.loads_open: dict[int, bool] = {}
+        self.unfenced: dict[int, list[Any]] = {}
 
     # --- synchronisation
 
@@ -165,6 +166,13 @@ class Races:
     def mbarrier_init(self, barrier: Any, warp: Warp) -> None:
         """``mbarrier.init`` by a warp."""
         barrier.made_by = (warp.row, warp.unit, int(self.order[warp.row, warp.unit]))
+        barrier.fenced = False
+        self.unfenced.setdefault(warp.row, []).append(barrier)
+
+    def init_fence(self, warp: Warp) -> None:
+        """``fence.mbarrier_init`` or ``fence.proxy.async``: asynchronous operations may use the mbarriers that the warp made."""
+        for barrier in self.unfenced.pop(warp.row, ()):
+            barrier.fenced = True
 
     def _check_made(self, barrier: Any, warp: Warp) -> None:
         row, unit, tick = barrier.made_by
@@ -180,6 +188,10 @@ class Races:
 
     def mbarrier_join(self, barrier: Any, clock: Clock) -> None:
         """An arrival, or bytes, of an asynchronous operation."""
+        if not barrier.fenced:
+            raise EmulatorError(
+                f"{barrier.slot_text} is used by an asynchronous operation without fence.mbarrier_init or fence.proxy.async after its initialisation"
+            )
         if barrier.clock is None:
             barrier.clock = clock.copy()
         else:
@@ -192,6 +204,7 @@ class Races:
 
     def proxy_fence(self, warp: Warp) -> None:
         """``fence.proxy.async``."""
+        self.init_fence(warp)
         row = warp.row
         np.maximum(self.proxy[row], self.order[row], out=self.proxy[row])
         self._tick(warp)

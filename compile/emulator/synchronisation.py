@@ -35,7 +35,7 @@ class MBarrier:
         condition: completion of the current phase.
     """
 
-    __slots__ = ("clock", "completed_clock", "condition", "count", "made_by", "pending", "phase", "slot_text", "transactions")
+    __slots__ = ("clock", "completed_clock", "condition", "count", "fenced", "made_by", "pending", "phase", "slot_text", "transactions")
 
     def __init__(self, count: int, text: str) -> None:
         self.count = self.pending = count
@@ -45,6 +45,7 @@ class MBarrier:
         self.clock: Clock | None = None
         self.completed_clock: Clock | None = None
         self.made_by = (0, 0, 0)
+        self.fenced = True
         self.condition = self._new_condition()
 
     def _new_condition(self) -> Condition:

@@ -231,7 +231,7 @@ def test_polling_sees_what_others_do(schedule: str) -> None:
     """A warp that tests an mbarrier in a loop, and one that reads a flag in global memory, do not keep others from running."""
     data = np.arange(32, dtype=np.uint32)
     test = "W: mbarrier.test_wait.parity.shared.b64 %p2, [%r1], 0; @!%p2 bra W;"
-    np.testing.assert_array_equal(one(BULK.format(wait=test, fence="fence.proxy.async;"), data, schedule=schedule, shared=1024), data + 5)
+    np.testing.assert_array_equal(one(bulk(wait=test, fence="fence.proxy.async;"), data, schedule=schedule, shared=1024), data + 5)
     flag = """mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 1; @%p1 bra FLAG;
         SPIN: ld.acquire.gpu.global.b32 %r2, [%x1]; setp.eq.u32 %p2, %r2, 0; @%p2 bra SPIN; bra.uni OUT;
         FLAG: st.release.gpu.global.b32 [%x1], 7; OUT:"""
@@ -258,7 +258,7 @@ def test_mbarrier_misuse_is_an_error() -> None:
 # --- asynchronous copies
 
 BULK = """mov.u32 %r1, window; add.u32 %r2, %r1, 128; setp.eq.u32 %p1, %t0, 0;
-    @%p1 mbarrier.init.shared.b64 [%r1], 1; bar.sync 0;
+    @%p1 mbarrier.init.shared.b64 [%r1], 1; {made} bar.sync 0;
     @!%p1 bra WAIT; mbarrier.arrive.expect_tx.shared.b64 %d1, [%r1], 128;
     cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r2], [%x0], 128, [%r1];
     WAIT: {wait}
@@ -266,22 +266,31 @@ BULK = """mov.u32 %r1, window; add.u32 %r2, %r1, 128; setp.eq.u32 %p1, %t0, 0;
         {fence} bar.sync 0;
     @!%p1 bra OUT; cp.async.bulk.global.shared::cta.bulk_group [%x1], [%r2], 128; cp.async.bulk.commit_group;
         cp.async.bulk.wait_group 0; OUT:"""
+INIT_FENCE = "fence.mbarrier_init.release.cluster;"
+
+
+def bulk(wait: str, fence: str, made: str = INIT_FENCE) -> str:
+    return BULK.format(wait=wait, fence=fence, made=made)
+
+
 TRY = "W: mbarrier.try_wait.parity.shared.b64 %p2, [%r1], 0; @!%p2 bra W;"
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_bulk_copies_complete_on_mbarriers_and_groups(schedule: str) -> None:
     data = np.arange(32, dtype=np.uint32)
-    np.testing.assert_array_equal(one(BULK.format(wait=TRY, fence="fence.proxy.async;"), data, schedule=schedule, shared=1024), data + 5)
+    np.testing.assert_array_equal(one(bulk(wait=TRY, fence="fence.proxy.async;"), data, schedule=schedule, shared=1024), data + 5)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_missing_proxy_fence_or_wait_is_found(schedule: str) -> None:
     data = np.arange(32, dtype=np.uint32)
     with pytest.raises(EmulatorError, match=r"race.*without fence\.proxy\.async"):
-        one(BULK.format(wait=TRY, fence=""), data, schedule=schedule, shared=1024)
+        one(bulk(wait=TRY, fence=""), data, schedule=schedule, shared=1024)
     with pytest.raises(EmulatorError, match=r"race|before it was written"):
-        one(BULK.format(wait="", fence="fence.proxy.async;"), data, schedule=schedule, shared=1024)
+        one(bulk(wait="", fence="fence.proxy.async;"), data, schedule=schedule, shared=1024)
+    with pytest.raises(EmulatorError, match=r"without fence\.mbarrier_init"):
+        one(bulk(wait=TRY, fence="fence.proxy.async;", made=""), data, schedule=schedule, shared=1024)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
