@@ -303,4 +303,4 @@ class Loader:
         """
         choice = self.select(problem, device, variant)
         loaded = self.kernel(choice.variant.key, device)
-        return Plan(self.driver, loaded.entry, loaded.handle, problem, tensors, device, workspace, settings)
+        return Plan(self.driver, loaded.entry, loaded.handle, problem, tensors, device, workspace, {**choice.settings, **(settings or {})})

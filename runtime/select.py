@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any, Final
@@ -49,6 +49,7 @@ class Choice:
         reason: which rule decided.
         provenance: ``measured`` or ``modelled``, or ``forced`` by the caller.
         rejected: every other variant with its reason.
+        settings: run-time switches of its kernel that the rule names; the kernel's defaults otherwise.
     """
 
     variant: Variant
@@ -56,6 +57,7 @@ class Choice:
     reason: str
     provenance: str
     rejected: tuple[Rejected, ...]
+    settings: Mapping[str, int] = field(default_factory=dict)
 
 
 @cache
@@ -83,7 +85,8 @@ def select(problem: Problem, variants: Iterable[Variant], table: Mapping[str, An
 
     Args:
         variants: those of the device's set.
-        table: of ``load_table``: the first rule that matches the op and the bucket decides the tile.
+        table: of ``load_table``: the first rule that matches the op and the bucket decides the tile, unless its variant is there and this problem's
+            shape does not fit it: then the next one that matches.
         forced: a key that the caller wants; it is checked, not replaced.
 
     Raises:
@@ -111,13 +114,22 @@ def select(problem: Problem, variants: Iterable[Variant], table: Mapping[str, An
         tile = tuple(rule["tile"])
         chosen = [each for each in runnable if (each.tile_m, each.tile_n) == tile and (each.cluster_m, each.cluster_n) == tuple(rule["cluster"])]
         if not chosen:
+            if any(_is_ruled(no.variant, problem, tile, tuple(rule["cluster"])) for no in rejected):
+                continue  # installed, and this problem's shape is not for it: its reason stands in ``rejected``
             raise SelectionError(
                 f"rule {position} of the selection table wants tile {tile[0]}x{tile[1]} for {problem.op} at M = {problem.m}, which no installed"
                 f" variant has: build it, or name one of {', '.join(each.key for each in runnable)}"
             )
         others = tuple(Rejected(each, f"rule {position} prefers tile {tile[0]}x{tile[1]} in this bucket") for each in runnable if each != chosen[0])
-        return Choice(chosen[0], size, f"rule {position}: {rule['reason']}", rule["provenance"], (*others, *rejected))
+        settings = rule.get("settings", {})
+        return Choice(chosen[0], size, f"rule {position}: {rule['reason']}", rule["provenance"], (*others, *rejected), settings)
     raise SelectionError(f"the selection table has no rule for {problem.op} at M = {problem.m}: name one of {', '.join(e.key for e in runnable)}")
+
+
+def _is_ruled(variant: Variant, problem: Problem, tile: tuple[int, ...], cluster: tuple[int, ...]) -> bool:
+    """Whether ``variant`` is what a rule wants for the op and dtypes of ``problem``, whatever its shape."""
+    kind = (variant.op, variant.a_dtype, variant.c_dtype) == (problem.op, problem.a_dtype, problem.c_dtype)
+    return kind and (variant.tile_m, variant.tile_n) == tile and (variant.cluster_m, variant.cluster_n) == cluster
 
 
 def _forced(key: str, size: int, runnable: list[Variant], rejected: list[Rejected]) -> Choice:

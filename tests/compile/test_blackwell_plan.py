@@ -1,0 +1,159 @@
+"""The generic Plan on tcgen05 recipes, over a driver that exists only in Python: parts of the weights, settings, workspaces, tensor maps."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_driver import FakeDriver
+
+from densemoe.compile import build, kernels, matrix
+from densemoe.compile.oracle import recorded_tensor_map
+from densemoe.runtime import packing
+from densemoe.runtime.errors import ProblemError, RecipeError
+from densemoe.runtime.loader import Loader
+from densemoe.runtime.plan import Plan
+from densemoe.runtime.problem import Problem
+from densemoe.runtime.select import Choice, load_table, select
+
+FC1 = "fc1.sm100f.t128x128.c1x2.nvfp4-nvfp4"
+FC2 = "fc2.sm100f.t128x128.c1x2.nvfp4-bf16"
+
+
+class Driver(FakeDriver):
+    """Compute capability 10.0; tensor maps hold their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__(capabilities=((10, 0),))
+
+    def encode_tensor_map(self, *arguments: Any) -> bytes:
+        return recorded_tensor_map(*arguments)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact root with one FC1 and one FC2 variant."""
+    out = tmp_path_factory.mktemp("blackwell")
+    for key in (FC1, FC2):
+        result = build.build(matrix.load(), out, arch="sm_100f", key_filter=key)
+        assert not result.failures
+    return out
+
+
+def plan_of(root: Path, problem: Problem, key: str | None, **options: Any) -> tuple[Plan, dict[str, int], Driver]:
+    driver = Driver()
+    tensors = {role: driver.allocate(spec.nbytes) for role, spec in problem.tensors().items()}
+    tensors["b"] = driver.allocate(packing.interchange_bytes(problem.op, problem.experts, problem.hidden, problem.intermediate))
+    return Loader(root, driver).plan(problem, tensors, 0, key, **options), tensors, driver  # type: ignore[arg-type]
+
+
+def parameter(plan: Plan, name: str) -> bytes:
+    """A parameter's bytes as the Plan packed them."""
+    recipe = plan.entry.recipe
+    index = next(i for i, each in enumerate(recipe.parameters) if each.name == name)
+    offset, size = recipe.offsets()[index]
+    return bytes(plan._packed.parameters[offset : offset + size])
+
+
+def address(plan: Plan, name: str) -> int:
+    """The address in a pointer or in a tensor map."""
+    return int(struct.unpack("<Q", parameter(plan, name)[:8])[0])
+
+
+def test_weights_are_one_buffer_of_codes_then_scales(root: Path) -> None:
+    problem = Problem("fc1", 5, 3, 320, 128, "nvfp4", "nvfp4", alpha_post=True, active_list=True)
+    plan, tensors, driver = plan_of(root, problem, FC1)
+    assert plan.entry.layout == packing.INTERCHANGE_LAYOUT == kernels.load("sm100_fc1").WEIGHT_LAYOUT
+    codes = 3 * 256 * 320 // 2
+    assert (address(plan, "map_b"), address(plan, "map_b_scales")) == (tensors["b"], tensors["b"] + codes)
+    assert (address(plan, "map_a"), address(plan, "c_scales")) == (tensors["a.codes"], tensors["c.scales"])
+    assert address(plan, "alpha_post") == tensors["alpha_post"]
+    other = driver.allocate(packing.interchange_bytes("fc1", 3, 320, 128))
+    plan.update("b", other)
+    assert (address(plan, "map_b"), address(plan, "map_b_scales")) == (other, other + codes)
+    plan.launch()
+
+
+def test_absent_optional_tensors_are_null(root: Path) -> None:
+    plan, _, _ = plan_of(root, Problem("fc1", 5, 3, 320, 128, "nvfp4", "nvfp4"), FC1)
+    assert (address(plan, "alpha_post"), address(plan, "active_experts")) == (0, 0)
+    assert parameter(plan, "waits_first") == bytes(4)
+
+
+def test_settings_reach_the_kernel_and_unknown_ones_are_refused(root: Path) -> None:
+    problem = Problem("fc2", 130, 3, 320, 256, "nvfp4", "bf16", active_list=True)
+    plan, _, _ = plan_of(root, problem, FC2, settings={"splits": 4, "prefetch": 3})
+    words = {name: int.from_bytes(parameter(plan, name), "little") for name in ("splits", "prefetch", "waits_first", "cluster_columns")}
+    assert words == {"splits": 4, "prefetch": 3, "waits_first": 1, "cluster_columns": 2}
+    assert plan._packed.grid == (2 * 2 * 4 * 2, 1, 1)  # row tiles x clusters of columns x splits, two CTAs each
+    with pytest.raises(RecipeError, match=r"setting splits=3: use one of 1, 2, 4"):
+        plan_of(root, problem, FC2, settings={"splits": 3})
+    with pytest.raises(RecipeError, match=r"settings \['stages'\] are not those of .*: it has splits, prefetch, early_list"):
+        plan_of(root, problem, FC2, settings={"stages": 3})
+
+
+def test_a_scalar_alpha_has_strides_of_zero(root: Path) -> None:
+    strides = {}
+    for scalar in (False, True):
+        plan, _, _ = plan_of(root, Problem("fc2", 5, 3, 320, 256, "nvfp4", "bf16", scalar_alpha=scalar), FC2)
+        strides[scalar] = [int.from_bytes(parameter(plan, f"alpha_stride_{axis}"), "little") for axis in "me"]
+    assert strides == {False: [3, 1], True: [0, 0]}
+
+
+def test_a_list_of_active_experts_is_part_of_the_problem(root: Path) -> None:
+    problem = Problem("fc2", 5, 3, 320, 256, "nvfp4", "bf16", active_list=True)
+    plan, tensors, driver = plan_of(root, problem, FC2)
+    assert address(plan, "active_experts") == tensors["active_experts"]
+    missing = {role: pointer for role, pointer in tensors.items() if role != "active_experts"}
+    with pytest.raises(ProblemError, match=r"active_experts.*missing"):
+        Loader(root, driver).plan(problem, missing, 0, FC2)  # type: ignore[arg-type]
+
+
+def test_no_tokens_launch_nothing(root: Path) -> None:
+    plan, _, _ = plan_of(root, Problem("fc2", 0, 3, 320, 256, "nvfp4", "bf16"), FC2)
+    plan.launch()
+
+
+# ---- the modelled table
+
+
+def chosen(problem: Problem) -> Choice:
+    variants = [each.variant for each in matrix.load().profile("full") if each.variant.arch == "sm_100f"]
+    return select(problem, variants, load_table("sm_100f"))
+
+
+@pytest.mark.parametrize(
+    ("op", "m", "intermediate", "tile", "settings"),
+    [
+        ("fc1", 8, 256, (128, 128), {}),
+        ("fc1", 200, 256, (256, 256), {}),
+        ("fc1", 300, 256, (128, 256), {}),
+        ("fc1", 500, 256, (256, 256), {}),
+        ("fc1", 200, 192, (128, 128), {}),  # 2I = 384: the pair of 256 columns is installed and does not fit
+        ("fc2", 100, 256, (128, 128), {"splits": 2}),
+        ("fc2", 200, 256, (256, 128), {}),
+    ],
+)
+def test_the_table_says_what_is_published(op: str, m: int, intermediate: int, tile: tuple[int, int], settings: dict[str, int]) -> None:
+    choice = chosen(Problem(op, m, 8, 512, intermediate, "nvfp4", "bf16"))
+    assert (choice.variant.tile_m, choice.variant.tile_n) == tile
+    assert choice.settings == settings
+    assert choice.provenance == "modelled"
+
+
+@pytest.mark.parametrize("m", [0, 1, 128, 129, 256, 384, 385, 512, 4096])
+@pytest.mark.parametrize("intermediate", [64, 128, 192, 1408, 2048])
+def test_every_problem_that_some_variant_runs_is_ruled(m: int, intermediate: int) -> None:
+    assert chosen(Problem("fc1", m, 3, 512, intermediate, "nvfp4", "nvfp4")).variant.op == "fc1"
+    if intermediate % 256 == 0:
+        assert chosen(Problem("fc2", m, 3, 512, intermediate, "nvfp4", "f32")).variant.op == "fc2"
+
+
+def test_a_rule_s_settings_reach_the_kernel_and_the_caller_s_win(root: Path) -> None:
+    problem = Problem("fc2", 5, 3, 320, 256, "nvfp4", "bf16")
+    for given, expected in ((None, 2), ({"splits": 4}, 4)):
+        plan, _, _ = plan_of(root, problem, None, settings=given)
+        assert plan.key == FC2
+        assert int.from_bytes(parameter(plan, "splits"), "little") == expected
