@@ -31,6 +31,7 @@ $(STAMP): pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.torch: $(STAMP)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[torch-test]'
 	touch $@
 
 quickstart: $(STAMP)

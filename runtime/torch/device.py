@@ -20,7 +20,7 @@ import torch
 from densemoe.runtime.errors import PlanError, ProblemError
 from densemoe.runtime.layout import padded_rows
 from densemoe.runtime.loader import Loader
-from densemoe.runtime.plan import Plan
+from densemoe.runtime.plan import WORKSPACE_ALIGNMENT, Plan, packed_weight_bytes
 from densemoe.runtime.problem import GROUP, OTHER_ALIGNMENT, Problem
 from densemoe.runtime.recipe import evaluate
 from densemoe.runtime.torch.checks import C_DTYPES, check_moe, check_quantize, fc1_problem, fc2_problem, require
@@ -141,24 +141,38 @@ class Runtime:
         return found
 
     def plan(
-        self, problem: Problem, addresses: Mapping[str, int], ordinal: int, device: Any, owned: list[Tensor], layout: str | None = None
+        self,
+        problem: Problem,
+        addresses: Mapping[str, int],
+        ordinal: int,
+        device: Any,
+        owned: list[Tensor],
+        layout: str | None = None,
+        weight_bytes: int = 0,
     ) -> Plan:
         """A Plan whose workspaces are torch's.
 
+        Args:
+            layout, weight_bytes: of the packed weights, where the op has some.
+
         Raises:
             PlanError: the weights' layout is not the kernel's.
+            ProblemError: they have another size than the layout gives.
         """
         choice = self.loader.select(problem, ordinal)
         entry = self.loader.kernel(choice.variant.key, ordinal).entry
         if layout is not None and entry.layout != layout:
             raise PlanError(f"the weights are packed as {layout}, {entry.key} reads {entry.layout}: pack them for this device")
+        needed = packed_weight_bytes(entry.layout, problem)
+        if weight_bytes != needed:
+            raise ProblemError(f"{problem.op}: packed weights of {weight_bytes} bytes: {entry.layout} of this problem has {needed}")
         names = entry.recipe.bind({**problem.names(), "sm_count": self.loader.driver.sm_count(ordinal)}) if problem.m else {}
         workspace: dict[str, int] = {}
         for each in entry.recipe.workspaces if problem.m else ():
             make = torch.zeros if each.zeroed else torch.empty
-            memory = make(max(evaluate(each.nbytes, names), 1), dtype=torch.uint8, device=device)
+            memory = make(evaluate(each.nbytes, names) + WORKSPACE_ALIGNMENT, dtype=torch.uint8, device=device)
             owned.append(memory)
-            workspace[each.role] = memory.data_ptr()
+            workspace[each.role] = -(-memory.data_ptr() // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
         return self.loader.plan(problem, addresses, ordinal, choice.variant.key, workspace)
 
     def launch(self, entry: _Entry, addresses: tuple[Addresses, ...], ordinal: int, stream: int) -> None:
@@ -226,7 +240,9 @@ def _run(
         given = {**dict.fromkeys(problem.tensors(), 0), **addresses}
         if layout is not None:
             given["b"] = addresses.get("b", 0)
-        return _Entry((_runtime.plan(problem, given, ordinal, first.device, owned, layout),), owned=owned)
+        weights = tensors.get("b")
+        weight_bytes = 0 if weights is None else weights.numel()
+        return _Entry((_runtime.plan(problem, given, ordinal, first.device, owned, layout, weight_bytes),), owned=owned)
 
     entry = _runtime.entry((key, stream, addresses.get("b"), *(_signature(each) for each in tensors.values())), make)
     _runtime.launch(entry, (addresses,), ordinal, stream)
@@ -493,13 +509,13 @@ def _moe(
         size, at = _scratch(problems, roles)
         entry = _Entry((), size, at)
         memory = torch.empty(max(size, 1), dtype=torch.uint8, device=x.device)
-        layouts = (*(None for _ in problems[:-2]), layout, layout)
+        weights = (*((None, 0) for _ in problems[:-2]), (layout, w1.numel()), (layout, w2.numel()))
         addresses = _moe_addresses(entry, arguments, c, memory.data_ptr())
         if not problems[last].m:
             return entry
         entry.plans = tuple(
-            _runtime.plan(problem, own, ordinal, x.device, entry.owned, each)
-            for problem, own, each in zip(problems, addresses, layouts, strict=True)
+            _runtime.plan(problem, own, ordinal, x.device, entry.owned, *each)
+            for problem, own, each in zip(problems, addresses, weights, strict=True)
         )
         return entry
 
