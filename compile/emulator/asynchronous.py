@@ -284,6 +284,22 @@ class Copies:
                 self.races.waited(g.warps[w], g.warps[w].bulk_waited)
         return True
 
+    def st_async(self, g: Gang, mask: Any, target: Any, barrier: Any, size: int, values: tuple[Any, ...]) -> None:
+        """``st.async``: a store to shared memory of the cluster that completes on an mbarrier there."""
+        for warp, _, (to, bar, *parts) in self.lanes_of(g, mask, target, barrier, *values):
+            data = np.frombuffer(b"".join(int(each).to_bytes(size, "little") for each in parts), np.uint8)
+            slot, offset = self.window_range(warp, to, data.size, data.size)
+            place = self.barrier_place(warp, bar)
+            if place[0] != slot:
+                raise EmulatorError("st.async to one CTA with an mbarrier of another")
+
+            def action(operation: AsyncOperation, slot: int = slot, offset: int = offset, data: Any = data, place: tuple[int, int] = place) -> None:
+                self.write_shared(slot, offset, data, operation)
+                self.signal_bytes(place, data.size, operation.clock)
+
+            self.moved["st.async"] += data.size
+            self.submit(self.new_operation(g, warp, action, "st.async"))
+
     # --- cp.async
 
     def cp_async(self, g: Gang, mask: Any, target: Any, source: Any, size: int, valid: Any) -> None:

@@ -7,7 +7,7 @@ memory orders have no effect on values here.
 
 from __future__ import annotations
 
-from densemoe.compile.emulator.emitter import Emitter, Value
+from densemoe.compile.emulator.emitter import Emitter, Value, literal
 from densemoe.compile.emulator.memory import PARAMETER_WINDOW, SHARED_WINDOW
 from densemoe.compile.emulator.mma import make_mma
 from densemoe.compile.emulator.operations import operation
@@ -105,6 +105,14 @@ def _prefetch(e: Emitter, i: Instruction) -> None:
     e.address(i.operands[0])
 
 
+@operation(
+    "createpolicy.fractional.L2::{evict_first|evict_last|evict_normal|evict_unchanged}{.L2::{evict_first|evict_unchanged}|}.b64",
+    operands=(1, 2),
+)
+def _createpolicy(e: Emitter, i: Instruction) -> None:
+    e.assign(i.operands[0], literal(0, 64))  # policies have no effect here
+
+
 # --- atom and red -----------------------------------------------------------------------------------------------------
 
 _ATOMIC = "{.relaxed|.acquire|.release|.acq_rel|}{.cta|.cluster|.gpu|.sys|}{.global|.shared|.shared::cta|.shared::cluster|}"
@@ -112,6 +120,8 @@ _INTEGER = "{.add.{u32|s32|u64}|.{min|max}.{u32|s32|u64|s64}|.{and|or|xor}.{b32|
 _FLOAT = ".add{.noftz.{f16x2|bf16x2}|.{f32|f64}}"
 
 
+# ptxas also takes the operation before order, scope and space
+@operation(f"atom.add{_ATOMIC}.{{u32|s32|u64|f32}}", operands=3)
 @operation(f"atom{_ATOMIC}{_INTEGER}", f"atom{_ATOMIC}{_FLOAT}", f"atom{_ATOMIC}.exch.{{b32|b64}}", operands=3)
 @operation(f"atom{_ATOMIC}.cas.{{b32|b64}}", operands=4)
 def _atom(e: Emitter, i: Instruction) -> None:

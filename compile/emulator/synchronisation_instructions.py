@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from densemoe.compile.emulator.emitter import Emitter, Value
 from densemoe.compile.emulator.operations import operation
-from densemoe.compile.emulator.parser import Instruction, Operand, Register, Sink
+from densemoe.compile.emulator.parser import Instruction, Operand, Register, Sink, Vector
 from densemoe.runtime.errors import EmulatorError
 
 _WAIT = 3  # translation.WAIT
@@ -240,6 +240,19 @@ def _bulk_commit(e: Emitter, i: Instruction) -> None:
 @operation("cp.async.bulk.wait_group{.read|}", operands=1, destinations=0, blocking=True)
 def _bulk_wait(e: Emitter, i: Instruction) -> None:
     e.emit(f"if not H.bulk_wait(g, {e.mask}, {_text(e, i.operands[0])}, {'read' in i.parts}): return {_WAIT}")
+
+
+@operation(
+    "st.async{.weak|}{.shared::cluster|}.mbarrier::complete_tx::bytes{.v2|.v4|}.{b32|u32|s32|f32|b64|u64|s64|f64}", operands=3, destinations=0
+)
+def _st_async(e: Emitter, i: Instruction) -> None:
+    size = int(i.parts[-1][1:]) // 8
+    items = i.operands[1].items if isinstance(i.operands[1], Vector) else (i.operands[1],)
+    if len(items) != next((int(each[1]) for each in i.parts if each in ("v2", "v4")), 1):
+        raise EmulatorError(f"{len(items)} registers")
+    values = ", ".join(_text(e, item, 8 * size) for item in items)
+    target, barrier = e.u(e.address(i.operands[0])), e.u(e.address(i.operands[2]))
+    e.emit(f"H.st_async(g, {e.mask}, {target}, {barrier}, {size}, ({values},))")
 
 
 # --- cp.async ---------------------------------------------------------------------------------------------------------

@@ -319,6 +319,21 @@ def test_distributed_shared_memory_and_cluster_barriers(schedule: str) -> None:
     np.testing.assert_array_equal(out, want)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_asynchronous_stores_to_another_cta(schedule: str) -> None:
+    body = """mov.u32 %r1, window; mov.u32 %r9, %cluster_ctarank; xor.b32 %r5, %r9, 1; setp.eq.u32 %p1, %t0, 0;
+        @%p1 mbarrier.init.shared.b64 [%r1], 1; fence.mbarrier_init.release.cluster;
+        @%p1 mbarrier.arrive.expect_tx.shared.b64 %d1, [%r1], 128; barrier.cluster.arrive; barrier.cluster.wait;
+        shl.b32 %r2, %t0, 2; add.u32 %r3, %r1, %r2; mapa.shared::cluster.u32 %r6, %r3, %r5; mapa.shared::cluster.u32 %r7, %r1, %r5;
+        mad.lo.u32 %r4, %r9, 1000, %t0;
+        st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%r6+128], %r4, [%r7];
+        W: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p2, [%r1], 0; @!%p2 bra W;
+        ld.shared.b32 %r8, [%r3+128]; shl.b32 %r9, %r9, 7; cvt.u64.u32 %x5, %r9; add.s64 %x5, %x5, %x4; st.global.b32 [%x5], %r8;
+        barrier.cluster.arrive; barrier.cluster.wait;"""
+    out = one(body, np.zeros(4, np.uint32), 64, grid=2, cluster=2, schedule=schedule, shared=1024)
+    np.testing.assert_array_equal(out, [1000 * (1 - cta) + lane for cta in range(2) for lane in range(32)])
+
+
 def test_many_ctas_and_partial_warps() -> None:
     body = (
         "mov.u32 %r1, %ctaid.x; mul.lo.u32 %r2, %r1, 40; add.u32 %r2, %r2, %t0; mul.wide.u32 %x5, %r2, 4; "
