@@ -18,6 +18,7 @@ from densemoe.runtime import release_cli
 from densemoe.runtime.errors import (
     ArtifactError,
     BuildError,
+    CheckpointError,
     DensemoeError,
     DriverError,
     MatrixError,
@@ -237,6 +238,8 @@ def _show(args: argparse.Namespace) -> int:
         print(f"  +{offset:<4} {size:>3} B  {parameter.kind:10} {parameter.name} = {parameter.value}")
     for workspace in recipe.workspaces:
         print(f"  {workspace.role}: {workspace.nbytes} bytes{', zeroed' if workspace.zeroed else ''}")
+    for setting, allowed in recipe.settings:
+        print(f"  setting {setting}: {', '.join(map(str, allowed))}")
     for name, value in entry.audit.items():
         print(f"{name:16} {value}")
     for record in entry.verification:
@@ -416,6 +419,8 @@ def _build_side(function: str) -> Callable[[argparse.Namespace], int]:
     try:
         module = importlib.import_module(name or _BUILD)
     except ImportError as error:
+        if (error.name or "") == "torch":
+            raise ToolchainError("this command needs torch: install densemoe[torch]") from None
         if (error.name or "").split(".")[0] in ("yaml", "rich", "cutlass", "numpy", "cuda"):
             raise ToolchainError(f"this command needs {error.name}: install densemoe[build]") from None
         raise
@@ -453,7 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(error: DensemoeError) -> int:
-    if isinstance(error, (MatrixError, ProblemError, SelectionError, VariantError)):
+    if isinstance(error, (CheckpointError, MatrixError, ProblemError, SelectionError, VariantError)):
         return USAGE
     if isinstance(error, (DriverError, ToolchainError)) or type(error).__name__ in ("ArtifactNotFound", "ArchitectureMismatch"):
         return UNAVAILABLE
