@@ -106,6 +106,36 @@ def add_commands(add: Add) -> None:
     coverage.add_argument("--a-dtype", choices=("bf16", "nvfp4"), help="only these activations (default: both)")
     coverage.add_argument("--m", type=int, action="append", help="only these numbers of tokens; may be repeated")
     _artifacts(coverage)
+    _add_torch_commands(add)
+
+
+def _add_torch_commands(add: Add) -> None:
+    convert = add(
+        "convert",
+        "the experts of a checkpoint (NVFP4 or unquantised) as a packed checkpoint that loads by mmap",
+        "densemoe convert Qwen3-30B-A3B-NVFP4 experts.safetensors",
+        "densemoe.runtime.torch.cli:convert",
+    )
+    convert.add_argument("source", help="safetensors file or folder of them")
+    convert.add_argument("target", help="file to write")
+    convert.add_argument("--arch", default="sm_90a", choices=("sm_90a", "sm_100f"), help="whose weight layout (default: sm_90a)")
+    convert.add_argument("--tp-size", type=int, default=1, help="ranks that I is split over (default: 1)")
+    convert.add_argument("--tp-rank", type=int, default=0, help="which of them this file is for (default: 0)")
+    convert.add_argument("--json", action="store_true", help="print JSON")
+
+    numerics = add(
+        "numerics",
+        "error of a layer against its unquantised self, by form and number of tokens",
+        "densemoe numerics --experts 8 --hidden 512 --intermediate 512",
+        "densemoe.runtime.torch.cli:numerics",
+    )
+    numerics.add_argument("--experts", type=int, default=8)
+    numerics.add_argument("--top-k", type=int, default=2)
+    numerics.add_argument("--hidden", type=int, default=512)
+    numerics.add_argument("--intermediate", type=int, default=512)
+    numerics.add_argument("--m", type=int, nargs="+", default=[1, 8, 64], help="tokens (default: 1 8 64)")
+    numerics.add_argument("--device", default="cpu", help="cpu (the exact reference) or cuda (the kernels)")
+    numerics.add_argument("--json", action="store_true", help="print JSON")
 
 
 def fetch(args: argparse.Namespace) -> int:

@@ -262,3 +262,22 @@ def test_a_file_that_is_cut_or_foreign_is_refused(tmp_path: Path) -> None:
         Checkpoint(path)
     with pytest.raises(CheckpointError, match="no safetensors files"):
         Checkpoint(tmp_path / "nowhere")
+
+
+def test_the_command_converts_for_each_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    from densemoe.runtime import cli
+
+    (tmp_path / "from").mkdir()
+    folder, _ = write(tmp_path / "from", modelopt)
+    target = tmp_path / "rank1.safetensors"
+    assert cli.main(["convert", str(folder), str(target), "--tp-size", "2", "--tp-rank", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == target.stat().st_size
+    assert reading.load_packed(Checkpoint(target), PREFIX.format(1)).intermediate == 64
+    assert cli.main(["convert", str(tmp_path / "nothing"), str(target)]) == 2
+    assert "no safetensors files" in capsys.readouterr().err
+    assert cli.main(["numerics", "--experts", "2", "--hidden", "64", "--intermediate", "64", "--m", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["form"] for row in rows] == ["bf16", "nvfp4 between", "nvfp4", "nvfp4 fused alpha"]
+    assert rows[0]["relative_error"] < rows[2]["relative_error"] < 0.5
