@@ -42,11 +42,13 @@ Vector = NDArray[np.int32]
 class Clock:
     """What somebody knows: three vectors; for an asynchronous operation also its own unit and tick."""
 
-    __slots__ = ("order", "proxy", "tensor", "tick", "unit")
+    __slots__ = ("issuer", "order", "proxy", "tensor", "tick", "unit")
 
     def __init__(self, order: Vector, proxy: Vector, tensor: Vector, unit: int = -1, tick: int = 0) -> None:
         self.order, self.proxy, self.tensor = order, proxy, tensor
         self.unit, self.tick = unit, tick
+        #: of an operation that some lanes of a warp issued: the warp's unit, and the tick up to which its other lanes' reads are done
+        self.issuer: tuple[int, int] | None = None
 
     def copy(self) -> Clock:
         """An independent copy."""
@@ -126,6 +128,8 @@ class Races:
         #: pages of shared memory that were accessed in pieces other than 16 bytes
         self.generic_pages = np.zeros(ctas * self.window_granules // _PAGE + 1, np.bool_)
         self.tmem: dict[int, _Marks] = {}
+        #: own tick of each warp when its lanes were synchronised last
+        self.converged = np.zeros(len(warps), np.int32)
         self.ticks = np.zeros(_ASYNC_UNITS, np.int64)
         self.next_async = 0
         self.lints = lints
@@ -159,8 +163,14 @@ class Races:
         if release:
             barrier.clock = self._release(barrier.clock, warp)
 
+    def warp_converged(self, warp: Warp) -> None:
+        """``bar.warp.sync`` or another instruction for which the lanes of a warp wait for each other."""
+        self.converged[warp.row] = self.order[warp.row, warp.unit]
+        self._tick(warp)
+
     def barrier_leave(self, barrier: Any, warp: Warp) -> None:
         """A CTA or cluster barrier is left."""
+        self.warp_converged(warp)
         self._acquire(barrier.completed_clock, warp)
 
     def mbarrier_init(self, barrier: Any, warp: Warp) -> None:
@@ -224,8 +234,8 @@ class Races:
 
     # --- asynchronous operations
 
-    def fork(self, warp: Warp) -> Clock:
-        """The clock of an operation that a warp issues."""
+    def fork(self, warp: Warp, partial: bool = False) -> Clock:
+        """The clock of an operation that a warp issues; `partial`: some of its lanes do, which do not wait for the others."""
         row = warp.row
         number = self.next_async
         self.next_async = (number + 1) % _ASYNC_UNITS
@@ -236,6 +246,8 @@ class Races:
         clock = Clock(self.order[row].copy(), self.proxy[row].copy(), tensor, unit, tick)
         for part in (clock.order, clock.proxy, clock.tensor):
             part[unit] = tick
+        if partial:
+            clock.issuer = (warp.unit, int(self.converged[row]))
         self._tick(warp)
         return clock
 
@@ -307,7 +319,11 @@ class Races:
                 f"race: {'writes' if write else 'reads'} shared memory at {self._offset(place):#x} that {self._name(unit)} wrote, {reason}"
             )
         if write:
-            found = marks.unordered_read(where, clock.order)
+            known = clock.order
+            if clock.issuer is not None:
+                known = known.copy()
+                known[clock.issuer[0]] = clock.issuer[1]
+            found = marks.unordered_read(where, known)
             if found is not None:
                 place = self._place(where, found[0])
                 raise EmulatorError(f"race: overwrites shared memory at {self._offset(place):#x} that {self._name(found[1])} may still read")

@@ -359,6 +359,7 @@ class Synchronisation:
 
     def shuffle(self, g: Gang, mode: str, a: Any, b: Any, c: Any, members: Any, mask: Any, defined: Any) -> Any:
         """``shfl.sync``: values and whether the source lane was in range."""
+        self._converged(g, mask)
         if not (isinstance(members, int) and members == 0xFFFFFFFF and mask is None):
             member = self._members(g, members, mask, "shfl.sync")
         else:
@@ -383,6 +384,7 @@ class Synchronisation:
 
     def vote(self, g: Gang, mode: str, p: Any, members: Any, mask: Any) -> Any:
         """``vote.sync``."""
+        self._converged(g, mask)
         member = self._members(g, members, mask, "vote.sync").reshape(-1, LANES)
         p = p.reshape(-1, LANES)
         if mode == "ballot":
@@ -436,6 +438,7 @@ class Synchronisation:
 
     def elect(self, g: Gang, members: Any, mask: Any) -> Any:
         """``elect.sync``: the lowest member of each warp."""
+        self._converged(g, mask)
         if isinstance(members, int) and members == 0xFFFFFFFF and mask is None:
             chosen = np.zeros(g.lanes, np.bool_)
             chosen[::LANES] = True
@@ -449,6 +452,13 @@ class Synchronisation:
     def warp_sync(self, g: Gang, members: Any, mask: Any) -> None:
         """``bar.warp.sync``: the lanes of a gang's warp run together, so there is nothing to wait for."""
         self._members(g, members, mask, "bar.warp.sync")
+        self._converged(g, mask)
+
+    def _converged(self, g: Gang, mask: Any) -> None:
+        """Tells race detection that lanes of each warp waited for each other."""
+        if self.races is not None:
+            for w in g.active_warps(mask):
+                self.races.warp_converged(g.warps[w])
 
     # --- asynchronous completion, called by copies and MMA units
 

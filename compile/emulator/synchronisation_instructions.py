@@ -48,9 +48,7 @@ def _bar_red(e: Emitter, i: Instruction) -> None:
 
 @operation("bar.warp.sync", operands=1, destinations=0)
 def _warp_sync(e: Emitter, i: Instruction) -> None:
-    members = e.value(i.operands[0], 32)
-    if e.mask != "None" or members.literal != 0xFFFFFFFF:
-        e.emit(f"H.warp_sync(g, {e.u(members)}, {e.mask})")
+    e.emit(f"H.warp_sync(g, {_text(e, i.operands[0])}, {e.mask})")
 
 
 @operation("barrier.cluster.arrive{.release|.relaxed|}{.aligned|}", operands=0, destinations=0)

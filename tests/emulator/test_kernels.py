@@ -114,3 +114,13 @@ def test_a_kernel_that_forgets_to_wait_for_its_copy_reads_shared_memory_before_i
 
     with pytest.raises(Exception, match="read before it was written"):
         run_case("fc1.sm90a.t8x64.c1x1.bf16-f32", 3, 1, 256, 64, "exact", post=True, schedule="lazy", edit=without_wait)
+
+
+def test_refilling_a_stage_that_other_lanes_may_still_read_is_a_race() -> None:
+    """Without bar.warp.sync lane 0 starts a copy over what the other lanes of its warp read."""
+
+    def without_warp_sync(ptx: str) -> str:
+        return "\n".join(line for line in ptx.split("\n") if "bar.warp.sync" not in line)
+
+    with pytest.raises(Exception, match=r"race: overwrites shared memory .* may still read"):
+        run_case("fc1.sm90a.t8x64.c1x1.bf16-f32", 3, 1, 512, 64, "exact", post=True, edit=without_warp_sync)
