@@ -1,0 +1,151 @@
+"""TensorRT-LLM, the reference's home: functions with the signatures of its dense-GEMM FC1 and FC2 ops, and a backend like its DENSEGEMM.
+
+Operands are the interchange layout: codes as uint8 or float4_e2m1fn_x2, scales tiled. FC1's and FC2's weights are packed on first use of a pair of
+tensors, for the layout that the device's kernels read, and kept as long as the process; ``forget`` drops them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+from densemoe.runtime import packing
+from densemoe.runtime.errors import ProblemError
+from densemoe.runtime.layout import padded_rows
+from densemoe.runtime.problem import GROUP
+from densemoe.runtime.torch import ops
+
+__all__ = [
+    "DenseGemmBackend",
+    "cute_dsl_nvfp4_dense_gemm_fc2_blackwell",
+    "cute_dsl_nvfp4_dense_gemm_swiglu_blackwell",
+    "forget",
+]
+
+Tensor = Any
+_FP4: Final = torch.float4_e2m1fn_x2
+_OUTPUTS: Final = {_FP4: "nvfp4", torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+_packed: dict[tuple[str, int, int], tuple[Tensor, str, tuple[Tensor, Tensor]]] = {}
+
+
+def forget() -> None:
+    """Drops every packed weight."""
+    _packed.clear()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.uint8 else tensor.view(torch.uint8)
+
+
+def _layout(device: Any) -> str:
+    """What the device's kernels read; on a CPU the interchange layout, which nothing has to be moved for."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return packing.LAYOUT if hopper else packing.INTERCHANGE_LAYOUT
+
+
+def _pack(op: str, b: Tensor, b_sf: Tensor, experts: int) -> tuple[Tensor, str]:
+    key = (op, b.data_ptr(), b_sf.data_ptr())
+    if key not in _packed:
+        layout = _layout(b.device)
+        codes, scales = (_plain(each).cpu().numpy() for each in (b, b_sf))
+        if layout == packing.INTERCHANGE_LAYOUT:
+            made = packing.pack_interchange(op, codes, scales, experts)
+        else:
+            made = packing.pack_fc1(codes, scales) if op == "fc1" else packing.pack_fc2(codes, scales, experts)
+        _packed[key] = (torch.from_numpy(made).to(b.device), layout, (b, b_sf))  # the originals kept, so that an address means one tensor
+    return _packed[key][:2]
+
+
+def _check(scaling_vector_size: int, output_dtype: Any, allowed: tuple[Any, ...]) -> str:
+    if scaling_vector_size != GROUP:
+        raise ProblemError(f"scaling_vector_size={scaling_vector_size}: NVFP4 has {GROUP}")
+    if output_dtype not in allowed:
+        raise ProblemError(f"output_dtype={output_dtype}: use one of {', '.join(map(str, allowed))}")
+    return _OUTPUTS[output_dtype]
+
+
+def cute_dsl_nvfp4_dense_gemm_swiglu_blackwell(
+    a: Tensor,
+    b: Tensor,
+    a_sf: Tensor,
+    b_sf: Tensor,
+    alpha: Tensor,
+    alpha_post: Tensor | None,
+    norm_const: Tensor | None,
+    *,
+    expert_count: int,
+    weight_per_expert: int,
+    output_dtype: Any = _FP4,
+    scaling_vector_size: int = GROUP,
+) -> tuple[Tensor, Tensor]:
+    """FC1. ``b`` ``[E, 2I, H/2]`` or ``[E·2I, H/2]``, ``weight_per_expert`` 2I; ``norm_const`` is the output multiplier, for FP4 output alone.
+
+    Raises:
+        ProblemError: shapes, dtypes or sizes that the contract does not allow.
+    """
+    c_dtype = _check(scaling_vector_size, output_dtype, tuple(_OUTPUTS))
+    hidden, rows = int(a.shape[1]) * 2, expert_count * weight_per_expert
+    if b.numel() != rows * hidden // 2 or b_sf.numel() != rows * hidden // GROUP:
+        raise ProblemError(f"b {list(b.shape)} with {expert_count} experts of {weight_per_expert} rows, H = {hidden}: the sizes do not agree")
+    codes, scales = _plain(b).reshape(expert_count, weight_per_expert, hidden // 2), _plain(b_sf).reshape(rows, hidden // GROUP)
+    packed, layout = _pack("fc1", codes, scales, expert_count)
+    a_scales = _plain(a_sf).reshape(padded_rows(int(a.shape[0])), hidden // GROUP)
+    multiplier = norm_const if c_dtype == "nvfp4" else None
+    c, c_sf = ops.fc1_swiglu(_plain(a), a_scales, packed, alpha, alpha_post, multiplier, weight_per_expert // 2, layout, c_dtype)
+    return (c.view(_FP4) if c_dtype == "nvfp4" else c), c_sf
+
+
+def cute_dsl_nvfp4_dense_gemm_fc2_blackwell(
+    a: Tensor,
+    b: Tensor,
+    a_sf: Tensor,
+    b_sf: Tensor,
+    alpha_scale: Tensor,
+    *,
+    expert_count: int,
+    weight_per_expert: int,
+    output_dtype: Any = torch.bfloat16,
+    scaling_vector_size: int = GROUP,
+) -> Tensor:
+    """FC2. ``b`` ``[H, E·I/2]``, ``weight_per_expert`` I, ``alpha_scale`` ``[M, E]``.
+
+    Raises:
+        ProblemError: shapes, dtypes or sizes that the contract does not allow.
+    """
+    c_dtype = _check(scaling_vector_size, output_dtype, (torch.bfloat16, torch.float16, torch.float32))
+    k, hidden = expert_count * weight_per_expert, int(b.shape[0])
+    if int(a.shape[1]) * 2 != k or int(b.shape[1]) * 2 != k:
+        raise ProblemError(f"a {list(a.shape)}, b {list(b.shape)}: K = E·I = {k} belongs to both")
+    scales = _plain(b_sf).reshape(padded_rows(hidden), k // GROUP)
+    packed, layout = _pack("fc2", _plain(b), scales, expert_count)
+    a_scales = _plain(a_sf).reshape(padded_rows(int(a.shape[0])), k // GROUP)
+    return ops.fc2(_plain(a), a_scales, packed, alpha_scale, expert_count, hidden, layout, c_dtype)
+
+
+class DenseGemmBackend:
+    """A backend like TensorRT-LLM's DENSEGEMM: quantised hidden states and the router's choice in, hidden states out.
+
+    Args:
+        moe: a DenseGemmMoE with ``activations="nvfp4"``.
+
+    Raises:
+        ProblemError: its activations are not NVFP4.
+    """
+
+    def __init__(self, moe: Any) -> None:
+        if moe.config.activations != "nvfp4":
+            raise ProblemError(f"activations={moe.config.activations!r}: this backend is given NVFP4 activations; set activations='nvfp4'")
+        self.moe = moe
+
+    def run_moe_nvfp4(
+        self, x: Tensor, token_selected_experts: Tensor, token_final_scales: Tensor, x_sf: Tensor, enable_alltoall: bool = False
+    ) -> Tensor:
+        """``x`` codes ``[M, H/2]``, ``x_sf`` row-major scales ``[M, H/16]``, ids and router weights ``[M, k]`` → ``[M, H]``.
+
+        Raises:
+            ProblemError: all-to-all is asked for.
+        """
+        if enable_alltoall:
+            raise ProblemError("all-to-all dispatch is not supported: every rank must see every token")
+        return self.moe(_plain(x), ids=token_selected_experts.contiguous(), weights=token_final_scales, scales=_plain(x_sf))
