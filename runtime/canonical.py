@@ -55,7 +55,10 @@ class Lines(Mapping[str, memoryview]):
         return memoryview(self._data)[at + len(mark) : end - (self._data[end - 1 : end] == b",")]
 
     def __iter__(self) -> Iterator[str]:
-        return iter([name.decode() for name in _NAMES.findall(self._data, self._start, self._end)])
+        try:
+            return iter([name.decode() for name in _NAMES.findall(self._data, self._start, self._end)])
+        except UnicodeDecodeError as error:
+            raise ManifestError(f"a name in a manifest is not UTF-8: {error}; build or install the set again") from None
 
     def __len__(self) -> int:
         return self._data.count(b'\n"', self._start, self._end)
