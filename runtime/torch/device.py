@@ -2,8 +2,10 @@
 
 A Plan is kept under everything that its checks depend on: shapes, dtypes, contiguity and devices of all tensors, the stream, the weights'
 address. A call that finds its Plan only writes new addresses into the parameter block. Memory between launches is one allocation of torch's
-per call, workspaces are torch's too and belong to one stream's Plan: layers and streams share no scratch. Plans used while a CUDA graph is
-captured are kept for the life of the process, since the graph goes on using their workspaces; the others are dropped, oldest first.
+per call; workspaces are torch's too and belong to one stream's Plan: layers and streams share no scratch.
+
+Plans that a CUDA graph captures are kept for the life of the process, since the graph goes on using their workspaces; the others are dropped,
+oldest first.
 """
 
 from __future__ import annotations
@@ -126,8 +128,13 @@ class Runtime:
             plan.close()
 
     def entry(self, key: Any, make: Callable[[], _Entry]) -> _Entry:
-        """The entry of ``key``, made where it is not there yet."""
-        found = self._entries.get(key)
+        """The entry of ``key``, made where it is not there yet.
+
+        One that is made while a graph is captured serves that capture alone: its workspaces belong to the graph, which clears them on replay.
+        """
+        found, capturing = self._entries.get(key), self._capturing()
+        if found is None and capturing:
+            return make()
         if found is None:
             with self._lock:
                 found = self._entries.get(key)
@@ -136,9 +143,12 @@ class Runtime:
                     unpinned = [old for old, each in self._entries.items() if not each.pinned]
                     if len(unpinned) > KEPT_PLANS:
                         self._drop(self._entries.pop(unpinned[0]))
-        if not found.pinned and self._capturing():
-            found.pinned = True
+        found.pinned = found.pinned or capturing
         return found
+
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured."""
+        return self._capturing()
 
     def plan(
         self,
@@ -557,7 +567,7 @@ def _moe_addresses(entry: _Entry, arguments: tuple[Tensor | None, ...], c: Tenso
         "ids": ids,
         "router": router,
         "w2_alpha": w2_alpha,
-        "alpha_divisor": alpha_max or _one(c.device).data_ptr(),
+        "alpha_divisor": alpha_max or _one(entry, c.device).data_ptr(),
         "alpha": alpha,
         "active_list": base + at["active_list"],
     }
@@ -567,9 +577,13 @@ def _moe_addresses(entry: _Entry, arguments: tuple[Tensor | None, ...], c: Tenso
 _ones: dict[Any, Tensor] = {}
 
 
-def _one(device: Any) -> Tensor:
+def _one(entry: _Entry, device: Any) -> Tensor:
     """A float32 1 on ``device``: the default form's divisor."""
     found = _ones.get(device)
-    if found is None:
-        found = _ones[device] = torch.ones(1, dtype=torch.float32, device=device)
+    if found is None and _runtime.capturing():
+        found = torch.ones(1, dtype=torch.float32, device=device)
+        entry.owned.append(found)
+    elif found is None:
+        # copied from the host, which waits for it: other streams may read it at once
+        found = _ones[device] = torch.tensor([1.0], dtype=torch.float32, device=device)
     return found

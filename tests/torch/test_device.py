@@ -144,6 +144,11 @@ def test_plans_of_a_captured_graph_are_kept(fake: Fake) -> None:
     assert len(fake.runtime._entries) == 0
     fake.capturing = True
     device.moe(*a)
+    assert len(fake.runtime._entries) == 0  # made during the capture: the graph's alone
+    fake.capturing = False
+    device.moe(*a)
+    fake.capturing = True
+    device.moe(*a)
     fake.capturing = False
     fake.runtime.clear()
     assert len(fake.runtime._entries) == 1
