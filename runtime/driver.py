@@ -37,6 +37,9 @@ def version_text(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
+_PARAMETER_INFO_SINCE: Final = 12040
+
+
 class LaunchConfig:
     """A prepared launch: the driver's structure, made once, of which a launch only changes the stream.
 
@@ -73,6 +76,8 @@ class Driver:
         code = result[0]
         if int(code) != 0:
             raise DriverUnavailable(f"cuInit: {self._name(code)} ({int(code)}): {self._remedy(self._name(code))}", call="cuInit", code=int(code))
+        if self.version() >= _PARAMETER_INFO_SINCE:
+            self._parameter_info  # noqa: B018 - looked up here, and not while the first kernel loads
 
     # ---- errors
 
@@ -197,12 +202,12 @@ class Driver:
     @cached_property
     def _parameter_info(self) -> Callable[..., int]:
         """``cuKernelGetParamInfo`` of the driver that cuda-bindings loaded, as a C function."""
-        if self.version() < 12040:
+        if self.version() < _PARAMETER_INFO_SINCE:
             raise DriverTooOld(
                 f"the driver supports CUDA {version_text(self.version())} and has no cuKernelGetParamInfo: a kernel's parameters cannot be compared"
                 " with the manifest's; update NVIDIA's driver to one for CUDA 12.4 or later"
             )
-        address, _ = self._call("cuGetProcAddress", b"cuKernelGetParamInfo", 12040, 0)
+        address, _ = self._call("cuGetProcAddress", b"cuKernelGetParamInfo", _PARAMETER_INFO_SINCE, 0)
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p)
         return kind(int(address))
 

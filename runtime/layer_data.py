@@ -1,8 +1,8 @@
 """Seeded data of whole layers (contract section 9): bf16 weights that are made again, expert by expert, whenever they are asked for.
 
 Weights are integers in [-127, 127] times a power of two: exact in bf16, quick to make, one byte each while they wait to be quantised. Their
-size gives up and gate projections a standard deviation of about 1 and an expert's output one of about 0.2, so that NVFP4's own error stays
-below the 0.15 of the layers' mark. Nothing here holds more than one expert's weights at a time.
+size gives up and gate projections a standard deviation of 0.7 to 1.4 and an expert's output one of 0.15 to 0.3, whatever H and I, so that
+NVFP4's own error stays below the 0.15 of the layers' mark. Nothing here holds more than one expert's weights at a time.
 """
 
 from __future__ import annotations
@@ -83,9 +83,14 @@ class LayerData:
         return self._rng(_PROJECTIONS[projection], expert).integers(-_LARGEST_INTEGER, _LARGEST_INTEGER + 1, shape, dtype=np.int8)
 
     def _step(self, projection: str) -> float:
-        """The power of two that an integer is multiplied by."""
-        std = _OUTPUT_STD / math.sqrt(self.case.intermediate) if projection == "down" else 1 / math.sqrt(self.case.hidden)
-        return float(2.0 ** round(math.log2(std / _INTEGER_STD)))
+        """The power of two that an integer is multiplied by: the one nearest to the aim."""
+        hidden, intermediate = math.sqrt(self.case.hidden), math.sqrt(self.case.intermediate)
+        step = 2.0 ** round(math.log2(1 / (hidden * _INTEGER_STD)))
+        if projection != "down":
+            return step
+        # SwiGLU's output grows about as the square of what goes in, whose size is off its aim by the rounding above
+        swiglu = (step * hidden * _INTEGER_STD) ** 2
+        return float(2.0 ** round(math.log2(_OUTPUT_STD / (intermediate * swiglu * _INTEGER_STD))))
 
     def projection(self, name: str, expert: int) -> npt.NDArray[np.float32]:
         """Unquantised weights, exact in bf16: ``up`` and ``gate`` ``[I, H]``, ``down`` ``[H, I]``."""

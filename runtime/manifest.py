@@ -119,7 +119,11 @@ class ManifestVariant:
     def from_json(cls, key: str, value: Any, path: str, arch: str, recipes: Mapping[str, Recipe]) -> ManifestVariant:
         """Checks and reads the entry of ``key``; its variant and recipe when they are asked for. Raises ManifestError."""
         fields = Fields(value, path)
-        found = {name: fields.get(name, kind, check, allowed) for name, (kind, check, allowed) in _ENTRY.items()}
+        found = {}
+        for name, (kind, check, allowed) in _ENTRY.items():
+            member = found[name] = value.get(name)
+            if type(member) is not kind or (check is not None and not check(member)):
+                fields.get(name, kind, check, allowed)  # names the fault
         belonging = (("symbol", symbol_of(key)), ("file", f"{key}.cubin"), ("arch_kind", architecture(arch).kind))
         for name, belongs in belonging:
             if found[name] != belongs:

@@ -96,7 +96,7 @@ def test_verify_as_text_and_json_say_the_same(run: Run, artifacts_copy: Path) ->
     code, out, _ = run("verify", "--artifacts", artifacts_copy, "--json")
     document = json.loads(out)
     assert code == 1
-    assert document["verified"] == 3
+    assert document["verified"] == 6
     assert len(document["faults"]) == 2
     code, out, _ = run("verify", "--artifacts", artifacts_copy)
     assert code == 1
