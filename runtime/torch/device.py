@@ -101,7 +101,7 @@ class Runtime:
         self._stream: Callable[[int], int] = stream or torch._C._cuda_getCurrentRawStream
         self._capturing: Callable[[], bool] = capturing or torch.cuda.is_current_stream_capturing
         self._guard = guard or _device_guard
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # making an entry may make the loader
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
 
     @property

@@ -53,6 +53,7 @@ class Binding(types.SimpleNamespace):
         plain: dict[str, Callable[..., tuple[Any, ...]]] = {
             "cuInit": lambda flags: (OK,),
             "cuDriverGetVersion": lambda: (OK, 13000),
+            "cuGetProcAddress": lambda name, version, flags: (OK, 1, 0),  # an address that no test here calls, unless it gives its own
             "cuDeviceGetCount": lambda: (OK, 1),
             "cuDeviceGet": lambda ordinal: (OK, ordinal),
             "cuDeviceGetName": lambda size, device: (OK, b"NVIDIA Test\0\0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -97,6 +98,18 @@ def test_a_bf16_layer_is_three_launches_that_hand_memory_on(fake: Fake) -> None:
     assert fc2[2]["c"] == out.data_ptr()
     pieces = [prepare[2]["alpha"], prepare[2]["active_list"], fc1[2]["c"]]
     assert len(set(pieces)) == 3
+
+
+def test_the_first_call_may_open_the_loader(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making an entry opens the loader of the process, under the lock that making an entry holds."""
+    lazy = device.Runtime(None, lambda ordinal: 77, lambda: False, lambda ordinal: nullcontext())
+    monkeypatch.setattr(device, "Loader", lambda: fake.loader)
+    device.use_runtime(lazy)
+    call = threading.Thread(target=device.moe, args=arguments(), daemon=True)
+    call.start()
+    call.join(20)
+    assert not call.is_alive(), "deadlock"
+    assert len(fake.launches()) == 3
 
 
 def test_quantising_adds_one_launch_and_the_fused_form_moves_alpha(fake: Fake) -> None:
