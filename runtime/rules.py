@@ -60,8 +60,6 @@ def _reason(variant: Variant, problem: Problem) -> str:
         return f"it reads {variant.a_dtype} activations, the problem has {problem.a_dtype}"
     if variant.c_dtype != problem.c_dtype:
         return f"it writes {variant.c_dtype}, the problem wants {problem.c_dtype}"
-    if problem.active_list and not _tcgen05(variant):
-        return "it computes every expert, the problem has a list of active ones: give alpha 0 for idle experts instead"
     if problem.op == "fc1" and _tcgen05(variant) and (2 * problem.intermediate) % variant.tile_n:
         return f"2I = {2 * problem.intermediate} is not a multiple of its tile_n {variant.tile_n}"
     if problem.op == "fc2" and _tcgen05(variant) and problem.intermediate % TCGEN05_K_TILE:

@@ -144,6 +144,20 @@ def load_global_f32_if(address: Any, valid: Any) -> Any:
     )
 
 
+def load_global_s32_or(address: Any, valid: Any, otherwise: Any) -> Any:
+    """One 32-bit integer where ``valid`` is not 0, else ``otherwise``."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; mov.b32 {$w0}, {$r2}; @p ld.global.b32 {$w0}, [{$r0}]; }",
+        write_only_types=[Int32],
+        read_only_args=[address, valid, otherwise],
+    )
+
+
+def listed_expert(active_experts: Any, listed: Any, place: Any) -> Any:
+    """The expert at a place of ``[count, expert, expert, …]`` where ``listed`` is not 0, else ``place`` itself (contract section 5)."""
+    return load_global_s32_or(active_experts + Int64(place + 1) * 4, listed, place)
+
+
 def mul_bf16x2(a: Any, b: Any) -> Any:
     """Packed product, rounded once; exact for every operand pair decoded here."""
     return pr.inline_ptx_hl("mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])

@@ -8,6 +8,9 @@ holds 8 up rows (g) and their 8 gate rows (g + 8): up and gate of one output mee
                epilogue: x alpha ─ SwiGLU ─ x alpha_post ─ quantise (amax over four lanes) or convert ─ store
 
 The ring runs ahead over unit borders, so that an epilogue does not drain it.
+
+Run-time switches: ``alpha_post`` null; ``active_experts`` null (every expert) or ``[count, expert, expert, …]``: units are then those of listed
+experts alone, the columns of the others stay unwritten.
 """
 
 from __future__ import annotations
@@ -53,11 +56,13 @@ def fc1_kernel(
     output_multiplier: cutlass.Pointer,
     c: cutlass.Pointer,
     c_scales: cutlass.Pointer,
+    active_experts: cutlass.Pointer,
     tokens_total: Int32,
     experts: Int32,
     hidden: Int32,
     intermediate: Int32,
     token_tiles: Int32,
+    waits_first: Int32,
     config: cutlass.Constexpr,
 ):
     tid, _, _ = cute.arch.thread_idx()
@@ -70,14 +75,18 @@ def fc1_kernel(
     stages = config.stages
     k_blocks = (hidden + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K
     row_blocks = intermediate // OUTPUT_COLUMNS  # of one expert
-    rows_total = experts * row_blocks
+    listed = Int32(active_experts.toint() != 0)
+    if waits_first != 0:
+        pr.griddepcontrol("wait")  # the list may come from the launch before
+    rows_total = common.load_global_s32_or(active_experts, listed, experts) * row_blocks
     row_bytes = Int64(k_blocks) * common.SUPERBLOCK_BYTES
 
     all_rings, all_barriers = common.shared_memory(config)
     ring = all_rings.subview(warp * (stages * common.SUPERBLOCK_BYTES))
     barriers = all_barriers.subview(warp * stages)
 
-    # units of this warp: (row, token tile), the token tile fastest, advancing by all warps of the grid
+    # units of this warp: (row, token tile), the token tile fastest, advancing by all warps of the grid; rows of listed experts are counted
+    # one after another, `weight_row` says which they are
     worker = bid * common.WARPS + warp
     workers = ctas * common.WARPS
     step_rows = workers // token_tiles
@@ -89,7 +98,7 @@ def fc1_kernel(
     next_row = row
     next_tile = tile
     next_k = Int32(0)
-    next_source = b + Int64(next_row) * row_bytes
+    next_source = b + Int64(weight_row(active_experts, listed, next_row, rows_total, row_blocks)) * row_bytes
 
     if lane == 0:
         for i in cutlass.range_constexpr(stages):
@@ -109,7 +118,7 @@ def fc1_kernel(
                 if next_tile >= token_tiles:
                     next_tile -= token_tiles
                     next_row += 1
-                next_source = b + Int64(next_row) * row_bytes
+                next_source = b + Int64(weight_row(active_experts, listed, next_row, rows_total, row_blocks)) * row_bytes
 
     pr.griddepcontrol("wait")  # weights do not depend on the launch before; activations do
     pr.griddepcontrol("launch_dependents")
@@ -144,12 +153,13 @@ def fc1_kernel(
                     if next_tile >= token_tiles:
                         next_tile -= token_tiles
                         next_row += 1
-                    next_source = b + Int64(next_row) * row_bytes
+                    next_source = b + Int64(weight_row(active_experts, listed, next_row, rows_total, row_blocks)) * row_bytes
             stage += 1
             if stage == stages:
                 stage = Int32(0)
                 phase = phase ^ 1
 
+        expert = common.listed_expert(active_experts, listed, row // row_blocks)
         store_fc1_outputs(
             config,
             accumulators,
@@ -160,9 +170,9 @@ def fc1_kernel(
             c_scales,
             tile * config.tile_m,
             tokens_total,
-            row // row_blocks,
+            expert,
             experts,
-            row * OUTPUT_COLUMNS,
+            expert * intermediate + (row % row_blocks) * OUTPUT_COLUMNS,
             experts * intermediate,
             g,
             t,
@@ -172,6 +182,13 @@ def fc1_kernel(
         if tile >= token_tiles:
             tile -= token_tiles
             row += 1
+
+
+def weight_row(active_experts: Any, listed: Any, row: Any, rows_total: Any, row_blocks: Any) -> Any:
+    """The superblock row of the packed weights that stands at ``row`` of the listed experts' rows; any where there is none."""
+    exists = listed & Int32(row < rows_total)
+    place = row // row_blocks
+    return common.listed_expert(active_experts, exists, place) * row_blocks + row % row_blocks
 
 
 @cute.jit
@@ -184,16 +201,19 @@ def fc1_host(
     output_multiplier: cute.Pointer,
     c: cute.Pointer,
     c_scales: cute.Pointer,
+    active_experts: cute.Pointer,
     tokens_total: Int32,
     experts: Int32,
     hidden: Int32,
     intermediate: Int32,
+    early_list: Int32,
     sm_count: Int32,
     symbol: cutlass.Constexpr[str],
     config: cutlass.Constexpr,
     stream: cuda.CUstream,
 ):
     fc1_kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
+    listed = Int32(active_experts.toint() != 0)
     token_tiles = (tokens_total + (config.tile_m - 1)) // config.tile_m
     units = experts * (intermediate // OUTPUT_COLUMNS) * token_tiles
     ctas = min((units + (common.WARPS - 1)) // common.WARPS, sm_count * config.resident_ctas)
@@ -206,11 +226,13 @@ def fc1_host(
         output_multiplier.raw_ptr(),
         c.raw_ptr(),
         c_scales.raw_ptr(),
+        active_experts.raw_ptr(),
         tokens_total,
         experts,
         hidden,
         intermediate,
         token_tiles,
+        listed * (1 - early_list),
         config,
     ).launch(
         grid=(ctas, 1, 1),
@@ -246,11 +268,13 @@ def recipe(variant: Variant) -> Recipe:
             pointer_or_null("output_multiplier", "output_multiplier", nvfp4_output),
             Parameter("c", "pointer", "c.codes" if nvfp4_output else "c"),
             pointer_or_null("c_scales", "c.scales", nvfp4_output),
+            Parameter("active_experts", "pointer", "active_experts"),
             Parameter("tokens_total", "u32", "M"),
             Parameter("experts", "u32", "E"),
             Parameter("hidden", "u32", "H"),
             Parameter("intermediate", "u32", "I"),
             Parameter("token_tiles", "u32", "token_tiles"),
+            Parameter("waits_first", "u32", "has_active_list * (1 - early_list)"),
         ),
         let=(
             ("token_tiles", f"ceil_div(M, {config.tile_m})"),
@@ -259,6 +283,7 @@ def recipe(variant: Variant) -> Recipe:
         grid=(f"min(ceil_div(units, {common.WARPS}), sm_count * {config.resident_ctas})", 1, 1),
         block=(common.WARPS * 32, 1, 1),
         dynamic_smem=common.shared_memory_bytes(config),
+        settings=(("early_list", (0, 1)),),
         programmatic_launch=True,
         smem_carveout=100,
     )
@@ -266,20 +291,21 @@ def recipe(variant: Variant) -> Recipe:
 
 def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
     """The host function and example arguments for ``cute.compile``."""
-    words = tuple(Int32(value) for value in (8, 2, 256, 128, 132))
+    words = tuple(Int32(value) for value in (8, 2, 256, 128, 0, 132))
     symbol = variant.symbol.removesuffix("_0")
     pointers = (
         *(pointer(Uint8, 16) for _ in range(3)),
         *(pointer(Uint8, 4) for _ in range(3)),  # float32, addressed in bytes as the rest
         *(pointer(Uint8, 16) for _ in range(2)),
+        pointer(Uint8, 4),
     )
     return fc1_host, (*pointers, *words, symbol, config_of(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: eight pointers and five words (without the stream)."""
-    pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in recipe(variant).parameters[:8]]
-    return [*pointers, names["M"], names["E"], names["H"], names["I"], names["sm_count"]]
+    """What the exported host function is called with: nine pointers and six words (without the stream)."""
+    pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in recipe(variant).parameters[:9]]
+    return [*pointers, *(names[name] for name in ("M", "E", "H", "I", "early_list", "sm_count"))]
 
 
 def expected(variant: Variant) -> Expected:

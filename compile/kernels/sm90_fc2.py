@@ -8,6 +8,9 @@ end and cut into equal spans, one a warp (stream-K): H is short and E·I very lo
                    of several, each adds to the float32 workspace (red.v4), takes a ticket, and the last one converts, stores, and clears both
 
 The workspace and the tickets are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
+``active_experts`` null means every expert; ``[count, expert, expert, …]`` cuts the spans from listed experts' K blocks alone. An empty list still
+gives zeros: the spans are then those of one expert whose scale is taken as 0.
+
 One accumulation per expert, scaled once. A term whose alpha is exactly 0 is selected away, not multiplied.
 """
 
@@ -107,6 +110,7 @@ def fc2_kernel(
     c: cutlass.Pointer,
     partials: cutlass.Pointer,
     tickets: cutlass.Pointer,
+    active_experts: cutlass.Pointer,
     tokens_total: Int32,
     experts: Int32,
     hidden: Int32,
@@ -114,6 +118,7 @@ def fc2_kernel(
     alpha_stride_m: Int32,
     alpha_stride_e: Int32,
     token_tiles: Int32,
+    waits_first: Int32,
     config: cutlass.Constexpr,
 ):
     tid, _, _ = cute.arch.thread_idx()
@@ -127,9 +132,15 @@ def fc2_kernel(
     superblock = common.SUPERBLOCK_BYTES
     k_blocks = (intermediate + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K  # of one expert
     row_blocks = hidden // common.SUPERBLOCK_ROWS
-    tile_length = Int64(experts) * Int64(k_blocks)
+    listed = Int32(active_experts.toint() != 0)
+    if waits_first != 0:
+        pr.griddepcontrol("wait")  # the list may come from the launch before
+    count_listed = common.load_global_s32_or(active_experts, listed, experts)
+    none = Int32(count_listed == 0)
+    listed = listed & (none ^ 1)
+    visited = count_listed + none  # experts whose K blocks are laid end to end
+    tile_length = Int64(visited) * Int64(k_blocks)
     total = tile_length * Int64(row_blocks) * Int64(token_tiles)
-    expert_step = (Int64(row_blocks - 1) * Int64(k_blocks)) * superblock  # from one expert's end to the next one's start, same rows
 
     all_rings, all_barriers = common.shared_memory(config)
     ring = all_rings.subview(warp * (stages * superblock))
@@ -144,21 +155,22 @@ def fc2_kernel(
         last = (worker + 1) * total // workers
     remaining = Int32(last - first)
 
-    # position of the span's start: tile (64 columns, token tile), expert, K block
+    # position of the span's start: tile (64 columns, token tile), place of the expert in the list, K block
     tile_index = first // tile_length
     inside = first - tile_index * tile_length
     row_block = Int32(tile_index // Int64(token_tiles))
     tile = Int32(tile_index - Int64(row_block) * Int64(token_tiles))
-    expert = Int32(inside // Int64(k_blocks))
-    k = Int32(inside - Int64(expert) * Int64(k_blocks))
+    place = Int32(inside // Int64(k_blocks))
+    k = Int32(inside - Int64(place) * Int64(k_blocks))
 
     # what the ring fetches next
     to_fetch = remaining
     next_row_block = row_block
     next_tile = tile
-    next_expert = expert
+    next_place = place
     next_k = k
-    next_source = b + ((Int64(expert) * Int64(row_blocks) + Int64(row_block)) * Int64(k_blocks) + Int64(k)) * superblock
+    any_work = listed & Int32(remaining > 0)
+    next_source = weights_of(b, active_experts, any_work, place, row_block, row_blocks, k_blocks) + Int64(k) * superblock
 
     if lane == 0:
         for i in cutlass.range_constexpr(stages):
@@ -174,15 +186,15 @@ def fc2_kernel(
             next_k += 1
             if next_k == k_blocks:
                 next_k = Int32(0)
-                next_expert += 1
-                next_source = next_source + expert_step
-                if next_expert == experts:
-                    next_expert = Int32(0)
+                next_place += 1
+                if next_place == visited:
+                    next_place = Int32(0)
                     next_tile += 1
                     if next_tile == token_tiles:
                         next_tile = Int32(0)
                         next_row_block += 1
-                    next_source = b + Int64(next_row_block) * Int64(k_blocks) * superblock
+                if to_fetch > 0:
+                    next_source = weights_of(b, active_experts, listed, next_place, next_row_block, row_blocks, k_blocks)
 
     pr.griddepcontrol("wait")  # weights do not depend on the launch before; activations, alpha and the workspace do
     pr.griddepcontrol("launch_dependents")
@@ -195,13 +207,14 @@ def fc2_kernel(
         # ---- the part of one tile that lies in this span
         tokens, exists = common.lane_tokens(config, tile * config.tile_m, g, tokens_total)
         sums = common.zero_accumulators(count)
-        part = Int32(min(Int64(remaining), (Int64(experts - expert) * Int64(k_blocks)) - Int64(k)))
+        part = Int32(min(Int64(remaining), (Int64(visited - place) * Int64(k_blocks)) - Int64(k)))
         remaining -= part
         while part > 0:
             # ---- the part of one expert
             run = min(part, k_blocks - k)
             part -= run
             accumulators = common.zero_accumulators(count)
+            expert = common.listed_expert(active_experts, listed, place)
             base = expert * intermediate
             if cutlass.const_expr(config.prefetch):
                 ahead = common.load_superblock_activations(config, a, a_scales, tokens, exists, k, base, intermediate, a_columns, t)
@@ -228,15 +241,15 @@ def fc2_kernel(
                     next_k += 1
                     if next_k == k_blocks:
                         next_k = Int32(0)
-                        next_expert += 1
-                        next_source = next_source + expert_step
-                        if next_expert == experts:
-                            next_expert = Int32(0)
+                        next_place += 1
+                        if next_place == visited:
+                            next_place = Int32(0)
                             next_tile += 1
                             if next_tile == token_tiles:
                                 next_tile = Int32(0)
                                 next_row_block += 1
-                            next_source = b + Int64(next_row_block) * Int64(k_blocks) * superblock
+                        if to_fetch > 0:
+                            next_source = weights_of(b, active_experts, listed, next_place, next_row_block, row_blocks, k_blocks)
                 stage += 1
                 if stage == stages:
                     stage = Int32(0)
@@ -246,12 +259,12 @@ def fc2_kernel(
                 for pair in cutlass.range_constexpr(2):
                     token = tile * config.tile_m + block * common.MMA_TOKENS + t * 2 + pair
                     at = Int64(token) * Int64(alpha_stride_m) + Int64(expert) * Int64(alpha_stride_e)
-                    scales.append(common.load_global_f32_if(alpha + at * 4, Int32(token < tokens_total)))
+                    scales.append(common.load_global_f32_if(alpha + at * 4, Int32(token < tokens_total) & (none ^ 1)))
             sums = add_scaled(sums, accumulators, config, scales)
             k += run
             if k == k_blocks:
                 k = Int32(0)
-                expert += 1
+                place += 1
 
         # ---- hand the tile on
         current = Int64(row_block) * Int64(token_tiles) + Int64(tile)
@@ -298,12 +311,18 @@ def fc2_kernel(
                     token = tile * config.tile_m + block * common.MMA_TOKENS + t * 2 + pair
                     live = Int32(token < tokens_total)
                     store_row(config.c_dtype, c, Int64(token) * Int64(hidden) + column, live, token_values(sums, block, pair))
-        if expert == experts:
-            expert = Int32(0)
+        if place == visited:
+            place = Int32(0)
             tile += 1
             if tile == token_tiles:
                 tile = Int32(0)
                 row_block += 1
+
+
+def weights_of(b: Any, active_experts: Any, listed: Any, place: Any, row_block: Any, row_blocks: Any, k_blocks: Any) -> Any:
+    """Address of the first superblock of a row block of the expert at a place of the list."""
+    expert = common.listed_expert(active_experts, listed, place)
+    return b + (Int64(expert) * Int64(row_blocks) + Int64(row_block)) * Int64(k_blocks) * common.SUPERBLOCK_BYTES
 
 
 @cute.jit
@@ -315,18 +334,21 @@ def fc2_host(
     c: cute.Pointer,
     partials: cute.Pointer,
     tickets: cute.Pointer,
+    active_experts: cute.Pointer,
     tokens_total: Int32,
     experts: Int32,
     hidden: Int32,
     intermediate: Int32,
     alpha_stride_m: Int32,
     alpha_stride_e: Int32,
+    early_list: Int32,
     sm_count: Int32,
     symbol: cutlass.Constexpr[str],
     config: cutlass.Constexpr,
     stream: cuda.CUstream,
 ):
     fc2_kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
+    listed = Int32(active_experts.toint() != 0)
     token_tiles = (tokens_total + (config.tile_m - 1)) // config.tile_m
     k_blocks = (intermediate + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K
     blocks = experts * k_blocks * (hidden // common.SUPERBLOCK_ROWS) * token_tiles
@@ -339,6 +361,7 @@ def fc2_host(
         c.raw_ptr(),
         partials.raw_ptr(),
         tickets.raw_ptr(),
+        active_experts.raw_ptr(),
         tokens_total,
         experts,
         hidden,
@@ -346,6 +369,7 @@ def fc2_host(
         alpha_stride_m,
         alpha_stride_e,
         token_tiles,
+        listed * (1 - early_list),
         config,
     ).launch(
         grid=(ctas, 1, 1),
@@ -380,6 +404,7 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("c", "pointer", "c"),
             Parameter("partials", "pointer", "workspace.partials"),
             Parameter("tickets", "pointer", "workspace.tickets"),
+            Parameter("active_experts", "pointer", "active_experts"),
             Parameter("tokens_total", "u32", "M"),
             Parameter("experts", "u32", "E"),
             Parameter("hidden", "u32", "H"),
@@ -387,6 +412,7 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("alpha_stride_m", "u32", "alpha_stride_m"),
             Parameter("alpha_stride_e", "u32", "alpha_stride_e"),
             Parameter("token_tiles", "u32", "token_tiles"),
+            Parameter("waits_first", "u32", "has_active_list * (1 - early_list)"),
         ),
         let=(
             ("token_tiles", f"ceil_div(M, {config.tile_m})"),
@@ -400,6 +426,7 @@ def recipe(variant: Variant) -> Recipe:
             Workspace("workspace.partials", f"tiles * {tile_bytes}", zeroed=True),
             Workspace("workspace.tickets", "tiles * 4", zeroed=True),
         ),
+        settings=(("early_list", (0, 1)),),
         programmatic_launch=True,
         smem_carveout=100,
     )
@@ -407,15 +434,15 @@ def recipe(variant: Variant) -> Recipe:
 
 def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
     """The host function and example arguments for ``cute.compile``."""
-    pointers = (*(pointer(Uint8, 16) for _ in range(3)), pointer(Uint8, 4), *(pointer(Uint8, 16) for _ in range(3)))
-    words = tuple(Int32(value) for value in (8, 2, 256, 128, 2, 1, 132))
+    pointers = (*(pointer(Uint8, 16) for _ in range(3)), pointer(Uint8, 4), *(pointer(Uint8, 16) for _ in range(3)), pointer(Uint8, 4))
+    words = tuple(Int32(value) for value in (8, 2, 256, 128, 2, 1, 0, 132))
     return fc2_host, (*pointers, *words, variant.symbol.removesuffix("_0"), config_of(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: seven pointers and seven words (without the stream)."""
-    pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in recipe(variant).parameters[:7]]
-    return [*pointers, *(names[name] for name in ("M", "E", "H", "I", "alpha_stride_m", "alpha_stride_e", "sm_count"))]
+    """What the exported host function is called with: eight pointers and eight words (without the stream)."""
+    pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in recipe(variant).parameters[:8]]
+    return [*pointers, *(names[name] for name in ("M", "E", "H", "I", "alpha_stride_m", "alpha_stride_e", "early_list", "sm_count"))]
 
 
 def expected(variant: Variant) -> Expected:

@@ -278,13 +278,6 @@ def test_the_rank_s_own_i_is_checked_not_the_model_s() -> None:
     assert not can_implement(Variant.parse(FC2), fc2(intermediate=2048 // 16))[0]
 
 
-def test_hopper_kernels_refuse_a_list_of_active_experts() -> None:
-    problem = fc2(a_dtype="bf16", active_list=True)
-    accepted, reason = can_implement(Variant.parse("fc2.sm90a.t8x64.c1x1.bf16-bf16"), problem)
-    assert not accepted
-    assert "every expert" in reason
-
-
 @pytest.mark.parametrize(
     ("key", "said"),
     [

@@ -55,7 +55,7 @@ def test_a_fault_in_a_recipe_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch
     module = kernels.load("sm90_fc2")
     recipe = module.recipe(variant)
     broken = _faulty(recipe)[fault]
-    names = {**oracle.shapes(variant)[1].names(), "sm_count": 132}
+    names = {**oracle.shapes(variant)[1].names(), "early_list": 0, "sm_count": 132}
     addresses = oracle.addresses(recipe, oracle.shapes(variant)[1])
     with oracle.observe(variant, "sm90_fc2") as run:
         observed = run(module.oracle_arguments(variant, names, addresses), recipe, 132)

@@ -194,7 +194,7 @@ def test_a_plan_packs_and_launches(artifacts: Path) -> None:
     assert config == ((2, 1, 1), (128, 1, 1), (1, 1, 1), 36928, True)  # 2 experts x 4 column blocks, 4 warps a CTA
     assert int.from_bytes(block[:8], "little") == given["a"]
     assert int.from_bytes(block[16:24], "little") == given["b"]
-    assert int.from_bytes(block[64:68], "little") == 5
+    assert int.from_bytes(block[72:76], "little") == 5
 
 
 def test_workspaces_are_zeroed_and_freed(artifacts: Path) -> None:
