@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -159,11 +159,13 @@ class Runtime:
         owned: list[Tensor],
         layout: str | None = None,
         weight_bytes: int = 0,
+        settings: Mapping[str, int] | None = None,
     ) -> Plan:
         """A Plan whose workspaces are torch's.
 
         Args:
             layout, weight_bytes: of the packed weights, where the op has some.
+            settings: run-time switches besides the selection's.
 
         Raises:
             PlanError: the weights' layout is not the kernel's.
@@ -183,7 +185,7 @@ class Runtime:
             memory = make(evaluate(each.nbytes, names) + WORKSPACE_ALIGNMENT, dtype=torch.uint8, device=device)
             owned.append(memory)
             workspace[each.role] = -(-memory.data_ptr() // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
-        return self.loader.plan(problem, addresses, ordinal, choice.variant.key, workspace)
+        return self.loader.plan(problem, addresses, ordinal, choice.variant.key, workspace, settings)
 
     def launch(self, entry: _Entry, addresses: tuple[Addresses, ...], ordinal: int, stream: int) -> None:
         """Points each Plan to this call's tensors and launches it. M = 0 launches nothing."""
@@ -501,7 +503,7 @@ def _moe(
             "prepare", m, experts, 0, 0, id_dtype, "f32", top_k=int(ids.shape[1]), first_expert=first_expert, elsewhere=elsewhere
         )
         quantise = (Problem("quantize", m, 0, hidden, 0, check_quantize(x, input_multiplier), "nvfp4"),) if input_multiplier is not None else ()
-        return (*quantise, prepare, first, second)
+        return (*quantise, prepare, replace(first, active_list=True), replace(second, active_list=True))
 
     if (x.data_ptr() | c.data_ptr()) & _UNALIGNED:
         check()
@@ -519,7 +521,8 @@ def _moe(
         size, at = _scratch(problems, roles)
         entry = _Entry((), size, at)
         memory = torch.empty(max(size, 1), dtype=torch.uint8, device=x.device)
-        weights = (*((None, 0) for _ in problems[:-2]), (layout, w1.numel()), (layout, w2.numel()))
+        # FC1 begins its dependents only after it has waited for prepare, so FC2 may read the list before it waits for FC1
+        weights = (*((None, 0) for _ in problems[:-2]), (layout, w1.numel()), (layout, w2.numel(), {"early_list": 1}))
         addresses = _moe_addresses(entry, arguments, c, memory.data_ptr())
         if not problems[last].m:
             return entry
@@ -543,10 +546,10 @@ def _moe_addresses(entry: _Entry, arguments: tuple[Tensor | None, ...], c: Tenso
         0 if each is None else each.data_ptr() for each in arguments
     )
     at = entry.at
-    alpha = base + at["alpha"]
+    alpha, active_list = base + at["alpha"], base + at["active_list"]
     quantise: tuple[Addresses, ...] = ()
-    first: Addresses = {"alpha": w1_alpha, "b": w1}
-    second: Addresses = {"alpha": alpha_max or alpha, "b": w2, "c": c.data_ptr()}
+    first: Addresses = {"alpha": w1_alpha, "b": w1, "active_experts": active_list}
+    second: Addresses = {"alpha": alpha_max or alpha, "b": w2, "active_experts": active_list, "c": c.data_ptr()}
     if input_multiplier:
         codes, scales = base + at["x.codes"], base + at["x.scales"]
         quantise = ({"a": x, "output_multiplier": input_multiplier, "c.codes": codes, "c.scales": scales},)
@@ -569,7 +572,7 @@ def _moe_addresses(entry: _Entry, arguments: tuple[Tensor | None, ...], c: Tenso
         "w2_alpha": w2_alpha,
         "alpha_divisor": alpha_max or _one(entry, c.device).data_ptr(),
         "alpha": alpha,
-        "active_list": base + at["active_list"],
+        "active_list": active_list,
     }
     return (*quantise, prepare, first, second)
 

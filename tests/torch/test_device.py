@@ -96,6 +96,7 @@ def test_a_bf16_layer_is_three_launches_that_hand_memory_on(fake: Fake) -> None:
     assert (fc1[2]["a"], fc1[2]["b"], fc1[2]["alpha"], fc1[2]["alpha_post"]) == (a[0].data_ptr(), a[4].data_ptr(), a[5].data_ptr(), 0)
     assert (fc2[2]["a"], fc2[2]["b"], fc2[2]["alpha"]) == (fc1[2]["c"], a[6].data_ptr(), prepare[2]["alpha"])
     assert fc2[2]["c"] == out.data_ptr()
+    assert fc1[2]["active_experts"] == fc2[2]["active_experts"] == prepare[2]["active_list"]
     pieces = [prepare[2]["alpha"], prepare[2]["active_list"], fc1[2]["c"]]
     assert len(set(pieces)) == 3
 
