@@ -68,6 +68,7 @@ class Driver:
         except ImportError as error:
             raise DriverUnavailable(f"cuda-bindings is not installed ({error}): install densemoe with its requirements") from None
         self._cuda = driver
+        self._resident: dict[tuple[object, ...], int] = {}
         self.process = os.getpid()
         try:
             result = driver.cuInit(0)
@@ -117,6 +118,10 @@ class Driver:
     def device_name(self, ordinal: int) -> str:
         """Marketing name."""
         return bytes(self._call("cuDeviceGetName", 96, self._device(ordinal))).split(b"\0")[0].decode()
+
+    def pci_bus_id(self, ordinal: int) -> str:
+        """PCI address as NVML and nvidia-smi spell it, ``0000:3b:00.0``."""
+        return bytes(self._call("cuDeviceGetPCIBusId", 32, self._device(ordinal))).split(b"\0")[0].decode()
 
     def _device(self, ordinal: int) -> Any:
         return self._call("cuDeviceGet", ordinal)
@@ -219,6 +224,22 @@ class Driver:
             self._call("cuKernelSetAttribute", attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, dynamic_smem, kernel, device)
         if carveout >= 0:
             self._call("cuKernelSetAttribute", attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, carveout, kernel, device)
+
+    def resident_clusters(self, kernel: Any, block: tuple[int, int, int], cluster: tuple[int, int, int], dynamic_smem: int) -> int:
+        """Clusters of a kernel that the current device holds at once: fewer than SMs // cluster size where its GPCs do not divide evenly. Asked
+        once a kernel, after ``prepare``."""
+        asked = (int(kernel), block, cluster, dynamic_smem)
+        if asked not in self._resident:
+            attribute = self._cuda.CUlaunchAttribute()
+            attribute.id = self._cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster
+            config = self._cuda.CUlaunchConfig()
+            config.gridDimX, config.gridDimY, config.gridDimZ = cluster
+            config.blockDimX, config.blockDimY, config.blockDimZ = block
+            config.sharedMemBytes = dynamic_smem
+            config.attrs, config.numAttrs = [attribute], 1
+            self._resident[asked] = int(self._call("cuOccupancyMaxActiveClusters", self._cuda.CUfunction(int(kernel)), config))
+        return self._resident[asked]
 
     def launch_config(
         self,
@@ -323,6 +344,10 @@ class Driver:
         """A new non-blocking stream."""
         return int(self._call("cuStreamCreate", self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
 
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Copies device memory to device memory, in the order of the legacy default stream."""
+        self._call("cuMemcpyDtoD", target, source, nbytes)
+
     def event(self) -> Any:
         """A new event that takes times."""
         return self._call("cuEventCreate", 0)
@@ -343,11 +368,18 @@ class Driver:
     def end_capture(self, stream: int) -> Any:
         """Ends a capture; the instantiated graph."""
         graph = self._call("cuStreamEndCapture", stream)
-        return self._call("cuGraphInstantiate", graph, 0)
+        try:
+            return self._call("cuGraphInstantiate", graph, 0)
+        finally:
+            self._call("cuGraphDestroy", graph)
 
     def launch_graph(self, graph: Any, stream: int) -> None:
         """Launches an instantiated graph."""
         self._call("cuGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: Any) -> None:
+        """Frees an instantiated graph."""
+        self._call("cuGraphExecDestroy", graph)
 
     # ---- tensor maps
 

@@ -1,0 +1,207 @@
+"""A device for tests of measuring code: memory on the host, kernels that compute the contract's reference, and time that a formula gives.
+
+Nothing here is a measurement. ``cost(candidate key, settings, problem)`` says how many microseconds a launch takes on the simulated clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from densemoe.runtime import packing, reference
+from densemoe.runtime.errors import DriverError
+from densemoe.runtime.layout import tile_scales
+from densemoe.runtime.nvfp4 import bf16_values, convert, pack_codes, quantise_rows
+from densemoe.runtime.problem import Problem
+from densemoe.runtime.recipe import Recipe
+from densemoe.runtime.variant import Variant
+
+NUMPY = {"u8": np.uint8, "f32": np.float32, "f16": np.float16, "bf16": np.uint16, "i32": np.int32}
+Cost = Callable[[str, Mapping[str, int], Problem], float]
+Fault = Callable[[str, Problem, Mapping[str, np.ndarray]], None]
+
+
+class SimulatedDriver:
+    """Memory at made-up addresses, one stream, events and graphs on a simulated clock in microseconds."""
+
+    def __init__(self, l2: int = 1 << 16) -> None:
+        self.blocks: dict[int, np.ndarray] = {}
+        self.next = 1 << 20
+        self.now = 0.0
+        self.captured: list[float] | None = None
+        self.graphs = 0
+        self.l2 = l2
+
+    def at(self, pointer: int) -> np.ndarray:
+        base = max(each for each in self.blocks if each <= pointer)
+        return self.blocks[base][pointer - base :]
+
+    def allocate(self, nbytes: int) -> int:
+        pointer, self.next = self.next, self.next + -(-nbytes // 4096) * 4096 + 4096
+        self.blocks[pointer] = np.zeros(max(nbytes, 1), dtype=np.uint8)
+        return pointer
+
+    def free(self, pointer: int) -> None:
+        del self.blocks[pointer]
+
+    def fill(self, pointer: int, value: int, nbytes: int) -> None:
+        self.at(pointer)[:nbytes] = value
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        self.at(target)[:nbytes] = self.at(source)[:nbytes]
+
+    def to_device(self, pointer: int, data: np.ndarray) -> None:
+        assert self.at(pointer).nbytes >= data.nbytes
+        self.at(pointer)[: data.nbytes] = data
+
+    def to_host(self, data: np.ndarray, pointer: int) -> None:
+        data[:] = self.at(pointer)[: data.nbytes]
+
+    def spend(self, microseconds: float) -> bool:
+        """True where the time was captured and not spent."""
+        if self.captured is not None:
+            self.captured.append(microseconds)
+            return True
+        self.now += microseconds
+        return False
+
+    def device_name(self, device: int) -> str:
+        return "Simulated"
+
+    def device_count(self) -> int:
+        return 1
+
+    def capability(self, device: int) -> tuple[int, int]:
+        return 9, 0
+
+    def sm_count(self, device: int) -> int:
+        return 132
+
+    def version(self) -> int:
+        return 13000
+
+    def pci_bus_id(self, device: int) -> str:
+        return "0000:00:00.0"
+
+    def attribute(self, name: str, device: int) -> int:
+        assert name == "L2_CACHE_SIZE"
+        return self.l2
+
+    def use_device(self, device: int) -> None:
+        if device:
+            raise DriverError(f"cuDeviceGet: there is no device {device}")
+
+    def synchronize(self) -> None:
+        assert self.captured is None, "a capture does not survive a synchronisation"
+
+    def stream(self) -> int:
+        return 7
+
+    def event(self) -> list[float]:
+        return [0.0]
+
+    def record(self, event: list[float], stream: int) -> None:
+        event[0] = self.now
+
+    def elapsed(self, start: list[float], end: list[float]) -> float:
+        return (end[0] - start[0]) / 1000
+
+    def begin_capture(self, stream: int) -> None:
+        assert self.captured is None
+        self.captured = []
+
+    def end_capture(self, stream: int) -> list[float]:
+        graph, self.captured = self.captured, None
+        assert graph is not None
+        self.graphs += 1
+        return graph
+
+    def launch_graph(self, graph: list[float], stream: int) -> None:
+        self.now += sum(graph)
+
+    def destroy_graph(self, graph: list[float]) -> None:
+        self.graphs -= 1
+
+
+class SimulatedPlan:
+    """Reads what the addresses hold, computes the contract, writes the outputs, spends time."""
+
+    def __init__(self, loader: SimulatedLoader, key: str, problem: Problem, tensors: Mapping[str, int], settings: Mapping[str, int]) -> None:
+        self.loader, self.key, self.problem, self.tensors, self.settings = loader, key, problem, dict(tensors), dict(settings)
+        loader.open_plans += 1
+
+    def rebind(self, addresses: Mapping[str, int]) -> None:
+        self.tensors.update(addresses)
+
+    def array(self, role: str) -> np.ndarray:
+        spec = self.problem.tensors()[role]
+        return self.loader.driver.at(self.tensors[role])[: spec.nbytes].view(NUMPY[spec.dtype]).reshape(spec.shape)
+
+    def launch(self, stream: int = 0) -> None:
+        loader = self.loader
+        loader.read.append((self.problem, self.tensors.get("b", 0)))
+        if loader.driver.spend(loader.cost(self.key, self.settings, self.problem)) or self.key in loader.computed:
+            return
+        self.compute()
+
+    def compute(self) -> None:
+        problem, loader = self.problem, self.loader
+        size = packing.packed_bytes(problem.op, problem.experts, problem.hidden, problem.intermediate)
+        unpack = packing.unpack_fc1 if problem.op == "fc1" else packing.unpack_fc2
+        codes, scales = unpack(loader.driver.at(self.tensors["b"])[:size], problem.experts, problem.hidden, problem.intermediate)
+        weights = reference.Weights(problem.op, codes, tile_scales(scales.reshape(-1, scales.shape[-1])), problem.experts)
+        if problem.a_dtype == "bf16":
+            a = bf16_values(self.array("a")).astype(np.float64)
+        else:
+            a = reference.activation_values(self.array("a.codes"), self.array("a.scales"))
+        alpha = self.array("alpha").astype(np.float64)
+        outputs = {role: self.array(role) for role, spec in problem.tensors().items() if spec.output}
+        if problem.op == "fc2":
+            c = reference.fc2(a, weights, alpha, problem.experts, problem.intermediate).c
+            outputs["c"][:] = convert(c.astype(np.float32), problem.c_dtype)
+        else:
+            y = reference.fc1(a, weights, alpha, range(problem.experts)).y.astype(np.float32)
+            if problem.active_list:
+                listed = self.array("active_experts")
+                idle = np.setdiff1d(np.arange(problem.experts), listed[1 : 1 + listed[0]])
+                y.reshape(problem.m, problem.experts, -1)[:, idle] = 0  # not computed
+            if problem.c_dtype == "nvfp4":
+                plain, own_scales = quantise_rows(y, self.array("output_multiplier")[0])
+                outputs["c.codes"][:], outputs["c.scales"][:] = pack_codes(plain), tile_scales(own_scales)
+            else:
+                outputs["c"][:] = convert(y, problem.c_dtype)
+        if loader.fault is not None:
+            loader.fault(self.key, problem, outputs)
+
+    def close(self) -> None:
+        self.loader.open_plans -= 1
+
+
+def entry(key: str, settings: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> SimpleNamespace:
+    """What tuning reads of a manifest's entry."""
+    variant = Variant.parse(key)
+    recipe = Recipe((), (1, 1, 1), (32, 1, 1), settings=settings)
+    return SimpleNamespace(key=key, variant=variant, layout="sm90a-superblock/1", recipe=recipe, sha256="0" * 64)
+
+
+class SimulatedLoader:
+    """Plans over SimulatedDriver for the given keys."""
+
+    def __init__(self, keys: Mapping[str, tuple[tuple[str, tuple[int, ...]], ...]], cost: Cost, fault: Fault | None = None, l2: int = 1 << 16) -> None:
+        self.driver, self.cost, self.fault = SimulatedDriver(l2), cost, fault
+        self.variants = {key: entry(key, settings) for key, settings in keys.items()}
+        self.open_plans = 0
+        self.read: list[tuple[Problem, int]] = []
+        self.computed: set[str] = set()
+
+    def manifest(self, device: int) -> Any:
+        return SimpleNamespace(arch="sm_90a", variants=self.variants, toolchain={"ptxas": "none"})
+
+    def plan(
+        self, problem: Problem, tensors: Mapping[str, int], device: int, variant: str, settings: Mapping[str, int] | None = None
+    ) -> SimulatedPlan:
+        assert set(tensors) == {*problem.tensors(), "b"}
+        return SimulatedPlan(self, variant, problem, tensors, settings or {})
