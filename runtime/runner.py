@@ -280,16 +280,20 @@ def run_layer(
     a_dtype: str = "bf16",
     device: int = 0,
     seed: int = 0,
+    listed: bool = False,
 ) -> LayerReport:
     """Runs a MoE layer: router weights → alpha, FC1, FC2; FC1 and FC2 within their bounds, the layer by its mark.
 
     Only the routed experts' weights are made; the others' memory holds a routed expert's, of which nothing may reach the output.
+
+    Args:
+        listed: the kernels get the list of active experts and skip the others.
     """
     driver = loader.driver
     driver.use_device(device)
     middle = "nvfp4" if a_dtype == "nvfp4" else "bf16"
-    first = Problem("fc1", m, experts, hidden, intermediate, a_dtype, middle)
-    second = Problem("fc2", m, experts, hidden, intermediate, middle, "bf16")
+    first = Problem("fc1", m, experts, hidden, intermediate, a_dtype, middle, active_list=listed)
+    second = Problem("fc2", m, experts, hidden, intermediate, middle, "bf16", active_list=listed)
     layer = LayerData(data.LayerCase(experts, top_k, hidden, intermediate, m), seed)
     ids, router = layer.routing()
     routed = [int(e) for e in np.unique(ids)]
@@ -313,6 +317,9 @@ def run_layer(
         c = memory.empty(m * hidden * 2, poison=0xA5)
         into = {"c": "a", "c.codes": "a.codes", "c.scales": "a.scales"}
         between = {into[role]: tensors[role] for role in outputs}
+        if listed:
+            active = memory.put(np.array([len(routed), *routed, *[0] * (experts - len(routed))], dtype=np.int32))
+            tensors["active_experts"] = between["active_experts"] = active
         weights2 = memory.put_all([each.fc2_packed for each in every])
         plans = [
             loader.plan(first, tensors, device),

@@ -522,7 +522,8 @@ def _moe(
         entry = _Entry((), size, at)
         memory = torch.empty(max(size, 1), dtype=torch.uint8, device=x.device)
         # FC1 begins its dependents only after it has waited for prepare, so FC2 may read the list before it waits for FC1
-        weights = (*((None, 0) for _ in problems[:-2]), (layout, w1.numel()), (layout, w2.numel(), {"early_list": 1}))
+        weights: list[tuple[str | None, int, dict[str, int]]] = [(None, 0, {})] * (len(problems) - 2)
+        weights += [(layout, w1.numel(), {}), (layout, w2.numel(), {"early_list": 1})]
         addresses = _moe_addresses(entry, arguments, c, memory.data_ptr())
         if not problems[last].m:
             return entry

@@ -223,23 +223,34 @@ class LayerWeights:
         return tuple(each.double() for each in self._unquantised[expert])
 
 
-def run_layer(loader: Loader, case: data.LayerCase) -> list[bounds.Report]:
-    """A bf16 layer with NVFP4 between FC1 and FC2: reports of FC1, of FC2 on FC1's actual output, and of the mark against the unquantised layer."""
+def run_layer(loader: Loader, case: data.LayerCase, *, listed: bool = False) -> list[bounds.Report]:
+    """A bf16 layer with NVFP4 between FC1 and FC2: reports of FC1, of FC2 on FC1's actual output, and of the mark against the unquantised layer.
+
+    Args:
+        listed: both kernels get the list of active experts; the weights of the others are then spoiled.
+    """
     experts, _, hidden, intermediate, m = case
     layer = LayerData(case)
     ids, router = layer.routing()
     routed = [int(e) for e in np.unique(ids)]
     weights = LayerWeights(layer, routed)
-    first = Problem("fc1", m, experts, hidden, intermediate, "bf16", "nvfp4")
-    second = Problem("fc2", m, experts, hidden, intermediate, "nvfp4", "bf16")
+    first = Problem("fc1", m, experts, hidden, intermediate, "bf16", "nvfp4", active_list=listed)
+    second = Problem("fc2", m, experts, hidden, intermediate, "nvfp4", "bf16", active_list=listed)
+    active = {}
+    if listed:
+        idle = [e for e in range(experts) if e not in routed]
+        for packed in weights.packed:
+            packed.reshape(experts, -1)[idle] = 0xFF
+        # behind the count and the ids stands an expert that does not exist: nobody may read it
+        active["active_experts"] = device_tensor(np.array([len(routed), *routed, *[2**30] * len(idle)], dtype=np.int32))
     a, multiplier = device_tensor(layer.x), layer.output_multiplier
     alpha1 = device_tensor(weights.scales[0])
     alpha2 = device_tensor(reference.build_alpha(ids, router, weights.scales[1] / multiplier, experts=experts))
     middle, last = outputs_of(first), outputs_of(second)["c"]
     between = {role: output.tensor for role, output in middle.items()}
-    inputs = {"a": a, "alpha": alpha1, "output_multiplier": device_tensor(np.array([multiplier]))}
+    inputs = {**active, "a": a, "alpha": alpha1, "output_multiplier": device_tensor(np.array([multiplier]))}
     plan1 = loader.plan(first, {**inputs, "b": weights.packed[0], **between}, 0)
-    moved = {"a.codes": between["c.codes"], "a.scales": between["c.scales"]}
+    moved = {**active, "a.codes": between["c.codes"], "a.scales": between["c.scales"]}
     plan2 = loader.plan(second, {**moved, "b": weights.packed[1], "alpha": alpha2, "c": last.tensor}, 0)
     with plan1, plan2:
         launch(plan1)

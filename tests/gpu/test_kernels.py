@@ -277,10 +277,20 @@ def test_layers(loader: Loader, case: data.LayerCase) -> None:
     harness.collect()
 
 
-def test_qwen3_30b_layer(loader: Loader) -> None:
+@pytest.mark.parametrize("case", [(128, 8, 2048, 768, 1), (128, 8, 2048, 768, 33), (13, 3, 256, 512, 16), (8, 2, 4096, 14336, 2)])
+def test_layers_of_active_experts(loader: Loader, case: tuple[int, ...]) -> None:
+    """Experts without a token are skipped; their weights are spoiled and FC1's columns of theirs stay poisoned."""
+    import harness
+
+    check(harness.run_layer(loader, data.LayerCase(*case), listed=True), ("layer-listed", *case))
+    harness.collect()
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_qwen3_30b_layer(loader: Loader, listed: bool) -> None:
     """The layer that the quick start runs, in both activation dtypes."""
     from densemoe.runtime import runner
 
     for a_dtype in A_DTYPES:
-        report = runner.run_layer(loader, m=8, experts=128, top_k=8, hidden=2048, intermediate=768, a_dtype=a_dtype)
+        report = runner.run_layer(loader, m=8, experts=128, top_k=8, hidden=2048, intermediate=768, a_dtype=a_dtype, listed=listed)
         assert report.passed, report
