@@ -240,11 +240,27 @@ def _show(args: argparse.Namespace) -> int:
         print(f"  {workspace.role}: {workspace.nbytes} bytes{', zeroed' if workspace.zeroed else ''}")
     for setting, allowed in recipe.settings:
         print(f"  setting {setting}: {', '.join(map(str, allowed))}")
+    for line in _design_lines(entry.audit.get("design", {})):
+        print(line)
     for name, value in entry.audit.items():
-        print(f"{name:16} {value}")
+        if name != "design":
+            print(f"{name:16} {value}")
     for record in entry.verification:
         print(f"{'verified':16} {', '.join(f'{name} {value}' for name, value in record.items())}")
     return OK
+
+
+def _design_lines(design: dict[str, int]) -> list[str]:
+    """The audit's sizes of a tcgen05 kernel, as sentences; as they are where a kernel states others."""
+    if "latency_bandwidth_bytes" not in design:
+        return [f"{'design':16} {dict(design)}"] if design else []
+    weights, needed = design["weight_bytes_in_flight"], design["latency_bandwidth_bytes"]
+    return [
+        f"{'in flight':16} {design['tma_bytes_in_flight']} bytes of TMA a CTA ({design['stages']} stages of {design['stage_bytes']}), {weights} of them weights",
+        f"{'needed':16} {needed} bytes an SM: latency x bandwidth of a B200 (modelled); the ring holds {weights / needed:.1f} times that",
+        f"{'shared memory':16} {design['smem_bytes']} of {design['smem_limit']} bytes",
+        f"{'tensor memory':16} {design['tmem_columns']} of {design['tmem_limit']} columns, {design['accumulators']} accumulators",
+    ]
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -186,6 +186,14 @@ class Plan:
             known = ", ".join(name for name, _ in recipe.settings) or "none"
             raise RecipeError(f"settings {unknown} are not those of {entry.key}: it has {known}")
         self._names = {**problem.names(), "sm_count": driver.sm_count(ordinal), **(settings or {})}
+        if recipe.cluster != (1, 1, 1):
+            held = driver.resident_clusters(kernel, recipe.block, recipe.cluster, recipe.dynamic_smem)
+            if held < 1:
+                raise PlanError(
+                    f"{entry.key} launches clusters of {recipe.cluster[0]} CTAs, and the device has room for none (a partition of a device, or"
+                    " another process's limits): force a variant with a smaller cluster"
+                )
+            self._names["resident_clusters"] = held
         try:
             self._addresses = dict.fromkeys(OPTIONAL_ROLES, 0)
             self._addresses.update({role: tensor.pointer for role, tensor in self._tensors.items()})
@@ -325,6 +333,27 @@ class Plan:
         for role, address in addresses.items():
             if role in known:
                 _POINTER.pack_into(block, known[role], address)
+
+    def feeds(self, second: Plan) -> None:
+        """Checks that this FC1 Plan may feed the FC2 Plan ``second``: it reads this one's output, and where this one skips idle experts it skips
+        by the same list, since their columns are unwritten (contract section 5).
+
+        Raises:
+            PlanError: it may not.
+        """
+        pairs = {"a": "c", "a.codes": "c.codes", "a.scales": "c.scales"}
+        sources = {into: outof for into, outof in pairs.items() if into in second._tensors}
+        if (self.problem.op, second.problem.op) != ("fc1", "fc2"):
+            raise PlanError(f"{self.key} cannot feed {second.key}: an FC1 Plan feeds an FC2 Plan")
+        for into, outof in sources.items():
+            if outof not in self._tensors or self._tensors[outof].pointer != second._tensors[into].pointer:
+                raise PlanError(f"{second.key} does not read the output of {self.key}: its {into} is other memory than that one's {outof}")
+        if not self.problem.active_list:
+            return
+        if not second.problem.active_list:
+            raise PlanError(f"{self.key} skips idle experts and leaves their columns unwritten: give {second.key} the same list of active experts")
+        if self._tensors["active_experts"].pointer != second._tensors["active_experts"].pointer:
+            raise PlanError(f"{self.key} and {second.key} skip by different lists of active experts: give both the same memory")
 
     def close(self) -> None:
         """Frees the workspaces. The caller makes sure that no launch still runs."""

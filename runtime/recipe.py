@@ -4,13 +4,15 @@ A cubin says nothing of grids, tensor maps or what its parameters mean; the comp
 it instead: each kernel parameter in order, the grid and workspace as expressions of the problem. ``compile/oracle.py`` proves a recipe
 against the compiler's own host code.
 
-Expressions are strings over integers: names (``M``, ``E``, ``H``, ``I``, ``K``, ``N_out``, ``sm_count``, the recipe's own ``let`` names),
+Expressions are strings over integers: names (``M``, ``E``, ``H``, ``I``, ``K``, ``N_out``, ``sm_count``, ``resident_clusters`` (how many of its
+clusters the device holds at once, as a Plan asks the driver; ``sm_count`` // cluster size where nobody did), the recipe's own ``let`` names),
 ``+ - * // %``, comparisons, ``a if condition else b``, ``min``, ``max``, ``ceil_div``. Nothing else parses: hostile text runs no code.
 """
 
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -220,6 +222,8 @@ class Recipe:
             RecipeError: a setting has a value that is not allowed, or an expression is wrong.
         """
         bound = {**{name: allowed[0] for name, allowed in self.settings}, **names}
+        if "sm_count" in bound and "resident_clusters" not in bound:
+            bound["resident_clusters"] = bound["sm_count"] // math.prod(self.cluster)
         for name, allowed in self.settings:
             if bound[name] not in allowed:
                 raise RecipeError(f"setting {name}={bound[name]}: use one of {', '.join(map(str, allowed))}")

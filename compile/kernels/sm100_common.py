@@ -31,6 +31,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32
 from cutlass.experimental import primitives as pr
 
+from densemoe.compile.kernels import sm100_device as device
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.variant import Variant
 
@@ -46,9 +47,9 @@ SCALE_ATOM_WORDS: Final = SCALE_ATOM_BYTES // 2  # as TMA sees it: 16-bit elemen
 SCALE_ATOMS: Final = K_STEPS  # of 128 rows in a K tile
 SCALE_TILE_BYTES: Final = SCALE_ATOM_BYTES * SCALE_ATOMS
 WIDEST_MMA: Final = 128  # columns of one accumulator
-TMEM_COLUMNS: Final = 512
+TMEM_COLUMNS: Final = device.TMEM_COLUMNS
 SCALE_COLUMNS: Final = 16  # TMEM columns of the scales of 128 rows x K 256: 4 an atom
-LARGEST_SMEM: Final = 232_448
+LARGEST_SMEM: Final = device.LARGEST_SMEM
 BARRIER_BYTES: Final = 8
 TMEM_SPACE: Final = 6  # the address space of tensor-memory pointers
 LANES_SHIFT: Final = 16  # a tensor-memory address is lane << 16 | column

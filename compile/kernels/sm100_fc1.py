@@ -295,7 +295,7 @@ def recipe(variant: Variant) -> Recipe:
             ("tiles_per_expert", f"I * 2 // {config.tile_n}"),
             ("clusters", f"cluster_rows * ceil_div(E * tiles_per_expert, {config.cluster_n})"),
         ),
-        grid=(f"min(clusters, sm_count // {config.cluster_size}) * {config.cluster_size}", 1, 1),
+        grid=(f"min(clusters, resident_clusters) * {config.cluster_size}", 1, 1),
         block=(config.warps * common.WARP, 1, 1),
         cluster=(config.cluster_size, 1, 1),
         dynamic_smem=config.smem_bytes,

@@ -367,7 +367,7 @@ def recipe(variant: Variant) -> Recipe:
             ("cluster_columns", f"ceil_div(H, {config.tile_n * config.cluster_n})"),
             ("split_tiles", f"cluster_rows * {config.cluster_m} * ceil_div(H, {config.tile_n}) if splits > 1 else 0"),
         ),
-        grid=(f"min(cluster_rows * cluster_columns * splits, sm_count // {config.cluster_size}) * {config.cluster_size}", 1, 1),
+        grid=(f"min(cluster_rows * cluster_columns * splits, resident_clusters) * {config.cluster_size}", 1, 1),
         block=(config.warps * common.WARP, 1, 1),
         cluster=(config.cluster_size, 1, 1),
         dynamic_smem=config.smem_bytes,

@@ -11,6 +11,7 @@ import cutlass.experimental.cuda as cuda_types
 from cutlass import Int64, Uint8, Uint16
 
 from densemoe.compile.kernels import sm100_common as common
+from densemoe.compile.kernels import sm100_device as device
 from densemoe.runtime.recipe import Parameter, TensorMapSpec
 
 #: Roles of the operands in the order of the kernels' tensor maps with their scales, as the host functions take them.
@@ -98,13 +99,18 @@ def registers(config: common.Config) -> int:
 
 
 def design(config: common.Config) -> dict[str, int]:
-    """Sizes of a CTA for the record. Weights in flight on all SMs, divided by the bandwidth, are the memory latency that the ring hides."""
+    """Sizes of a CTA for the record. Weights in flight on all SMs, divided by the bandwidth, are the memory latency that the ring hides:
+    ``weight_bytes_in_flight`` above ``latency_bandwidth_bytes`` means that copies are issued early enough."""
     return {
         "stages": config.stages,
         "stage_bytes": config.stage_bytes,
+        "tma_bytes_in_flight": config.stages * config.stage_bytes,
         "weight_bytes_in_flight": config.stages * config.weight_stage_bytes,
+        "latency_bandwidth_bytes": device.latency_bandwidth_bytes(),
         "smem_bytes": config.smem_bytes,
+        "smem_limit": device.LARGEST_SMEM,
         "tmem_columns": config.tmem_columns_used,
+        "tmem_limit": device.TMEM_COLUMNS,
         "accumulators": config.accumulators,
     }
 

@@ -4,7 +4,8 @@
     CTA n, all tokens:             set flags[expert] ─ count flags below (scan over lanes, over warps) ─ store count and ids, ascending
 
 The divisor is 1, or alpha_max in the fused form, whose alpha_post this then is. Ids off this rank are skipped where other ranks hold the rest;
-otherwise such an id turns its token's row into NaN, which reaches the output: a launch can raise no error. Plain PTX of compute capability 9.0.
+otherwise such an id turns its token's row into NaN, which reaches the output: a launch can raise no error; the list is then never empty.
+Plain PTX of compute capability 9.0, which later ones compile as it is.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from densemoe.runtime.recipe import Parameter, Recipe
 from densemoe.runtime.variant import Variant
 
 OP = "prepare"
-ARCHITECTURES = ("sm_90a",)
+ARCHITECTURES = ("sm_90a", "sm_100a", "sm_100f", "sm_103a")
 WEIGHT_LAYOUT = "none"
 WARPS = 32
 THREADS = WARPS * 32
@@ -161,7 +162,10 @@ def prepare_kernel(
             epilogue.store_if("b32", active + (Int64(place) + 1) * 4, mine[i], [expert])
             place += mine[i]
         everything = shuffle_from(of_warps, Int32(31))
-        epilogue.store_if("b32", active, Int32(tid == 0), [everything])
+        # where this rank holds every expert an empty list means that every id is bad: one expert keeps the NaN of those tokens alive
+        forced = Int32(everything == 0) & Int32(elsewhere == 0)
+        epilogue.store_if("b32", active + 4, forced & Int32(tid == 0), [Int32(0)])
+        epilogue.store_if("b32", active, Int32(tid == 0), [everything + forced])
 
 
 @cute.jit

@@ -3,7 +3,8 @@
     one thread: a group of 16 ─ load ─ amax ─ e4m3 scale ─ 16 codes ─ store 8 bytes of codes, 1 byte of scale
 
 A CTA is one row (of those padded to whole scale tiles) x 128 groups; rows behind the last token get scale 0 and no codes. The order of float32
-operations is the contract's, with an exact reciprocal: the result is the reference's, bit for bit. Plain PTX of compute capability 9.0.
+operations is the contract's, with an exact reciprocal: the result is the reference's, bit for bit. Plain PTX of compute capability 9.0,
+which later ones compile as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from densemoe.runtime.recipe import Parameter, Recipe
 from densemoe.runtime.variant import Variant
 
 OP = "quantize"
-ARCHITECTURES = ("sm_90a",)
+ARCHITECTURES = ("sm_90a", "sm_100a", "sm_100f", "sm_103a")
 WEIGHT_LAYOUT = "none"
 GROUP = 16
 THREADS = 128

@@ -12,7 +12,7 @@ from fake_driver import FakeDriver
 from densemoe.compile import build, kernels, matrix
 from densemoe.compile.oracle import recorded_tensor_map
 from densemoe.runtime import packing
-from densemoe.runtime.errors import ProblemError, RecipeError
+from densemoe.runtime.errors import PlanError, ProblemError, RecipeError
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.problem import Problem
@@ -20,6 +20,7 @@ from densemoe.runtime.select import Choice, load_table, select
 
 FC1 = "fc1.sm100f.t128x128.c1x2.nvfp4-nvfp4"
 FC2 = "fc2.sm100f.t128x128.c1x2.nvfp4-bf16"
+FOURS = "fc2.sm100f.t128x64.c1x4.nvfp4-bf16"
 
 
 class Driver(FakeDriver):
@@ -34,9 +35,9 @@ class Driver(FakeDriver):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact root with one FC1 and one FC2 variant."""
+    """An artifact root with an FC1 variant and two of FC2, one in clusters of four."""
     out = tmp_path_factory.mktemp("blackwell")
-    for key in (FC1, FC2):
+    for key in (FC1, FC2, FOURS):
         result = build.build(matrix.load(), out, arch="sm_100f", key_filter=key)
         assert not result.failures
     return out
@@ -114,6 +115,51 @@ def test_a_list_of_active_experts_is_part_of_the_problem(root: Path) -> None:
 def test_no_tokens_launch_nothing(root: Path) -> None:
     plan, _, _ = plan_of(root, Problem("fc2", 0, 3, 320, 256, "nvfp4", "bf16"), FC2)
     plan.launch()
+
+
+def test_the_grid_is_capped_by_the_clusters_that_the_device_holds(root: Path) -> None:
+    """132 SMs in GPCs of 18 hold 29 clusters of four, not 33 (the driver says so); a persistent grid of more would run its rest afterwards."""
+    problem = Problem("fc2", 130, 3, 8192, 256, "nvfp4", "bf16")
+    plan, _, driver = plan_of(root, problem, FOURS)
+    assert driver.resident_clusters(None, None, (4, 1, 1), 0) == 29 < driver.sm_count(0) // 4
+    assert plan._packed.grid == (29 * 4, 1, 1)  # of 64 clusters of work
+    assert plan_of(root, problem, FC2)[0]._packed.grid == (32 * 2 * 2, 1, 1)  # 64 clusters of two: all are held
+
+
+def test_a_device_without_room_for_a_cluster_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Driver, "resident_clusters", lambda *_: 0)
+    with pytest.raises(PlanError, match=r"clusters of 4 CTAs, and the device has room for none.*force a variant with a smaller cluster"):
+        plan_of(root, Problem("fc2", 5, 3, 320, 256, "nvfp4", "bf16"), FOURS)
+
+
+def chain(root: Path, first_listed: bool, second_listed: bool, *, same_list: bool = True, same_memory: bool = True) -> tuple[Plan, Plan]:
+    """An FC1 Plan and an FC2 Plan on its output."""
+    first, tensors, driver = plan_of(root, Problem("fc1", 5, 3, 320, 256, "nvfp4", "nvfp4", active_list=first_listed), FC1)
+    problem = Problem("fc2", 5, 3, 320, 256, "nvfp4", "bf16", active_list=second_listed)
+    given = {role: driver.allocate(spec.nbytes) for role, spec in problem.tensors().items()}
+    given["b"] = driver.allocate(packing.interchange_bytes("fc2", 3, 320, 256))
+    if same_memory:
+        given.update({"a.codes": tensors["c.codes"], "a.scales": tensors["c.scales"]})
+    if second_listed and first_listed and same_list:
+        given["active_experts"] = tensors["active_experts"]
+    return first, Loader(root, driver).plan(problem, given, 0, FC2)  # type: ignore[arg-type]
+
+
+def test_a_plan_that_skips_feeds_only_a_plan_with_the_same_list(root: Path) -> None:
+    for listed in ((False, False), (True, True), (False, True)):
+        first, second = chain(root, *listed)
+        first.feeds(second)
+    first, second = chain(root, True, False)
+    with pytest.raises(PlanError, match=r"leaves their columns unwritten: give .* the same list"):
+        first.feeds(second)
+    first, second = chain(root, True, True, same_list=False)
+    with pytest.raises(PlanError, match="different lists of active experts"):
+        first.feeds(second)
+    first, second = chain(root, True, True, same_memory=False)
+    with pytest.raises(PlanError, match="does not read the output"):
+        first.feeds(second)
+    with pytest.raises(PlanError, match="an FC1 Plan feeds an FC2 Plan"):
+        second.feeds(first)
 
 
 # ---- the modelled table

@@ -67,6 +67,12 @@ class FakeDriver:
     def prepare(self, kernel: Any, ordinal: int, dynamic_smem: int, carveout: int) -> None:
         self.prepared.append((kernel, ordinal, dynamic_smem, carveout))
 
+    def resident_clusters(self, kernel: Any, block: Any, cluster: Any, dynamic_smem: int) -> int:
+        """GPCs of 18 SMs: two are lost to clusters of four."""
+        size = int(cluster[0]) * int(cluster[1]) * int(cluster[2])
+        gpcs, rest = divmod(self.sm_count(0), 18)
+        return gpcs * (18 // size) + rest // size
+
     def launch_config(
         self, kernel: Any, grid: Any, block: Any, cluster: Any, smem: int, parameters: bytearray, offsets: Any, programmatic: bool
     ) -> LaunchConfig:

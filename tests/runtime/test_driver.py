@@ -219,6 +219,21 @@ def test_a_launch_is_one_call_on_the_stream_that_is_given(make: Make) -> None:
     assert len(binding.named("cuLaunchKernelEx")) == 4
 
 
+def test_the_driver_is_asked_once_how_many_clusters_it_holds(make: Make) -> None:
+    def asked(function: int, config: Any) -> tuple[Any, ...]:
+        shape = config.attrs[0].value.clusterDim
+        assert (config.attrs[0].id, shape.x, shape.y, shape.z, config.numAttrs) == ("cluster", 4, 1, 1, 1)
+        assert ((config.gridDimX, config.gridDimY, config.gridDimZ), config.blockDimX, config.sharedMemBytes) == ((4, 1, 1), 192, 1000)
+        return (OK, 29)
+
+    driver, binding = make(cuOccupancyMaxActiveClusters=asked)
+    binding.CUlaunchAttribute = lambda: types.SimpleNamespace(value=types.SimpleNamespace(clusterDim=types.SimpleNamespace()))
+    binding.CUlaunchAttributeID = types.SimpleNamespace(CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION="cluster")
+    binding.CUlaunchConfig, binding.CUfunction = types.SimpleNamespace, int
+    assert [driver.resident_clusters(9, (192, 1, 1), (4, 1, 1), 1000) for _ in range(3)] == [29] * 3
+    assert len(binding.named("cuOccupancyMaxActiveClusters")) == 1
+
+
 def test_a_failed_launch_names_itself(make: Make) -> None:
     driver, _ = make(cuLaunchKernelEx=fails(Result.CUDA_ERROR_ILLEGAL_ADDRESS))
     with pytest.raises(DriverError, match=r"cuLaunchKernelEx: CUDA_ERROR_ILLEGAL_ADDRESS \(700\).*check the tensors") as caught:
