@@ -97,3 +97,12 @@ def test_ids_of_other_ranks_are_skipped_or_poison_their_token() -> None:
             expected[[0, 2]] = np.nan
         np.testing.assert_array_equal(got["alpha"], expected)
         assert got["active_list"][:5].tolist() == [4, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("elsewhere", "listed"), [(True, []), (False, [0])])
+def test_a_list_is_empty_only_where_other_ranks_hold_the_experts(elsewhere: bool, listed: list[int]) -> None:
+    """FC2 of an empty list is zero, so bad ids alone keep one expert listed: their NaN must reach the output."""
+    problem = Problem("prepare", 2, 4, 0, 0, "i32", "f32", top_k=2, elsewhere=elsewhere)
+    got = prepared(problem, np.array([[9, 4], [-1, 7]], np.int32), np.ones((2, 2), np.float32), np.ones(4, np.float32), 1.0)
+    assert got["active_list"][: 1 + len(listed)].tolist() == [len(listed), *listed]
+    assert np.isnan(got["alpha"]).all() == (not elsewhere)
