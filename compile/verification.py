@@ -22,7 +22,7 @@ from densemoe.runtime.canonical import read_file, write_atomically
 from densemoe.runtime.errors import ArtifactError, BuildError, DensemoeError
 from densemoe.runtime.manifest import INDEX_NAME, LARGEST_MANIFEST, MANIFEST_NAME, Index, IndexEntry, Manifest
 
-__all__ = ["oracle_record", "record_oracle", "sources"]
+__all__ = ["oracle_record", "record_oracle", "sources", "write_records"]
 
 _ROOT: Final = Path(__file__).resolve().parent.parent
 #: What a record depends on beside the variant's own sources: who packs, and who observes.
@@ -98,27 +98,46 @@ def record_oracle(
             else:
                 records.setdefault(each.variant.arch, {})[each.variant.key] = record
             progress(each.variant.key, "failed" if record is None else "verified")
-    with (out / build.LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BuildError(f"another build works in {out}: wait for it, or give another --out") from None
-        for arch, found in records.items():
-            _write(out, arch, found)
+    write_records(out, records)
     return sorted(key for found in records.values() for key in found), failures
+
+
+def write_records(out: Path, records: Mapping[str, Mapping[str, Mapping[str, Any]]], images: Mapping[str, str] | None = None) -> None:
+    """Writes records into the manifests of an artifact root, each in the place of an earlier one of its kind.
+
+    Args:
+        records: record by architecture and key.
+        images: sha256 of the cubin that a record is of; where the set holds another by now, its record is not written.
+
+    Raises:
+        ArtifactError: a set is not there.
+        BuildError: another build works in ``out``, or it cannot be written.
+    """
+    try:
+        with (out / build.LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BuildError(f"another build works in {out}: wait for it, or give another --out") from None
+            for arch, found in records.items():
+                _write(out, arch, found, images or {})
+    except ArtifactError:
+        raise
+    except OSError as error:
+        raise BuildError(f"{out} cannot be written: {error.strerror or error}; no record was written") from error
 
 
 def _has_record(verification: Iterable[Mapping[str, Any]]) -> bool:
     return any(record.get("kind") == "oracle" and record.get("sources") == sources() for record in verification)
 
 
-def _write(out: Path, arch: str, records: Mapping[str, Mapping[str, Any]]) -> None:
+def _write(out: Path, arch: str, records: Mapping[str, Mapping[str, Any]], images: Mapping[str, str]) -> None:
     path = out / arch / MANIFEST_NAME
     manifest = Manifest.from_bytes(read_file(path, LARGEST_MANIFEST), str(path))
     entries = {}
     for key, entry in manifest.variants.items():
-        if key in records:
-            others = tuple(record for record in entry.verification if record.get("kind") != "oracle")
+        if key in records and images.get(key, entry.sha256) == entry.sha256:
+            others = tuple(record for record in entry.verification if record.get("kind") != records[key]["kind"])
             values = {each.name: getattr(entry, each.name) for each in dataclasses.fields(entry)}
             entry = type(entry)(**{**values, "verification": (*others, records[key])})
         entries[key] = entry

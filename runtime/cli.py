@@ -82,7 +82,23 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("key")
     _common(show)
 
-    verify = add("verify", "check every manifest, file size, hash and what each cubin says of itself", "densemoe verify", "verify")
+    verify = add(
+        "verify",
+        "check every manifest, file size, hash and what each cubin says of itself; with --emulate run every variant's PTX on the emulator",
+        "densemoe verify --emulate --filter 'fc1.sm90a.t8x64.*'",
+        "verify",
+    )
+    verify.add_argument("--emulate", action="store_true", help="run the variants and write verification records; needs the extra [build]")
+    verify.add_argument("--arch", help="with --emulate: only this architecture")
+    verify.add_argument("--filter", help="with --emulate: shell pattern over variant keys")
+    verify.add_argument("--matrix", help="with --emulate: the matrix that the set was built from (default: the project's)")
+    verify.add_argument("--cases", type=_positive, help="with --emulate: cases a variant (default: a covering array of the contract's grid)")
+    verify.add_argument("--full", action="store_true", help="with --emulate: the whole grid")
+    verify.add_argument("--case", help="with --emulate: this case alone, as a failure names it; writes no record")
+    verify.add_argument("--seeds", type=_natural, nargs="+", help="with --emulate: seeds of the data (default: 0)")
+    verify.add_argument("--schedules", nargs="+", help="with --emulate: eager, lazy, random, pct, or random:SEED, pct:SEED:DEPTH (default: random)")
+    _executor(verify)
+    verify.add_argument("--timeout", type=float, help="with --emulate: seconds a run may take in the local pool (default: no limit)")
     _common(verify)
 
     explain = add(
@@ -138,6 +154,18 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: use a positive integer")
     return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: use an integer of at least 0")
+    return value
+
+
+def _executor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--executor", help="local, or the address of a dask.distributed scheduler, which needs [cluster] (default: local)")
+    parser.add_argument("--jobs", type=_positive, help="processes of the local executor (default: the cores this process may use)")
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -256,14 +284,28 @@ def _design_lines(design: dict[str, int]) -> list[str]:
         return [f"{'design':16} {dict(design)}"] if design else []
     weights, needed = design["weight_bytes_in_flight"], design["latency_bandwidth_bytes"]
     return [
-        f"{'in flight':16} {design['tma_bytes_in_flight']} bytes of TMA a CTA ({design['stages']} stages of {design['stage_bytes']}), {weights} of them weights",
+        f"{'in flight':16} {design['tma_bytes_in_flight']} bytes of TMA a CTA ({design['stages']} stages of {design['stage_bytes']}),"
+        f" {weights} of them weights",
         f"{'needed':16} {needed} bytes an SM: latency x bandwidth of a B200 (modelled); the ring holds {weights / needed:.1f} times that",
         f"{'shared memory':16} {design['smem_bytes']} of {design['smem_limit']} bytes",
         f"{'tensor memory':16} {design['tmem_columns']} of {design['tmem_limit']} columns, {design['accumulators']} accumulators",
     ]
 
 
+#: Options of ``verify`` that say how to emulate; without --emulate they would be ignored in silence.
+_EMULATION: Final = ("arch", "filter", "matrix", "cases", "full", "case", "seeds", "schedules", "executor", "jobs", "timeout")
+
+
 def _verify(args: argparse.Namespace) -> int:
+    if args.emulate:
+        return _build_side("densemoe.compile.emulate_cli:verify")(args)
+    given = [name for name in _EMULATION if getattr(args, name)]
+    if given:
+        raise ProblemError(f"--{given[0]} belongs to --emulate: add it, or leave the option out")
+    return _check_files(args)
+
+
+def _check_files(args: argparse.Namespace) -> int:
     from densemoe.runtime.canonical import read_file
     from densemoe.runtime.loader import ArtifactSet
     from densemoe.runtime.manifest import LARGEST_MANIFEST, MANIFEST_NAME, Manifest
@@ -392,7 +434,7 @@ def _quickstart(args: argparse.Namespace) -> int:
         for line in report.lines():
             print(line)
         print("The layer was NOT run: it needs a GPU that the artifacts above serve. What could be checked here was: artifacts, manifests, hashes.")
-        return _verify(args) if report.artifacts_found else UNAVAILABLE
+        return _check_files(args) if report.artifacts_found else UNAVAILABLE
     runner = _host_side("densemoe.runtime.runner")
     layer = runner.run_layer(
         Loader(args.artifacts), m=args.m, experts=128, top_k=8, hidden=2048, intermediate=768, a_dtype=args.a_dtype

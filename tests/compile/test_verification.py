@@ -50,7 +50,7 @@ def test_records_are_written_once_and_kept(artifacts_copy: Path, capsys: pytest.
 
 @needs_cc
 def test_a_record_of_other_packing_is_made_again(artifacts_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verification._write(artifacts_copy, "sm_90a", {KEY: {"kind": "oracle", "sources": "0" * 64}})
+    verification.write_records(artifacts_copy, {"sm_90a": {KEY: {"kind": "oracle", "sources": "0" * 64}}})
     assert verification.record_oracle(artifacts_copy, [PLANNED[KEY]], jobs=1)[0] == [KEY]
     (record,) = records(artifacts_copy)[KEY]
     assert record["sources"] == verification.sources()
@@ -58,8 +58,8 @@ def test_a_record_of_other_packing_is_made_again(artifacts_copy: Path, monkeypat
 
 def test_other_kinds_of_records_stay(artifacts_copy: Path) -> None:
     emulated = {"kind": "emulated", "cases": 4}
-    verification._write(artifacts_copy, "sm_90a", {KEY: emulated})
-    verification._write(artifacts_copy, "sm_90a", {KEY: {"kind": "oracle", "launches": 3}})
+    verification.write_records(artifacts_copy, {"sm_90a": {KEY: emulated}})
+    verification.write_records(artifacts_copy, {"sm_90a": {KEY: {"kind": "oracle", "launches": 3}}})
     assert records(artifacts_copy)[KEY] == [emulated, {"kind": "oracle", "launches": 3}]
     document = json.loads((artifacts_copy / "sm_90a" / "manifest.json").read_text())
     schema = json.loads((Path(verification.__file__).parents[1] / "artifacts" / "schema" / "manifest.schema.json").read_text())

@@ -1,0 +1,299 @@
+"""What a variant is run on: a covering array of the contract's section 9 grid, with a ragged M and a padded cluster, or the whole grid.
+
+A covering array has every value of every axis (E, I, M, H, alpha_post) and every pair of values of two axes. What the grid leaves open is dealt
+out evenly, in an order that follows from the case's place alone: kind of data, list of active experts, alphas of exactly 0, scalar alpha, number
+of multiprocessors, and each run-time setting that the variant's recipe has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any, Final
+
+from densemoe.runtime.data import KINDS
+from densemoe.runtime.errors import ProblemError
+from densemoe.runtime.problem import Problem
+from densemoe.runtime.recipe import Recipe
+from densemoe.runtime.rules import can_implement
+from densemoe.runtime.variant import Variant
+
+__all__ = ["AXES", "SCHEDULES", "Case", "all_pairs", "cases_of", "covering", "digest", "grid", "pairs_of", "schedule_of"]
+
+#: Contract section 9; ``prepare`` and ``quantize`` have no grid there and take the same sizes.
+AXES: Final[dict[str, dict[str, tuple[int, ...]]]] = {
+    "fc1": {
+        "experts": (1, 4, 8, 32),
+        "intermediate": (128, 256, 512, 1408),
+        "m": (1, 8, 127, 256),
+        "hidden": (256, 512, 2048),
+        "alpha_post": (0, 1),
+    },
+    "fc2": {"experts": (1, 4, 8, 32, 256), "intermediate": (256, 512, 1024), "m": (1, 8, 127, 256), "hidden": (256, 512, 2048)},
+    "prepare": {"experts": (1, 8, 32, 256), "top_k": (1, 2, 8), "m": (1, 8, 127, 256), "elsewhere": (0, 1)},
+    "quantize": {"m": (1, 8, 127, 256), "hidden": (64, 256, 512, 2048)},
+}
+SCHEDULES: Final = ("eager", "lazy", "random", "pct")
+_PCT_DEPTH: Final = 3  # priority changes find bugs that need so many ordering constraints
+_KINDS_DEALT: Final = ("integers", "exact", "integers", "normal")
+_TWICE: Final = 8  # experts up to which a case is launched twice: beyond, a second launch costs more than it shows
+_SM_COUNTS: Final = (4, 16)  # few: persistent kernels then take several tiles a CTA
+
+Values = tuple[int, ...]
+Pair = tuple[int, int, int, int]
+#: How the members of a Case are spelled; what is not here is one of the recipe's settings.
+_NAMES: Final = {
+    "m": "m",
+    "e": "experts",
+    "h": "hidden",
+    "i": "intermediate",
+    "kind": "kind",
+    "post": "alpha_post",
+    "scalar": "scalar_alpha",
+    "list": "active_list",
+    "zeros": "zeros",
+    "k": "top_k",
+    "elsewhere": "elsewhere",
+    "sms": "sm_count",
+    "launches": "launches",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem with its data and run-time settings; ``Case.parse(case.text) == case``.
+
+    Attributes:
+        kind: of the data, ``runtime.data``.
+        active_list: half of the experts are listed, the others must not matter.
+        zeros: some alphas are exactly 0 (``prepare``: some ids are nobody's).
+        sm_count: multiprocessors of the emulated device.
+        launches: on the same workspaces; the last one's output counts.
+        settings: (name, value) of the recipe's run-time settings that are not at their default.
+    """
+
+    m: int
+    experts: int = 0
+    hidden: int = 0
+    intermediate: int = 0
+    kind: str = "integers"
+    alpha_post: int = 0
+    scalar_alpha: int = 0
+    active_list: int = 0
+    zeros: int = 0
+    top_k: int = 0
+    elsewhere: int = 0
+    sm_count: int = _SM_COUNTS[0]
+    launches: int = 1
+    settings: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def text(self) -> str:
+        """As in ``m=127,e=8,h=512,i=1408,post=1,sms=16,prefetch=3``: what is left out has its default."""
+        defaults = {each.name: each.default for each in fields(self)}
+        parts = [f"{short}={getattr(self, name)}" for short, name in _NAMES.items() if getattr(self, name) != defaults[name]]
+        return ",".join(parts + [f"{name}={value}" for name, value in self.settings])
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """The Case that ``text`` spells.
+
+        Raises:
+            ProblemError: it spells none.
+        """
+        members: dict[str, Any] = {}
+        settings: list[tuple[str, int]] = []
+        for part in text.split(","):
+            short, equals, value = part.partition("=")
+            if not short or not equals or (short != "kind" and not value.isdecimal()) or short in (*members, *dict(settings)):
+                raise ProblemError(f"case {text!r}: {part!r} is not name=number, each name once, as in m=127,e=8,h=512,i=1408,post=1")
+            if short not in _NAMES:
+                settings.append((short, int(value)))
+            else:
+                members[short] = value if short == "kind" else int(value)
+        if members.get("kind", KINDS[0]) not in KINDS:
+            raise ProblemError(f"case {text!r}: kind is one of {', '.join(KINDS)}")
+        if "m" not in members:
+            raise ProblemError(f"case {text!r}: give m, the number of tokens")
+        return cls(**{_NAMES[short]: value for short, value in members.items()}, settings=tuple(settings))
+
+    def problem(self, variant: Variant) -> Problem:
+        """The Problem of ``variant``.
+
+        Raises:
+            ProblemError: the contract's section 8 refuses it.
+        """
+        return Problem(
+            variant.op,
+            self.m,
+            self.experts,
+            self.hidden,
+            self.intermediate,
+            variant.a_dtype,
+            variant.c_dtype,
+            alpha_post=bool(self.alpha_post),
+            scalar_alpha=bool(self.scalar_alpha),
+            active_list=bool(self.active_list),
+            top_k=self.top_k,
+            first_expert=self.experts if self.elsewhere else 0,
+            elsewhere=bool(self.elsewhere),
+        )
+
+
+# ---- covering arrays
+
+
+def pairs_of(case: Values) -> set[Pair]:
+    """(axis, value, axis, value) of every two axes."""
+    return {(i, case[i], j, case[j]) for i, j in itertools.combinations(range(len(case)), 2)}
+
+
+def all_pairs(axes: Sequence[Sequence[int]]) -> set[Pair]:
+    """Every pair that a covering array must have."""
+    return {(i, a, j, b) for i, j in itertools.combinations(range(len(axes)), 2) for a in axes[i] for b in axes[j]}
+
+
+def covering(axes: Sequence[Sequence[int]], cost: Callable[[Values], float]) -> list[Values]:
+    """Cases that cover every pair: repeatedly the one with most new pairs for its cost."""
+    missing, every, found = all_pairs(axes), list(itertools.product(*axes)), []
+    while missing:
+        best = max(every, key=lambda case: (len(pairs_of(case) & missing) ** 2 / cost(case), case))
+        found.append(best)
+        missing -= pairs_of(best)
+    return found
+
+
+def _cost(op: str, tile_m: int) -> Callable[[Values], float]:
+    """What a case takes, in 128 x 128 tiles of an MMA; every case has some work of its own."""
+    names = list(AXES[op])
+
+    def cost(values: Values) -> float:
+        case = dict(zip(names, values, strict=True))
+        tokens = -(-case["m"] // tile_m) * tile_m / 128
+        weights = case.get("experts", 1) * case.get("intermediate", 1) * case.get("hidden", 1) * (2 if op == "fc1" else 1)
+        return tokens * weights / 128**2 + 20
+
+    return cost
+
+
+def grid(op: str) -> list[Case]:
+    """Every case of the op's grid, options at their defaults."""
+    names = list(AXES[op])
+    return [_of_grid(names, values) for values in itertools.product(*AXES[op].values())]
+
+
+def _of_grid(names: Sequence[str], values: Values) -> Case:
+    members: dict[str, Any] = dict(zip(names, values, strict=True))
+    return Case(**members)
+
+
+@cache
+def _array(op: str, tile_m: int) -> tuple[Case, ...]:
+    names = list(AXES[op])
+    found = covering(list(AXES[op].values()), _cost(op, tile_m))
+    return tuple(_of_grid(names, values) for values in found)
+
+
+# ---- a variant's cases
+
+
+def _off_grid(variant: Variant) -> list[Case]:
+    """A ragged M over more than one tile with dimensions that divide nothing; and one tile for a whole cluster, of which the rest is padding."""
+    if variant.op not in ("fc1", "fc2"):
+        return []
+    ragged_m = variant.tile_m + 5
+    tcgen05 = variant.arch.startswith("sm_10")
+    if variant.op == "fc1":
+        width = variant.tile_n // 2 if tcgen05 else 64
+        return [
+            Case(ragged_m, 3, 320, 3 * width, "exact", alpha_post=1),
+            Case(5, 1, 64, width, "normal", zeros=1, alpha_post=1),
+        ]
+    width = 256 if tcgen05 else 64
+    return [
+        Case(ragged_m, 3, variant.tile_n * variant.cluster_n + 64, width, "exact"),
+        Case(5, 2, 64, 3 * width, "normal", zeros=1),
+    ]
+
+
+def _dealt(values: Sequence[int | str], count: int, label: str) -> list[Any]:
+    """``count`` of ``values``, each as often as the others, in an order that follows from ``label``."""
+    found = list(itertools.islice(itertools.cycle(values), count))
+    random.Random(label).shuffle(found)
+    return found
+
+
+def _with_options(variant: Variant, recipe: Recipe, cases: Sequence[Case]) -> list[Case]:
+    """The cases with what the grid leaves open dealt out."""
+    count, gemm = len(cases), variant.op in ("fc1", "fc2")
+    kinds = _dealt(_KINDS_DEALT, count, "kind")
+    lists, zeros, scalars = (_dealt(values, count, name) for name, values in (("list", (0, 0, 0, 1)), ("zeros", (0, 1)), ("scalar", (0, 0, 1))))
+    sm_counts = _dealt(_SM_COUNTS, count, "sms")
+    launches = _dealt((1, 1, 2), count, "launches") if recipe.workspaces else [1] * count
+    settings = {name: _dealt(allowed, count, name) for name, allowed in recipe.settings}
+    found = []
+    for i, case in enumerate(cases):
+        chosen = tuple((name, int(settings[name][i])) for name, allowed in recipe.settings if settings[name][i] != allowed[0])
+        if not gemm:
+            found.append(replace(case, zeros=zeros[i], sm_count=sm_counts[i], settings=chosen))
+            continue
+        listed = lists[i] if case.experts > 1 else 0
+        scalar = scalars[i] if variant.op == "fc2" and not listed else 0  # one alpha for all says nothing of experts that are not listed
+        scaled = bool(case.alpha_post) if variant.op == "fc1" else not scalar
+        found.append(
+            replace(
+                case,
+                kind=kinds[i],
+                active_list=listed,
+                scalar_alpha=scalar,
+                zeros=zeros[i] if scaled else 0,
+                sm_count=sm_counts[i],
+                launches=launches[i] if case.experts <= _TWICE else 1,
+                settings=chosen,
+            )
+        )
+    return found
+
+
+def cases_of(variant: Variant, recipe: Recipe, count: int | None = None, *, full: bool = False) -> list[Case]:
+    """The cases that ``variant`` is run on, two off the grid first.
+
+    Args:
+        recipe: of the variant; its settings are varied.
+        count: that many; by default the two and a covering array. More than those come from the rest of the grid, in a fixed random order.
+        full: the two and the whole grid.
+    """
+    whole = [case for case in grid(variant.op) if can_implement(variant, case.problem(variant))[0]]
+    array = [case for case in _array(variant.op, variant.tile_m) if case in whole]
+    rest = [case for case in whole if case not in array]
+    random.Random(variant.op).shuffle(rest)
+    fixed = _off_grid(variant)
+    if full or (count or 0) > len(fixed) + len(array):
+        array += rest
+    found = fixed + _with_options(variant, recipe, array)
+    return found if full or count is None else found[:count]
+
+
+def digest(cases: Iterable[Case], seeds: Iterable[int], schedules: Iterable[str]) -> str:
+    """sha256 of a list of runs: another list has another."""
+    text = repr(([case.text for case in cases], list(seeds), list(schedules)))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def schedule_of(name: str, case: Case, seed: int) -> str:
+    """The emulator's schedule for a name: ``random`` and ``pct`` get a number that follows from case and seed.
+
+    Raises:
+        ProblemError: no such schedule.
+    """
+    kind, _, rest = name.partition(":")
+    if kind not in SCHEDULES or (rest and not all(part.isdecimal() for part in rest.split(":"))):
+        raise ProblemError(f"schedule {name!r}: use one of {', '.join(SCHEDULES)}, random:SEED or pct:SEED:DEPTH")
+    if rest or kind in ("eager", "lazy"):
+        return name
+    number = int(hashlib.sha256(f"{case.text} {seed}".encode()).hexdigest()[:4], 16)
+    return f"random:{number}" if kind == "random" else f"pct:{number}:{_PCT_DEPTH}"
