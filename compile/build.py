@@ -1,4 +1,4 @@
-"""Builds artifact sets: a pool of workers, incremental by content, every file written whole, the manifest last.
+"""Builds artifact sets: an executor's workers, incremental by content, every file written whole, the manifest last.
 
 A cubin is first staged under the digest of everything that decides its bytes; when all variants of an architecture are there, the staged files
 are renamed into place, then the manifest, then the index. A build that is killed leaves the old set (or files that its manifest's hashes refuse),
@@ -13,13 +13,11 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -29,9 +27,10 @@ from typing import Any, Final
 
 from densemoe.compile import kernels, toolchain
 from densemoe.compile.audit import audit
+from densemoe.compile.executor import Executor, open_executor
 from densemoe.compile.matrix import Matrix, Planned
 from densemoe.runtime.canonical import read_file, write_atomically
-from densemoe.runtime.errors import ArtifactError, BuildError, DensemoeError, MatrixError
+from densemoe.runtime.errors import ArtifactError, BuildError, MatrixError
 from densemoe.runtime.lock import Lock
 from densemoe.runtime.manifest import (
     INDEX_NAME,
@@ -115,13 +114,25 @@ def source_digest(planned: Planned) -> str:
 # ---- worker
 
 
-def _compile_one(planned: Planned, digest: str) -> tuple[bytes, dict[str, Any]]:
-    """One variant's cubin, and what its manifest entry needs."""
+def _compile_one(task: tuple[Planned, str]) -> tuple[bytes, dict[str, Any]]:
+    """One variant's cubin, and what its manifest entry needs.
+
+    Args:
+        task: (the variant, its source digest as the build sees it).
+
+    Raises:
+        BuildError: this machine's sources or toolchain are not those of the build.
+    """
     started = time.monotonic()
+    planned, digest = task
+    if source_digest(planned) != digest:
+        raise BuildError("this worker has other kernel sources or another toolchain than the build: give every worker the same")
     compiled = toolchain.compile_variant(planned.variant, planned.kernel, options=planned.compiler_options)
     module = kernels.load(planned.kernel)
     numbers = audit(planned.variant, module, compiled, planned.allowance)
     return compiled.cubin, {
+        "sha256": hashlib.sha256(compiled.cubin).hexdigest(),
+        "size": len(compiled.cubin),
         "layout": module.WEIGHT_LAYOUT,
         "recipe": module.recipe(planned.variant).to_json(),
         "static_smem": compiled.facts.static_smem,
@@ -135,71 +146,6 @@ def _compile_one(planned: Planned, digest: str) -> tuple[bytes, dict[str, Any]]:
         "ptxas": compiled.facts.ptxas,
         "seconds": round(time.monotonic() - started, 3),
     }
-
-
-def _worker(connection: multiprocessing.connection.Connection, staging: str) -> None:
-    """Compiles what comes in, stages it, answers with an error text or None; ends at None."""
-    while (task := connection.recv()) is not None:
-        planned, digest = task
-        try:
-            cubin, facts = _compile_one(planned, digest)
-            facts["sha256"], facts["size"] = hashlib.sha256(cubin).hexdigest(), len(cubin)
-            write_atomically(Path(staging) / f"{digest}.cubin", cubin)
-            write_atomically(Path(staging) / f"{digest}.json", json.dumps(facts, sort_keys=True).encode())
-            connection.send(None)
-        except (DensemoeError, OSError) as error:
-            connection.send(f"{type(error).__name__}: {error}")
-        except Exception as error:  # a bug in a kernel module must not end the build of the others
-            connection.send(f"unexpected {type(error).__name__}: {error}")
-
-
-class _Pool:
-    """Worker processes that can be killed one by one: a variant that hangs costs its own process only."""
-
-    def __init__(self, jobs: int, staging: Path, timeout: float) -> None:
-        self.context = multiprocessing.get_context("spawn")
-        self.jobs, self.staging, self.timeout = jobs, staging, timeout
-
-    def run(self, tasks: Iterable[tuple[Planned, str]], done: Callable[[Planned, str | None], None]) -> None:
-        """Runs every task; ``done`` gets each with its error or None."""
-        waiting = list(tasks)[::-1]
-        idle: list[tuple[Any, Any]] = []
-        busy: dict[Any, tuple[Any, Planned, float]] = {}
-        try:
-            while waiting or busy:
-                while waiting and (idle or len(busy) < self.jobs):
-                    connection, process = idle.pop() if idle else self._start()
-                    planned, digest = waiting.pop()
-                    connection.send((planned, digest))
-                    busy[connection] = (process, planned, time.monotonic() + self.timeout)
-                next_deadline = min(deadline for _, _, deadline in busy.values())
-                ready: list[Any] = list(multiprocessing.connection.wait(list(busy), max(0.0, next_deadline - time.monotonic())))
-                for connection in ready:
-                    process, planned, _ = busy.pop(connection)
-                    try:
-                        done(planned, connection.recv())
-                        idle.append((connection, process))
-                    except EOFError:
-                        process.join()
-                        done(planned, f"its compiler process ended with exit code {process.exitcode}: out of memory, or a crash")
-                for connection in [c for c, (_, _, deadline) in busy.items() if deadline <= time.monotonic()]:
-                    process, planned, _ = busy.pop(connection)
-                    process.kill()
-                    process.join()
-                    done(planned, f"not compiled after {self.timeout:g} s: raise --timeout, or lower the tile")
-        finally:
-            for connection, process in idle:
-                connection.send(None)
-                process.join(5)
-            for process, _, _ in busy.values():
-                process.kill()
-
-    def _start(self) -> tuple[Any, Any]:
-        here, there = self.context.Pipe()
-        process = self.context.Process(target=_worker, args=(there, str(self.staging)), daemon=True)
-        process.start()
-        there.close()
-        return here, process
 
 
 # ---- the build
@@ -216,24 +162,28 @@ def build(
     timeout: float = DEFAULT_TIMEOUT,
     progress: Progress = lambda key, state: None,
     started: Callable[[int], None] = lambda total: None,
+    where: str = "local",
 ) -> BuildResult:
     """Builds a profile's variants into ``out``.
 
     Args:
         arch: only this architecture; the sets of others stay.
         key_filter: shell pattern over keys; the set then holds what matches and what it held before.
-        jobs: worker processes, by default the cores that this process may use.
-        timeout: seconds a variant.
+        jobs: processes of the local executor, by default the cores that this process may use.
+        timeout: seconds a variant; on a cluster there is no limit.
         progress: called with each key and what became of it.
         started: called once with the number of variants.
+        where: the executor, ``local`` or a cluster's address (``executor.open_executor``).
 
     Returns:
         What was built, reused and removed, and every failure.
 
     Raises:
         MatrixError: the profile, architecture or filter names nothing.
-        BuildError: another build works in ``out``, or it cannot be written.
+        BuildError: another build works in ``out``, it cannot be written, or the cluster is lost.
+        ToolchainError: there is no such executor.
     """
+    executor = open_executor(where, jobs, timeout)
     chosen = [each for each in matrix.profile(profile) if arch in (None, each.variant.arch)]
     if not chosen:
         known = sorted({each.variant.arch for each in matrix.profile(profile)})
@@ -255,7 +205,7 @@ def build(
             for name in sorted({each.variant.arch for each in chosen}):
                 mine = [each for each in chosen if each.variant.arch == name]
                 partial = key_filter is not None
-                _build_set(out, name, mine, partial, jobs or len(os.sched_getaffinity(0)), timeout, progress, result)
+                _build_set(out, name, mine, partial, executor, progress, result)
     except OSError as error:
         raise BuildError(f"{out} cannot be written: {error.strerror or error}; the old set is unchanged, free space and build again") from error
     return result
@@ -276,7 +226,7 @@ def _existing(folder: Path) -> dict[str, ManifestVariant]:
 
 
 def _build_set(
-    out: Path, arch: str, chosen: list[Planned], partial: bool, jobs: int, timeout: float, progress: Progress, result: BuildResult
+    out: Path, arch: str, chosen: list[Planned], partial: bool, executor: Executor, progress: Progress, result: BuildResult
 ) -> None:
     folder = out / arch
     if folder.is_symlink():
@@ -308,16 +258,20 @@ def _build_set(
         progress(planned.variant.key, "built")
         return True
 
-    def done(planned: Planned, error: str | None) -> None:
-        if error is None and not take(planned, source_digest(planned)):
-            error = "what the compiler process staged cannot be read back"
+    def done(number: int, made: Any, error: str | None) -> None:
+        planned, digest = remaining[number]
+        if error is None:
+            cubin, facts = made
+            write_atomically(staging / f"{digest}.cubin", cubin)
+            write_atomically(staging / f"{digest}.json", json.dumps(facts, sort_keys=True).encode())
+            if not take(planned, digest):
+                error = "what was staged cannot be read back"
         if error is not None:
             failures.append(Failure(planned.variant.key, error))
             progress(planned.variant.key, "failed")
 
     remaining = [(planned, digest) for planned, digest in tasks if not take(planned, digest)]
-    if remaining:
-        _Pool(min(jobs, len(remaining)), staging, timeout).run(remaining, done)
+    executor.run(_compile_one, remaining, done)
     result.failures += failures
     if failures:
         return  # the old manifest stays; what was staged waits for the next build

@@ -43,6 +43,7 @@ def build(args: argparse.Namespace) -> int:
             key_filter=args.filter,
             jobs=args.jobs,
             timeout=args.timeout,
+            where=args.executor or "local",
             started=lambda total: bar.update(task, total=total),
             progress=lambda key, state: bar.update(task, advance=1, description=f"{state} {key}"),
         )

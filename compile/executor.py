@@ -165,21 +165,18 @@ class DaskCluster:
         """See ``Executor.run``. Tasks have no time limit of their own here."""
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # a lost worker is no error of ours
         try:
-            client = self.distributed.Client(self.address, timeout=CONNECT_SECONDS, set_as_default=False)
+            client = self.distributed.Client(self.address, timeout=CONNECT_SECONDS)
         except (OSError, TimeoutError) as error:
             raise ToolchainError(f"no dask.distributed scheduler answers at {self.address}: {error or 'no answer'}") from None
-        try:
-            with client:
-                self._run(client, function, tasks, done)
-        except (self.distributed.CancelledError, OSError) as error:
-            raise BuildError(f"{self.address} was lost ({type(error).__name__}: {error}): what was finished stays, run the command again") from None
+        with client:
+            self._run(client, function, tasks, done)
 
     def _run(self, client: Any, function: Function, tasks: Sequence[Any], done: Done) -> None:
         waiting = list(range(len(tasks)))[::-1]
         pending: dict[Any, int] = {}
         last_seen = time.monotonic()
         while waiting or pending:
-            threads = sum(client.nthreads().values())
+            threads = sum(self._ask(client.nthreads).values())
             if threads:
                 last_seen = time.monotonic()
             elif time.monotonic() - last_seen > IDLE_SECONDS:
@@ -187,17 +184,30 @@ class DaskCluster:
             while waiting and len(pending) < max(1, threads) * IN_FLIGHT:
                 number = waiting.pop()
                 pending[client.submit(_on_worker, function, tasks[number], pure=False)] = number
-            try:
-                finished = self.distributed.wait(list(pending), timeout=POLL_SECONDS, return_when="FIRST_COMPLETED").done
-            except (TimeoutError, self.distributed.TimeoutError):
-                continue
-            for future in finished:
+            for future in self._ask(self._finished, list(pending)):
                 number = pending.pop(future)
                 if future.status == "finished":
-                    done(number, *future.result())
+                    done(number, *self._ask(future.result))
                 elif future.status == "error":
                     # the function's own errors come back as results: this is KilledWorker, or a worker without the same densemoe
                     error = future.exception()
                     done(number, None, f"the cluster could not run it: {type(error).__name__}: {error}")
                 else:
-                    raise BuildError(f"{self.address} dropped a task ({future.status}): what was finished stays, run the command again")
+                    raise self._lost(future.status)
+
+    def _finished(self, futures: list[Any]) -> Any:
+        """Those that are done, after at most ``POLL_SECONDS``."""
+        try:
+            return self.distributed.wait(futures, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED").done
+        except (TimeoutError, self.distributed.TimeoutError):
+            return ()
+
+    def _ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
+        """The scheduler's answer."""
+        try:
+            return question(*arguments)
+        except (OSError, self.distributed.CancelledError) as error:
+            raise self._lost(f"{type(error).__name__}: {error}") from None
+
+    def _lost(self, why: str) -> BuildError:
+        return BuildError(f"the scheduler at {self.address} was lost ({why}): what was finished stays, run the command again")
