@@ -150,11 +150,14 @@ def _set_changes(one: ArtifactSet, two: ArtifactSet, arch: str) -> dict[str, Pai
 
 
 def _tables(folder: Path) -> dict[str, list[str]]:
-    """Rules of every selection table in ``folder``, one text a rule."""
+    """Rules, rows of measured shapes and coefficients of every selection table in ``folder``, one text each."""
     found = {}
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
-        rules = json.loads(path.read_text()).get("rules", [])
-        found[path.stem] = [json.dumps(rule, sort_keys=True) for rule in rules]
+        table = json.loads(path.read_text())
+        keys = table.get("keys", [])
+        rows = [{shape: [[row[0], keys[row[1]], *row[2:]] for row in own]} for shape, own in table.get("shapes", {}).items()]
+        parts = [*table.get("rules", []), *rows, *table.get("model", {}).get("classes", [])]
+        found[path.stem] = [json.dumps(part, sort_keys=True) for part in parts]
     return found
 
 

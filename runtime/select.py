@@ -1,14 +1,18 @@
-"""Selection: a pure function of architecture, op, shape bucket and dtypes, over a table that is data.
+"""Selection: a pure function of architecture, op, shape, bucket of M and dtypes, over a table that is data.
 
 Buckets of M end at every multiple of 8 up to 128 and of 128 above: where optima change on the hardware measured so far, unlike powers of two.
-The table lies in ``artifacts/selection/<arch>.json``; each rule is marked ``measured`` (with device, driver and date) or ``modelled``.
+The table lies in ``artifacts/selection/<arch>.json``. It is asked in this order:
+
+    shapes   what ``densemoe tune`` measured at this (op, E, H, I, dtypes, form): a row a bucket, ``measured``, or ``modelled`` between two such rows
+    model    the cost model (cost_model.py) with coefficients from the same measurements: ``modelled``
+    rules    by op and bucket alone, for what was never measured
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from typing import Any, Final
@@ -18,12 +22,13 @@ from densemoe.runtime.problem import LARGEST_DIMENSION, Problem
 from densemoe.runtime.rules import can_implement
 from densemoe.runtime.variant import Variant, architecture
 
-__all__ = ["Choice", "Rejected", "bucket", "load_table", "select"]
+__all__ = ["Choice", "Rejected", "bucket", "load_table", "select", "shape_name"]
 
 SMALL_STEP: Final = 8
 SMALL_LIMIT: Final = 128
 LARGE_STEP: Final = 128
 SCHEMA: Final = 1
+_COEFFICIENTS: Final = ("launch", "stream", "decode", "move", "slots_per_sm", "gathered")
 
 
 def bucket(m: int) -> int:
@@ -85,8 +90,8 @@ def select(problem: Problem, variants: Iterable[Variant], table: Mapping[str, An
 
     Args:
         variants: those of the device's set.
-        table: of ``load_table``: the first rule that matches the op and the bucket decides the tile, unless its variant is there and this problem's
-            shape does not fit it: then the next one that matches.
+        table: of ``load_table``: the first part of it that speaks of the problem decides, unless its variant is there and this problem's shape
+            does not fit it: then the next one.
         forced: a key that the caller wants; it is checked, not replaced.
 
     Raises:
@@ -108,28 +113,93 @@ def select(problem: Problem, variants: Iterable[Variant], table: Mapping[str, An
         raise SelectionError(
             f"no variant runs {problem.op} with {problem.a_dtype} activations and {problem.c_dtype} output at M = {problem.m}: {reasons}"
         )
-    for position, rule in enumerate(table["rules"]):
-        if rule["op"] != problem.op or not rule["m_from"] <= size <= rule["m_to"]:
-            continue
-        tile = tuple(rule["tile"])
-        chosen = [each for each in runnable if (each.tile_m, each.tile_n) == tile and (each.cluster_m, each.cluster_n) == tuple(rule["cluster"])]
+    for wanted in _wanted(problem, size, table):
+        chosen = [each for each in runnable if wanted.is_met_by(each)]
         if not chosen:
-            if any(_is_ruled(no.variant, problem, tile, tuple(rule["cluster"])) for no in rejected):
+            if any(_same_dtypes(no.variant, problem) and wanted.is_met_by(no.variant) for no in rejected):
                 continue  # installed, and this problem's shape is not for it: its reason stands in ``rejected``
             raise SelectionError(
-                f"rule {position} of the selection table wants tile {tile[0]}x{tile[1]} for {problem.op} at M = {problem.m}, which no installed"
+                f"{wanted.source} of the selection table wants {wanted.text} for {problem.op} at M = {problem.m}, which no installed"
                 f" variant has: build it, or name one of {', '.join(each.key for each in runnable)}"
             )
-        others = tuple(Rejected(each, f"rule {position} prefers tile {tile[0]}x{tile[1]} in this bucket") for each in runnable if each != chosen[0])
-        settings = rule.get("settings", {})
-        return Choice(chosen[0], size, f"rule {position}: {rule['reason']}", rule["provenance"], (*others, *rejected), settings)
+        others = tuple(Rejected(each, f"{wanted.source} prefers {wanted.text} in this bucket") for each in runnable if each != chosen[0])
+        reason = f"{wanted.source}: {wanted.reason}"
+        return Choice(chosen[0], size, reason, wanted.provenance, (*others, *rejected), wanted.settings)
     raise SelectionError(f"the selection table has no rule for {problem.op} at M = {problem.m}: name one of {', '.join(e.key for e in runnable)}")
 
 
-def _is_ruled(variant: Variant, problem: Problem, tile: tuple[int, ...], cluster: tuple[int, ...]) -> bool:
-    """Whether ``variant`` is what a rule wants for the op and dtypes of ``problem``, whatever its shape."""
-    kind = (variant.op, variant.a_dtype, variant.c_dtype) == (problem.op, problem.a_dtype, problem.c_dtype)
-    return kind and (variant.tile_m, variant.tile_n) == tile and (variant.cluster_m, variant.cluster_n) == cluster
+def shape_name(op: str, experts: int, hidden: int, intermediate: int, a_dtype: str, c_dtype: str, active: bool) -> str:
+    """What a table calls a measured shape."""
+    return f"{op} {experts}x{hidden}x{intermediate} {a_dtype}-{c_dtype} {'active' if active else 'dense'}"
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a part of the table asks for. ``options`` None: any."""
+
+    source: str
+    tile: Sequence[int]
+    cluster: Sequence[int]
+    options: tuple[tuple[str, int], ...] | None
+    reason: str
+    provenance: str
+    settings: Mapping[str, int]
+
+    @property
+    def text(self) -> str:
+        options = "".join(f".{name}{value}" for name, value in self.options or ())
+        return f"tile {self.tile[0]}x{self.tile[1]}{options}"
+
+    def is_met_by(self, variant: Variant) -> bool:
+        own = (variant.tile_m, variant.tile_n, variant.cluster_m, variant.cluster_n)
+        return own == (*self.tile, *self.cluster) and self.options in (None, variant.options)
+
+
+def _wanted(problem: Problem, size: int, table: Mapping[str, Any]) -> Iterator[_Wanted]:
+    """What the table asks for, the best first."""
+    name = shape_name(
+        problem.op, problem.experts, problem.hidden, problem.intermediate, problem.a_dtype, problem.c_dtype, problem.active_list
+    )
+    for row in table.get("shapes", {}).get(name, ()):
+        if size <= row[0]:
+            yield _of_row(row, table["keys"][row[1]], size)
+            break
+    yield from _of_model(problem, table.get("model"))
+    for position, rule in enumerate(table["rules"]):
+        if rule["op"] == problem.op and rule["m_from"] <= size <= rule["m_to"]:
+            source = f"rule {position}"
+            yield _Wanted(source, rule["tile"], rule["cluster"], None, rule["reason"], rule["provenance"], rule.get("settings", {}))
+
+
+def _of_row(row: Sequence[Any], key: Sequence[Any], size: int) -> _Wanted:
+    variant = Variant.parse(key[0])
+    measured = len(row) > 2 and size == row[0]
+    reason = f"the fastest there, {row[2]} us" if measured else "the fastest by the times measured around this bucket"
+    tile, cluster = (variant.tile_m, variant.tile_n), (variant.cluster_m, variant.cluster_n)
+    return _Wanted("the shape's row", tile, cluster, variant.options, reason, "measured" if measured else "modelled", key[1])
+
+
+def _of_model(problem: Problem, model: Mapping[str, Any] | None) -> Iterator[_Wanted]:
+    """Kernel classes that the cost model knows, the fastest first."""
+    if not model or not problem.m:
+        return
+    from densemoe.runtime.cost_model import Coefficients, KernelClass, predict
+
+    whole = replace(problem, m=bucket(problem.m))  # all of a bucket gets the same
+    predicted = []
+    for document in model["classes"]:
+        if (document["op"], document["a_dtype"], document["active"]) != (problem.op, problem.a_dtype, problem.active_list):
+            continue
+        kernel = KernelClass.from_json(document)
+        coefficients = Coefficients(*(document[name] for name in _COEFFICIENTS))
+        predicted.append((predict(whole, kernel, coefficients, model["sm_count"]), repr(kernel), kernel))
+    for microseconds, _, kernel in sorted(predicted, key=lambda each: each[:2]):
+        reason = f"the fastest by the cost model, {microseconds:.1f} us"
+        yield _Wanted("the cost model", kernel.tile, kernel.cluster, kernel.options, reason, "modelled", dict(kernel.settings))
+
+
+def _same_dtypes(variant: Variant, problem: Problem) -> bool:
+    return (variant.op, variant.a_dtype, variant.c_dtype) == (problem.op, problem.a_dtype, problem.c_dtype)
 
 
 def _forced(key: str, size: int, runnable: list[Variant], rejected: list[Rejected]) -> Choice:

@@ -190,7 +190,9 @@ def entry(key: str, settings: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> S
 class SimulatedLoader:
     """Plans over SimulatedDriver for the given keys."""
 
-    def __init__(self, keys: Mapping[str, tuple[tuple[str, tuple[int, ...]], ...]], cost: Cost, fault: Fault | None = None, l2: int = 1 << 16) -> None:
+    def __init__(
+        self, keys: Mapping[str, tuple[tuple[str, tuple[int, ...]], ...]], cost: Cost, fault: Fault | None = None, l2: int = 1 << 16
+    ) -> None:
         self.driver, self.cost, self.fault = SimulatedDriver(l2), cost, fault
         self.variants = {key: entry(key, settings) for key, settings in keys.items()}
         self.open_plans = 0
