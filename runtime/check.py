@@ -223,7 +223,7 @@ def _selection(device: Device, manifest: Manifest) -> list[Finding]:
     """What the selection gives at a representative shape: problems that nothing serves, and choices that were not measured."""
     variants = [Variant.parse(key) for key in manifest.variants]
     try:
-        table = load_table(manifest.arch)
+        table = load_table(manifest.arch, device.capability)
     except DensemoeError as error:
         return [Finding(INVALID, str(error), "install densemoe again")]
     found = []

@@ -215,6 +215,7 @@ class Loader:
         self._prepared: set[tuple[str, int]] = set()
         self._devices: dict[int, Manifest] = {}
         self._variants: dict[str, tuple[Variant, ...]] = {}
+        self._tables: dict[int, Mapping[str, Any]] = {}
 
     def manifest(self, device: int) -> Manifest:
         """The set that serves a device.
@@ -242,7 +243,10 @@ class Loader:
         variants = self._variants.get(manifest.arch)
         if variants is None:
             variants = self._variants[manifest.arch] = tuple(Variant.parse(key) for key in sorted(manifest.variants))
-        return select(problem, variants, load_table(manifest.arch), variant)
+        table = self._tables.get(device)
+        if table is None:
+            table = self._tables[device] = load_table(manifest.arch, self.driver.capability(device))
+        return select(problem, variants, table, variant)
 
     def kernel(self, key: str, device: int) -> LoadedKernel:
         """The kernel of a key, loaded and made ready for a device.

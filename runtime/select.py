@@ -66,13 +66,25 @@ class Choice:
 
 
 @cache
-def load_table(arch: str) -> Mapping[str, Any]:
-    """The selection table of an architecture.
+def load_table(arch: str, capability: tuple[int, int] | None = None) -> Mapping[str, Any]:
+    """The selection table of an architecture as a device sees it: its rules, and what was measured, without those of other devices.
+
+    Args:
+        capability: the device's compute capability; the architecture's first where no device is at hand.
 
     Raises:
         SelectionError: densemoe has none for it.
         ManifestError: it is not a table of this schema.
     """
+    wanted = capability or architecture(arch).capabilities[0]
+    document = _read_table(arch)
+    rules = [rule for rule in document["rules"] if tuple(rule.get("capability", wanted)) == wanted]
+    own = document.get("devices", {}).get(f"{wanted[0]}.{wanted[1]}", {})
+    return {**{name: part for name, part in document.items() if name != "devices"}, **own, "rules": rules}
+
+
+def _read_table(arch: str) -> Mapping[str, Any]:
+    """The file."""
     path = resources.files("densemoe.artifacts").joinpath("selection").joinpath(f"{architecture(arch).name}.json")
     try:
         document = json.loads(path.read_text())
@@ -166,7 +178,9 @@ def _wanted(problem: Problem, size: int, table: Mapping[str, Any]) -> Iterator[_
             break
     yield from _of_model(problem, table.get("model"))
     for position, rule in enumerate(table["rules"]):
-        if rule["op"] == problem.op and rule["m_from"] <= size <= rule["m_to"]:
+        if rule["op"] != problem.op or not rule.get("hidden_from", 0) <= problem.hidden <= rule.get("hidden_to", LARGEST_DIMENSION):
+            continue
+        if rule["m_from"] <= size <= rule["m_to"]:
             source = f"rule {position}"
             yield _Wanted(source, rule["tile"], rule["cluster"], None, rule["reason"], rule["provenance"], rule.get("settings", {}))
 

@@ -165,28 +165,38 @@ def test_a_plan_that_skips_feeds_only_a_plan_with_the_same_list(root: Path) -> N
 # ---- the modelled table
 
 
-def chosen(problem: Problem) -> Choice:
+def chosen(problem: Problem, capability: tuple[int, int] = (10, 0)) -> Choice:
     variants = [each.variant for each in matrix.load().profile("full") if each.variant.arch == "sm_100f"]
-    return select(problem, variants, load_table("sm_100f"))
+    return select(problem, variants, load_table("sm_100f", capability))
 
 
 @pytest.mark.parametrize(
-    ("op", "m", "intermediate", "tile", "settings"),
+    ("op", "m", "hidden", "intermediate", "tile", "settings"),
     [
-        ("fc1", 8, 256, (128, 128), {}),
-        ("fc1", 200, 256, (256, 256), {}),
-        ("fc1", 300, 256, (128, 256), {}),
-        ("fc1", 500, 256, (256, 256), {}),
-        ("fc1", 200, 192, (128, 128), {}),  # 2I = 384: the pair of 256 columns is installed and does not fit
-        ("fc2", 100, 256, (128, 128), {"splits": 2}),
-        ("fc2", 200, 256, (256, 128), {}),
+        ("fc1", 8, 7168, 256, (128, 128), {}),
+        ("fc1", 200, 7168, 256, (256, 256), {}),
+        ("fc1", 300, 7168, 256, (128, 128), {}),
+        ("fc1", 500, 7168, 256, (256, 256), {}),
+        ("fc1", 200, 7168, 192, (256, 128), {}),  # 2I = 384: the pair of 256 columns is installed and does not fit
+        ("fc2", 100, 7168, 256, (128, 128), {"splits": 2}),
+        ("fc2", 200, 7168, 256, (256, 128), {}),
+        ("fc2", 100, 2048, 768, (128, 64), {"splits": 4}),  # 16 tiles of 128 rows are few for 148 SMs
     ],
 )
-def test_the_table_says_what_is_published(op: str, m: int, intermediate: int, tile: tuple[int, int], settings: dict[str, int]) -> None:
-    choice = chosen(Problem(op, m, 8, 512, intermediate, "nvfp4", "bf16"))
-    assert (choice.variant.tile_m, choice.variant.tile_n) == tile
-    assert choice.settings == settings
-    assert choice.provenance == "modelled"
+def test_the_table_says_what_is_published(
+    op: str, m: int, hidden: int, intermediate: int, tile: tuple[int, int], settings: dict[str, int]
+) -> None:
+    for capability in ((10, 0), (10, 3)):
+        choice = chosen(Problem(op, m, 8, hidden, intermediate, "nvfp4", "bf16"), capability)
+        assert (choice.variant.tile_m, choice.variant.tile_n) == tile
+        assert choice.settings == settings
+        assert choice.provenance == "modelled"
+
+
+def test_a_device_of_the_family_may_have_rules_of_its_own() -> None:
+    problem = Problem("fc1", 640, 256, 7168, 256, "nvfp4", "nvfp4")
+    assert {c: chosen(problem, c).variant.tile_m for c in ((10, 0), (10, 3))} == {(10, 0): 128, (10, 3): 256}
+    assert load_table("sm_100f") == load_table("sm_100f", (10, 0))  # no device at hand: the architecture's first
 
 
 @pytest.mark.parametrize("m", [0, 1, 128, 129, 256, 384, 385, 512, 4096])
@@ -198,7 +208,7 @@ def test_every_problem_that_some_variant_runs_is_ruled(m: int, intermediate: int
 
 
 def test_a_rule_s_settings_reach_the_kernel_and_the_caller_s_win(root: Path) -> None:
-    problem = Problem("fc2", 5, 3, 320, 256, "nvfp4", "bf16")
+    problem = Problem("fc2", 5, 3, 7168, 256, "nvfp4", "bf16")
     for given, expected in ((None, 2), ({"splits": 4}, 4)):
         plan, _, _ = plan_of(root, problem, None, settings=given)
         assert plan.key == FC2
