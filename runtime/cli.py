@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from densemoe.runtime import release_cli
+from densemoe.runtime import records, release_cli
 from densemoe.runtime.errors import (
     ArtifactError,
     BuildError,
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
     quick = add(
         "quickstart",
-        "run a Qwen3-30B-shaped layer where a GPU is present; say what could not run where none is",
+        "run a Qwen3-30B-shaped layer where a GPU is present; a small one on the emulator where none is, and say what did not run",
         "densemoe quickstart",
         "quickstart",
     )
@@ -219,8 +219,7 @@ def _list(args: argparse.Namespace) -> int:
         return OK
     rows = [["key", "bytes", "registers", "stack", "verified"]]
     for entry in entries:
-        verified = ",".join(sorted({str(record.get("kind")) for record in entry.verification})) or "-"
-        rows.append([entry.key, str(entry.size), str(entry.registers), str(entry.stack), verified])
+        rows.append([entry.key, str(entry.size), str(entry.registers), str(entry.stack), records.summary(entry.verification)])
     _table(rows)
     return OK
 
@@ -274,7 +273,8 @@ def _show(args: argparse.Namespace) -> int:
         if name != "design":
             print(f"{name:16} {value}")
     for record in entry.verification:
-        print(f"{'verified':16} {', '.join(f'{name} {value}' for name, value in record.items())}")
+        for number, line in enumerate(records.lines(record)):
+            print(f"{'' if number else 'verified':16} {line}")
     return OK
 
 
@@ -302,10 +302,18 @@ def _verify(args: argparse.Namespace) -> int:
     given = [name for name in _EMULATION if getattr(args, name)]
     if given:
         raise ProblemError(f"--{given[0]} belongs to --emulate: add it, or leave the option out")
-    return _check_files(args)
+    found = _check_files(args)
+    if args.json:
+        _print_json(found)
+    else:
+        print(f"{found['root']}: {found['verified']} cubins are what their manifests say")
+        for fault in found["faults"]:
+            print(f"  FAULT {fault}")
+    return FAILED if found["faults"] else OK
 
 
-def _check_files(args: argparse.Namespace) -> int:
+def _check_files(args: argparse.Namespace) -> dict[str, Any]:
+    """Every file against its manifest: ``root``, the number ``verified``, ``faults`` in words."""
     from densemoe.runtime.canonical import read_file
     from densemoe.runtime.loader import ArtifactSet
     from densemoe.runtime.manifest import LARGEST_MANIFEST, MANIFEST_NAME, Manifest
@@ -329,13 +337,7 @@ def _check_files(args: argparse.Namespace) -> int:
         for cubin in sorted((artifacts.root / arch).glob("*.cubin")):
             if cubin.name not in listed:
                 faults.append(f"{cubin} is in no manifest: a stale file; build or install again")
-    if args.json:
-        _print_json({"root": str(artifacts.root), "verified": good, "faults": faults})
-    else:
-        print(f"{artifacts.root}: {good} cubins are what their manifests say")
-        for fault in faults:
-            print(f"  FAULT {fault}")
-    return FAILED if faults else OK
+    return {"root": str(artifacts.root), "verified": good, "faults": faults}
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -426,29 +428,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    from densemoe.runtime.doctor import diagnose
-    from densemoe.runtime.loader import Loader
-
-    report = diagnose(args.artifacts)
-    if not report.usable:
-        for line in report.lines():
-            print(line)
-        print("The layer was NOT run: it needs a GPU that the artifacts above serve. What could be checked here was: artifacts, manifests, hashes.")
-        return _check_files(args) if report.artifacts_found else UNAVAILABLE
-    runner = _host_side("densemoe.runtime.runner")
-    layer = runner.run_layer(
-        Loader(args.artifacts), m=args.m, experts=128, top_k=8, hidden=2048, intermediate=768, a_dtype=args.a_dtype
-    )
-    if args.json:
-        _print_json(dataclasses.asdict(layer))
-    else:
-        print(f"{layer.device}: MoE layer E 128, k 8, H 2048, I 768 (Qwen3-30B), M = {args.m}, NVFP4 weights, {args.a_dtype} activations")
-        print(f"  FC1 {layer.fc1}: worst error {layer.fc1_worst:.3f} of its bound")
-        print(f"  FC2 {layer.fc2}: worst error {layer.fc2_worst:.3f} of its bound")
-        print(f"  layer: {layer.mark:.2%} within 0.15 + 1 % of the unquantised layer (97 % pass)")
-        print(f"  checked: {layer.checked}; {layer.microseconds:.1f} us for both launches in a graph (all experts, dense)")
-        print("PASS" if layer.passed else "FAIL")
-    return OK if layer.passed else FAILED
+    return int(_host_side("densemoe.runtime.quickstart").quickstart(args, _check_files))
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -14,11 +14,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from densemoe.runtime import bounds, data, marks, packing, reference
-from densemoe.runtime.layer_data import LayerData, LayerExpert
-from densemoe.runtime.layout import tile_scales
+from densemoe.runtime import bounds, data, packing, reference
+from densemoe.runtime.layer_run import INTO, LayerRun
 from densemoe.runtime.loader import Loader
-from densemoe.runtime.nvfp4 import GROUP, LARGEST_E2M1, LARGEST_E4M3, bf16_values, quantise_expert, widen
+from densemoe.runtime.nvfp4 import GROUP, LARGEST_E2M1, LARGEST_E4M3, bf16_values
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.select import Choice
@@ -291,40 +290,21 @@ def run_layer(
     """
     driver = loader.driver
     driver.use_device(device)
-    middle = "nvfp4" if a_dtype == "nvfp4" else "bf16"
-    first = Problem("fc1", m, experts, hidden, intermediate, a_dtype, middle, active_list=listed)
-    second = Problem("fc2", m, experts, hidden, intermediate, middle, "bf16", active_list=listed)
-    layer = LayerData(data.LayerCase(experts, top_k, hidden, intermediate, m), seed)
-    ids, router = layer.routing()
-    routed = [int(e) for e in np.unique(ids)]
-    made = {expert: layer.expert(expert) for expert in routed}
-    every = [made.get(expert, made[routed[0]]) for expert in range(experts)]
-    arrays, a, a_scale = _layer_input(layer, a_dtype)
-    multiplier = layer.output_multiplier
-    alpha1 = np.array([each.fc1_scale * a_scale for each in every], dtype=np.float32)
-    w2_alpha = np.array([each.fc2_scale / (multiplier if middle == "nvfp4" else 1) for each in every], dtype=np.float32)
-    alpha2 = reference.build_alpha(ids, router, w2_alpha, experts=experts)
+    layer = LayerRun(m, experts, top_k, hidden, intermediate, a_dtype, seed, listed)
     memory = _Memory(driver)
     plans: list[Plan] = []
     try:
-        tensors: dict[str, Any] = {role: memory.put(array) for role, array in arrays.items()}
-        tensors.update(alpha=memory.put(alpha1), b=memory.put_all([each.fc1_packed for each in every]))
-        if middle == "nvfp4":
-            tensors["output_multiplier"] = memory.put(np.array([multiplier]))
-        outputs = {role: spec for role, spec in first.tensors().items() if spec.output}
+        tensors: dict[str, Any] = {role: memory.put(array) for role, array in layer.fc1_inputs().items()}
+        tensors["b"] = memory.put_all(layer.fc1_weights)
+        outputs = {role: spec for role, spec in layer.first.tensors().items() if spec.output}
         for role, spec in outputs.items():
             tensors[role] = memory.empty(spec.nbytes, poison=0xA5)
         c = memory.empty(m * hidden * 2, poison=0xA5)
-        into = {"c": "a", "c.codes": "a.codes", "c.scales": "a.scales"}
-        between = {into[role]: tensors[role] for role in outputs}
+        rest: dict[str, Any] = {INTO[role]: tensors[role] for role in outputs}
+        rest.update({role: memory.put(array) for role, array in layer.fc2_inputs().items()}, b=memory.put_all(layer.fc2_weights), c=c)
         if listed:
-            active = memory.put(np.array([len(routed), *routed, *[0] * (experts - len(routed))], dtype=np.int32))
-            tensors["active_experts"] = between["active_experts"] = active
-        weights2 = memory.put_all([each.fc2_packed for each in every])
-        plans = [
-            loader.plan(first, tensors, device),
-            loader.plan(second, {**between, "b": weights2, "alpha": memory.put(alpha2), "c": c}, device),
-        ]
+            rest["active_experts"] = tensors["active_experts"]  # a Plan that skipped feeds one with the same list
+        plans = [loader.plan(layer.first, tensors, device), loader.plan(layer.second, rest, device)]
         for plan in plans:
             plan.launch()
         driver.synchronize()
@@ -335,58 +315,20 @@ def run_layer(
         for plan in plans:
             plan.close()
         memory.close()
-    one, two = _check_layer(first, second, made, (a, alpha1, alpha2), got, result, float(multiplier))
-    unquantised = reference.layer(a * float(a_scale), layer.unquantised, ids, router)
-    mark = marks.layer_mark(widen(result, "bf16"), unquantised)
+    verdict = layer.judge(got, result)
     return LayerReport(
         driver.device_name(device),
         driver.version(),
-        {"m": m, "experts": experts, "top_k": top_k, "hidden": hidden, "intermediate": intermediate},
+        layer.shape,
         plans[0].key,
         plans[1].key,
         microseconds,
-        one.worst,
-        two.worst,
-        1 - mark.worst * (1 - marks.LAYER_SHARE),
-        f"{len(routed)} routed experts of FC1 (of {experts}), all of FC2",
-        one.passed and two.passed and mark.passed,
+        verdict.fc1.worst,
+        verdict.fc2.worst,
+        verdict.mark,
+        verdict.checked,
+        verdict.passed,
     )
-
-
-def _layer_input(layer: LayerData, a_dtype: str) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[Any], np.float32]:
-    """The layer's input as FC1 takes it: (arrays by role, float64 values without the global scale, global scale)."""
-    if a_dtype == "bf16":
-        return {"a": layer.x}, bf16_values(layer.x).astype(np.float64), np.float32(1)
-    codes, scales, scale = quantise_expert(bf16_values(layer.x))
-    tiled = tile_scales(scales)
-    return {"a.codes": codes, "a.scales": tiled}, reference.activation_values(codes, tiled), scale
-
-
-def _check_layer(
-    first: Problem,
-    second: Problem,
-    made: Mapping[int, LayerExpert],
-    inputs: tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]],
-    got: Mapping[str, npt.NDArray[Any]],
-    result: npt.NDArray[np.uint16],
-    multiplier: float,
-) -> tuple[bounds.Report, bounds.Report]:
-    """Reports of FC1 and of FC2 on FC1's actual output. Experts without a token have alpha 0 for all of them: the reference leaves them out.
-
-    Args:
-        inputs: (a in float64, FC1's alpha, FC2's alpha).
-        got: FC1's outputs by role.
-        result: FC2's output, bf16 bits ``[M, H]``.
-    """
-    a, alpha1, alpha2 = inputs
-    routed, width = sorted(made), first.intermediate
-    columns = np.concatenate([np.arange(e * width, (e + 1) * width) for e in routed])
-    exact1 = reference.fc1(a, lambda e: made[e].fc1(0), alpha1.astype(np.float64), routed)
-    one = bounds.compare_fc1(got, exact1, first, output_multiplier=multiplier, columns=columns)
-    values = widen(got["c"], first.c_dtype) if "c" in got else reference.activation_values(got["c.codes"], got["c.scales"])
-    alpha = alpha2[:, routed].astype(np.float64)
-    exact2 = reference.fc2(values[:, columns], lambda i: made[routed[i]].fc2(0), alpha, len(routed), width)
-    return one, bounds.compare_fc2({"c": result}, exact2, second)
 
 
 def _time_layer(loader: Loader, plans: Sequence[Plan], repeats: int = 20) -> float:

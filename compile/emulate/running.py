@@ -29,7 +29,7 @@ from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.rules import can_implement
 from densemoe.runtime.variant import Variant
 
-__all__ = ["Outcome", "RunTask", "emulator_digest", "judge_digest", "run_case", "run_task"]
+__all__ = ["Outcome", "RunTask", "emulator_digest", "judge_digest", "poisoned", "run_case", "run_task"]
 
 POISON: Final = 0xA5
 ZERO_SHARE: Final = 0.25  # of alphas where a case has zeros
@@ -156,7 +156,7 @@ def run_case(variant: Variant, layout: str, ptx: str, recipe: Recipe, case: Case
     outputs: Arrays = {}
     run = Run()
     for _ in range(case.launches):
-        outputs = {role: _poisoned(role, spec.shape, spec.dtype) for role, spec in specs.items() if spec.output}
+        outputs = {role: poisoned(role, spec.shape, spec.dtype) for role, spec in specs.items() if spec.output}
         names = {**problem.names(), **dict(case.settings)}
         run = launch_recipe(
             ptx, recipe, names, {**tensors, **outputs}, outputs, workspaces=workspaces, schedule=schedule, sm_count=case.sm_count
@@ -183,7 +183,7 @@ def run_case(variant: Variant, layout: str, ptx: str, recipe: Recipe, case: Case
     )
 
 
-def _poisoned(role: str, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+def poisoned(role: str, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
     """An output before a launch. Scales start as 0: their padding rows are the caller's (contract section 2)."""
     array = np.zeros(shape, _NUMPY[dtype])
     if role != "c.scales":

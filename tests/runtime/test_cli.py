@@ -253,11 +253,3 @@ def test_doctor_with_one_device_served_and_one_not(run: Run, artifacts: Path, mo
     assert code == 0
     assert found["device 0"].endswith("served by the sm_90a set")
     assert "NOT served" in found["device 1"]
-
-
-@pytest.mark.usefixtures("no_driver")
-def test_quickstart_says_what_did_not_run(run: Run, artifacts: Path) -> None:
-    code, out, _ = run("quickstart", "--artifacts", artifacts)
-    assert code == 0
-    assert "The layer was NOT run" in out
-    assert "7 cubins are what their manifests say" in out
