@@ -8,6 +8,7 @@ stand-in for the kernels.
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +18,9 @@ import torch
 
 from densemoe.runtime import bounds, data, marks, packing, reference
 from densemoe.runtime.layer_data import LayerData, LayerExpert
+from densemoe.runtime.layout import tile_scales
 from densemoe.runtime.loader import Loader
+from densemoe.runtime.nvfp4 import bf16_values, quantise_expert
 from densemoe.runtime.problem import Problem
 
 DEVICE = "cuda"
@@ -26,6 +29,7 @@ GUARD = 4096  # poisoned bytes behind every output
 KEPT_VALUES = 8 << 30  # bytes of decoded weights that are kept from case to case
 ZEROS = 0.25  # share of exact alphas that are 0
 THREADS = 8  # experts made at once; numpy releases the interpreter's lock
+SUPERBLOCK, INTERCHANGE = "sm90a-superblock/1", packing.INTERCHANGE_LAYOUT
 
 
 def device_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -71,15 +75,22 @@ def lifted(weights: reference.Weights) -> reference.Weights:
     return reference.Weights(weights.op, device_tensor(weights.codes), device_tensor(weights.scales), weights.experts)
 
 
+def pack(layout: str, op: str, codes: Any, scales: Any, experts: int) -> np.ndarray[Any, Any]:
+    """Weights as the kernels of an architecture read them."""
+    if layout == INTERCHANGE:
+        return packing.pack_interchange(op, codes, scales, experts)
+    return packing.pack_fc1(codes, scales) if op == "fc1" else packing.pack_fc2(codes, scales, experts)
+
+
 class Weights:
     """Weights of ``data`` on the device: packed for the kernel, interchange tensors for the reference."""
 
-    def __init__(self, op: str, experts: int, hidden: int, intermediate: int, kind: str, seed: int) -> None:
-        self.op, self.experts, self.hidden, self.intermediate = op, experts, hidden, intermediate
+    def __init__(self, op: str, experts: int, hidden: int, intermediate: int, kind: str, seed: int, layout: str = SUPERBLOCK) -> None:
+        self.op, self.experts, self.hidden, self.intermediate, self.layout = op, experts, hidden, intermediate, layout
         make = data.fc1_weights if op == "fc1" else data.fc2_weights
         self.plain = make(np.random.default_rng(seed), experts, hidden, intermediate, kind)
         codes, scales = self.plain.codes, self.plain.scales
-        self.packed = device_tensor(packing.pack_fc1(codes, scales) if op == "fc1" else packing.pack_fc2(codes, scales, experts))
+        self.packed = device_tensor(pack(layout, op, codes, scales, experts))
         self.reference = lifted(reference.Weights(op, codes, scales, experts))
         per_expert = (2 if op == "fc1" else 1) * hidden * intermediate * 8
         self._values: dict[int, Any] | None = {} if experts * per_expert <= KEPT_VALUES else None
@@ -97,7 +108,11 @@ class Weights:
         other = object.__new__(Weights)
         other.__dict__.update(self.__dict__)
         other.experts = experts
-        other.packed = self.packed[: self.packed.numel() // self.experts * experts]
+        if self.layout == INTERCHANGE:  # codes of all experts, then their scales
+            rows = 2 * self.intermediate * experts
+            other.packed = device_tensor(pack(INTERCHANGE, "fc1", self.plain.codes[:experts], self.plain.scales[:rows], experts))
+        else:
+            other.packed = self.packed[: self.packed.numel() // self.experts * experts]
         other.plain = self.plain._replace(global_scales=self.plain.global_scales[:experts])
         return other
 
@@ -192,10 +207,12 @@ def collect() -> None:
 class LayerWeights:
     """A layer's routed experts on the device. The experts that no token is routed to repeat a routed one: nothing of them may reach the output."""
 
-    def __init__(self, layer: LayerData, routed: Sequence[int]) -> None:
+    def __init__(self, layer: LayerData, routed: Sequence[int], layout: str = SUPERBLOCK) -> None:
         case = layer.case
-        sizes = [packing.expert_stride(op, case.hidden, case.intermediate) for op in ("fc1", "fc2")]
-        self.packed = [torch.empty(case.experts * size, dtype=torch.uint8, device=DEVICE) for size in sizes]
+        self._layout = layout
+        size = packing.interchange_bytes if layout == INTERCHANGE else packing.packed_bytes
+        sizes = [size(op, case.experts, case.hidden, case.intermediate) for op in ("fc1", "fc2")]
+        self.packed = [torch.empty(size, dtype=torch.uint8, device=DEVICE) for size in sizes]
         self.scales = np.ones((2, case.experts), dtype=np.float32)
         self.fc1: dict[int, reference.Weights] = {}
         self.fc2: dict[int, reference.Weights] = {}
@@ -211,57 +228,90 @@ class LayerWeights:
         return self._layer.expert(expert)
 
     def _put(self, expert: int, made: LayerExpert, slots: Sequence[int]) -> None:
-        for index, packed in enumerate((made.fc1_packed, made.fc2_packed)):
-            one = device_tensor(packed)
-            for slot in slots:
-                self.packed[index][slot * one.numel() : (slot + 1) * one.numel()] = one
-                self.scales[index, slot] = (made.fc1_scale, made.fc2_scale)[index]
         self.fc1[expert], self.fc2[expert] = lifted(made.fc1), lifted(made.fc2)
+        for index, op in enumerate(("fc1", "fc2")):
+            weights = (self.fc1, self.fc2)[index][expert]
+            packed = device_tensor((made.fc1_packed, made.fc2_packed)[index])
+            own = [weights.codes, weights.scales] if self._layout == INTERCHANGE else [packed]
+            for slot in slots:
+                for whole, part in zip(self.parts(op, slot), own, strict=True):
+                    whole.copy_(part.reshape(whole.shape))
+                self.scales[index, slot] = (made.fc1_scale, made.fc2_scale)[index]
+
+    def parts(self, op: str, expert: int) -> list[torch.Tensor]:
+        """Views of everything that the packed weights hold of an expert."""
+        case, packed = self._layer.case, self.packed[("fc1", "fc2").index(op)]
+        if self._layout != INTERCHANGE:
+            return [packed.reshape(case.experts, -1)[expert]]
+        if op == "fc1":
+            codes = case.experts * case.intermediate * case.hidden
+            return [part.reshape(case.experts, -1)[expert] for part in (packed[:codes], packed[codes:])]
+        codes = case.hidden * case.experts * case.intermediate // 2
+        # columns of an expert: of every row of codes, of every row of scale tiles
+        tiles = -(-case.hidden // 128)
+        return [packed[:codes].reshape(case.hidden, case.experts, -1)[:, expert], packed[codes:].reshape(tiles, case.experts, -1)[:, expert]]
 
     def unquantised(self, expert: int) -> tuple[torch.Tensor, ...]:
         """(up, gate, down) in float64, for ``reference.layer``."""
         return tuple(each.double() for each in self._unquantised[expert])
 
 
-def run_layer(loader: Loader, case: data.LayerCase, *, listed: bool = False) -> list[bounds.Report]:
+def layer_input(layer: LayerData, a_dtype: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, np.float32]:
+    """The layer's input as FC1 takes it: (tensors by role, float64 values without the global scale, global scale)."""
+    if a_dtype == "bf16":
+        a = device_tensor(layer.x)
+        return {"a": a}, a.double(), np.float32(1)
+    codes, scales, scale = quantise_expert(bf16_values(layer.x))
+    codes_there, scales_there = device_tensor(codes), device_tensor(tile_scales(scales))
+    return {"a.codes": codes_there, "a.scales": scales_there}, reference.activation_values(codes_there, scales_there), scale
+
+
+def run_layer(
+    loader: Loader, case: data.LayerCase, *, listed: bool = False, a_dtype: str = "bf16", layout: str = SUPERBLOCK
+) -> list[bounds.Report]:
     """A bf16 layer with NVFP4 between FC1 and FC2: reports of FC1, of FC2 on FC1's actual output, and of the mark against the unquantised layer.
 
     Args:
         listed: both kernels get the list of active experts; the weights of the others are then spoiled.
+        a_dtype: of FC1's activations: nvfp4 quantises the layer's bf16 input.
+        layout: of packed weights.
     """
     experts, _, hidden, intermediate, m = case
     layer = LayerData(case)
     ids, router = layer.routing()
     routed = [int(e) for e in np.unique(ids)]
-    weights = LayerWeights(layer, routed)
-    first = Problem("fc1", m, experts, hidden, intermediate, "bf16", "nvfp4", active_list=listed)
+    weights = LayerWeights(layer, routed, layout)
+    first = Problem("fc1", m, experts, hidden, intermediate, a_dtype, "nvfp4", active_list=listed)
     second = Problem("fc2", m, experts, hidden, intermediate, "nvfp4", "bf16", active_list=listed)
     active = {}
     if listed:
         idle = [e for e in range(experts) if e not in routed]
-        for packed in weights.packed:
-            packed.reshape(experts, -1)[idle] = 0xFF
+        for op, expert in itertools.product(("fc1", "fc2"), idle):
+            for part in weights.parts(op, expert):
+                part[...] = 0xFF
         # behind the count and the ids stands an expert that does not exist: nobody may read it
         active["active_experts"] = device_tensor(np.array([len(routed), *routed, *[2**30] * len(idle)], dtype=np.int32))
-    a, multiplier = device_tensor(layer.x), layer.output_multiplier
-    alpha1 = device_tensor(weights.scales[0])
+    a, values1, a_scale = layer_input(layer, a_dtype)
+    multiplier = layer.output_multiplier
+    alpha1 = device_tensor(weights.scales[0] * a_scale)
     alpha2 = device_tensor(reference.build_alpha(ids, router, weights.scales[1] / multiplier, experts=experts))
     middle, last = outputs_of(first), outputs_of(second)["c"]
     between = {role: output.tensor for role, output in middle.items()}
-    inputs = {**active, "a": a, "alpha": alpha1, "output_multiplier": device_tensor(np.array([multiplier]))}
+    inputs = {**active, **a, "alpha": alpha1, "output_multiplier": device_tensor(np.array([multiplier]))}
     plan1 = loader.plan(first, {**inputs, "b": weights.packed[0], **between}, 0)
     moved = {**active, "a.codes": between["c.codes"], "a.scales": between["c.scales"]}
     plan2 = loader.plan(second, {**moved, "b": weights.packed[1], "alpha": alpha2, "c": last.tensor}, 0)
+    plan1.feeds(plan2)
     with plan1, plan2:
         launch(plan1)
         launch(plan2)
     assert all(output.check() for output in (*middle.values(), last))
-    exact1 = reference.fc1(a.double(), lambda e: weights.fc1[e](0), alpha1.double(), routed)
+    exact1 = reference.fc1(values1, lambda e: weights.fc1[e](0), alpha1.double(), routed)
     columns = np.concatenate([np.arange(e * intermediate, (e + 1) * intermediate) for e in routed])
     one = bounds.compare_fc1(between, exact1, first, output_multiplier=float(multiplier), columns=columns)
     # experts without a token have alpha 0 for all of them: the reference leaves them out
     values = reference.activation_values(between["c.codes"], between["c.scales"])[:, torch.from_numpy(columns).to(DEVICE)]
     exact2 = reference.fc2(values, lambda i: weights.fc2[routed[i]](0), alpha2[:, routed].double(), len(routed), intermediate)
     two = bounds.compare_fc2({"c": last.tensor}, exact2, second)
-    mark = marks.layer_mark(last.tensor.double(), reference.layer(a.double(), weights.unquantised, ids, router))
+    mark = marks.layer_mark(last.tensor.double(), reference.layer(device_tensor(layer.x).double(), weights.unquantised, ids, router))
     return [one, two, mark]

@@ -18,8 +18,12 @@ from densemoe.runtime.problem import Problem
 Fault = Callable[[dict[str, torch.Tensor]], None]
 
 
-def weights_of(problem: Problem, packed: torch.Tensor) -> reference.Weights:
+def weights_of(problem: Problem, packed: torch.Tensor, layout: str) -> reference.Weights:
     """What the packed bytes say, read back through the layout."""
+    shape = (problem.experts, problem.hidden, problem.intermediate)
+    if layout == harness.INTERCHANGE:
+        parts = packing.interchange_parts(problem.op, packed.numpy(), *shape)
+        return harness.lifted(reference.Weights(problem.op, *parts, problem.experts))
     unpack = packing.unpack_fc1 if problem.op == "fc1" else packing.unpack_fc2
     codes, scales = unpack(packed.numpy(), problem.experts, problem.hidden, problem.intermediate)
     return harness.lifted(reference.Weights(problem.op, codes, tile_scales(scales.reshape(-1, scales.shape[-1])), problem.experts))
@@ -28,8 +32,8 @@ def weights_of(problem: Problem, packed: torch.Tensor) -> reference.Weights:
 class StandIn:
     """A Plan whose kernel is the reference, rounded to the output's dtype, and then ``fault``."""
 
-    def __init__(self, problem: Problem, tensors: Mapping[str, torch.Tensor], fault: Fault | None) -> None:
-        self.key, self.problem, self.tensors, self.fault = "stand-in", problem, dict(tensors), fault
+    def __init__(self, problem: Problem, tensors: Mapping[str, torch.Tensor], fault: Fault | None, layout: str) -> None:
+        self.key, self.problem, self.tensors, self.fault, self.layout = "stand-in", problem, dict(tensors), fault, layout
 
     def __enter__(self) -> StandIn:
         return self
@@ -37,9 +41,13 @@ class StandIn:
     def __exit__(self, *error: object) -> None:
         pass
 
+    def feeds(self, second: StandIn) -> None:
+        """As a Plan: the second reads what this one writes."""
+        assert second.tensors["a.codes"].data_ptr() == self.tensors["c.codes"].data_ptr()
+
     def launch(self, stream: int) -> None:
         problem, tensors = self.problem, self.tensors
-        weights = weights_of(problem, tensors["b"])
+        weights = weights_of(problem, tensors["b"], self.layout)
         a = tensors["a"].double() if "a" in tensors else reference.activation_values(tensors["a.codes"], tensors["a.scales"])
         alpha = tensors["alpha"].double()
         if problem.op == "fc2":
@@ -60,8 +68,8 @@ class StandIn:
 class StandInLoader:
     """Makes StandIns; checks roles and shapes as a Plan does."""
 
-    def __init__(self, fault: Fault | None = None) -> None:
-        self.fault = fault
+    def __init__(self, fault: Fault | None = None, layout: str = harness.SUPERBLOCK) -> None:
+        self.fault, self.layout = fault, layout
 
     def plan(self, problem: Problem, tensors: Mapping[str, Any], device: int, variant: str | None = None) -> StandIn:
         specs = problem.tensors()
@@ -69,7 +77,7 @@ class StandInLoader:
         for role, spec in specs.items():
             assert tuple(tensors[role].shape) == spec.shape, role
             assert tensors[role].dtype == harness.DTYPES[spec.dtype], role
-        return StandIn(problem, tensors, self.fault)
+        return StandIn(problem, tensors, self.fault, self.layout)
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +116,21 @@ def test_a_layer_stands_by_the_contract_and_the_mark() -> None:
     case = data.LayerCase(7, 2, 256, 512, 8)
     reports = harness.run_layer(StandInLoader(), case)
     assert len(reports) == 3
+    assert passed(reports), [report.text for report in reports]
+
+
+@pytest.mark.parametrize(("op", "run"), [("fc1", harness.run_fc1), ("fc2", harness.run_fc2)])
+def test_blackwell_s_weights_are_the_interchange_layout(op: str, run: Callable[..., list[bounds.Report]]) -> None:
+    weights = harness.Weights(op, 3, 192, 256, "integers", 1, harness.INTERCHANGE)
+    loader = StandInLoader(layout=harness.INTERCHANGE)
+    assert passed(run(loader, weights, 9, "nvfp4", "f32", True))
+    if op == "fc1":
+        assert passed(run(loader, weights.prefix(2), 9, "nvfp4", "nvfp4", False))
+
+
+def test_a_blackwell_layer_stands_by_the_contract_and_the_mark() -> None:
+    case = data.LayerCase(7, 2, 256, 512, 3)
+    reports = harness.run_layer(StandInLoader(layout=harness.INTERCHANGE), case, a_dtype="nvfp4", layout=harness.INTERCHANGE)
     assert passed(reports), [report.text for report in reports]
 
 
