@@ -30,7 +30,7 @@ from densemoe.runtime.errors import AuditError, ToolchainError
 from densemoe.runtime.plan import OPTIONAL_ROLES, PackedLaunch, pack
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import Recipe
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import GROUPED_OPS, Variant
 
 __all__ = ["Comparison", "Observed", "addresses", "compare", "differences", "observe", "pack", "recorded_tensor_map", "shapes"]
 
@@ -232,9 +232,18 @@ def shapes(variant: Variant) -> tuple[Problem, ...]:
     def make(m: int, experts: int, hidden: int, intermediate: int, switch: bool) -> Problem:
         if variant.op == "prepare":
             return Problem("prepare", m, experts, 0, 0, variant.a_dtype, variant.c_dtype, top_k=min(experts, 8), first_expert=m, elsewhere=switch)
+        if variant.op == "route":
+            chosen = min(experts, 8)
+            return Problem(
+                "route", m, experts, 0, 0, variant.a_dtype, variant.c_dtype,
+                top_k=chosen, first_expert=m, elsewhere=switch, group_tile=16,
+            )  # fmt: skip
+        if variant.op in GROUPED_OPS:
+            dtypes = (variant.a_dtype, variant.c_dtype)
+            return Problem(variant.op, m, experts, hidden, intermediate, *dtypes, top_k=min(experts, 8), group_tile=variant.tile_m)
         if variant.op == "quantize":
             return Problem("quantize", m, 0, hidden, 0, variant.a_dtype, variant.c_dtype)
-        post, scalar, listed = switch and variant.op == "fc1", switch and variant.op == "fc2", switch and variant.arch != "sm_90a"
+        post, scalar, listed = switch and variant.op == "fc1", switch and variant.op == "fc2", switch
         return Problem(variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype, post, scalar, listed)
 
     return (make(1, 1, 256, 256, False), make(37, 5, 320, 768, True), make(511, 128, 2048, 768, False))

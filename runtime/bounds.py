@@ -459,7 +459,7 @@ def compare_fc1(
             raise ProblemError("columns cut a group of 16: sample whole groups of NVFP4 output")
         groups = chosen[::GROUP] // GROUP
     codes = _part(unpack(actual["c.codes"]), rows, columns)
-    scales = _part(untile(actual["c.scales"], problem.m), rows, groups)
+    scales = _part(untile(actual["c.scales"], problem.c_rows), rows, groups)
     if xp is np:
         codes, scales = to_host(codes), to_host(scales)
     return compare_nvfp4(codes, scales, y.astype(np.float64) if exact else y, bound, output_multiplier, name=name)

@@ -58,7 +58,9 @@ def packed_weight_bytes(layout: str, problem: Problem) -> int:
     if layout == "sm100-interchange/1":
         return sum(_interchange_bytes(problem))
     rows, k, size = _SUPERBLOCK
-    weight_rows, depth = (2 * problem.intermediate, problem.hidden) if problem.op == "fc1" else (problem.hidden, problem.intermediate)
+    weight_rows, depth = (problem.hidden, problem.intermediate)
+    if problem.op in ("fc1", "groupedfc1"):
+        weight_rows, depth = 2 * problem.intermediate, problem.hidden
     return problem.experts * (weight_rows // rows) * -(-depth // k) * size
 
 

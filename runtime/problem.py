@@ -5,11 +5,11 @@ Shapes, dtypes and alignments are those of the contract's sections 2–4 and 8. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from densemoe.runtime.errors import ProblemError
-from densemoe.runtime.variant import A_DTYPES_OF, ALL_OPS, C_DTYPES, OPS
+from densemoe.runtime.variant import A_DTYPES_OF, ALL_OPS, C_DTYPES, GROUPED_OPS, OPS
 
 __all__ = ["ELEMENT_BITS", "Problem", "TensorSpec"]
 
@@ -22,6 +22,8 @@ CODES_ALIGNMENT: Final = 32
 OTHER_ALIGNMENT: Final = 16
 LARGEST_LISTED: Final = 4096  # experts that `prepare` has flags for
 LARGEST_TOP_K: Final = 32  # `prepare` holds a token's experts one a lane
+TILE_WORDS: Final = 4  # of one tile of `route`: expert, first row, rows, unused
+_ROUTED: Final = ("route", *GROUPED_OPS)
 
 
 @dataclass(frozen=True)
@@ -62,22 +64,26 @@ class Problem:
     """One call of an op.
 
     ``prepare`` (contract section 5) turns the router's ids and weights into alpha ``[M, E]`` and the list of active experts; its H and I are 0.
+    ``route`` sorts the router's choice by expert: one row a (token, expert) pair, ``M·k`` of them at most, and tiles of up to ``group_tile`` rows
+    of one expert. ``groupedfc1`` and ``groupedfc2`` are FC1 and FC2 over those rows; what stands between them is ``[M·k, I]``, of which only the
+    pairs' rows are written.
     ``quantize`` (section 2) turns activations ``[M, H]`` into NVFP4; its E and I are 0.
 
     Attributes:
-        op: ``fc1``, ``fc2``, ``prepare`` or ``quantize``.
+        op: one of ``ALL_OPS``.
         m: tokens. 0 is legal: nothing is launched.
         experts: E.
         hidden: H, a multiple of 64.
         intermediate: I held by this rank, a multiple of 64.
-        a_dtype: ``nvfp4`` or ``bf16``; of ``prepare``'s ids ``i32`` or ``i64``; of what is quantised ``bf16``, ``f16`` or ``f32``.
+        a_dtype: ``nvfp4`` or ``bf16``; of the ids of ``prepare`` and ``route`` ``i32`` or ``i64``; of what is quantised ``bf16``, ``f16`` or ``f32``.
         c_dtype: an output dtype that the contract allows for the op.
         alpha_post: FC1 multiplies by a per-token-per-expert scale after SwiGLU.
         scalar_alpha: FC2's alpha is one f32 scalar instead of ``[M, E]``.
         active_list: only listed experts are computed (contract section 5): the tensor ``active_experts`` holds their count and ids.
-        top_k: ``prepare``: experts of a token, 1 to 32.
-        first_expert: ``prepare``: id of this rank's first expert.
-        elsewhere: ``prepare``: ids outside this rank's experts belong to other ranks; else such an id makes its token's row NaN.
+        top_k: ``prepare``, ``route`` and the grouped ops: experts of a token, 1 to 32.
+        first_expert: ``prepare`` and ``route``: id of this rank's first expert.
+        elsewhere: ``prepare`` and ``route``: ids outside this rank's experts belong to other ranks; else such an id makes its token NaN.
+        group_tile: ``route`` and the grouped ops: most rows of a tile; the kernels' tile_m.
 
     Raises:
         ProblemError: a value that the contract's section 8 refuses.
@@ -96,18 +102,20 @@ class Problem:
     top_k: int = 0
     first_expert: int = 0
     elsewhere: bool = False
+    group_tile: int = 0
 
     def __post_init__(self) -> None:
         if self.op not in ALL_OPS:
             raise ProblemError(f"op={self.op!r}: use one of {', '.join(ALL_OPS)}")
-        gemm = self.op in OPS
-        least_of = {"m": 0, "experts": int(self.op != "quantize"), "hidden": int(self.op != "prepare"), "intermediate": int(gemm), "first_expert": 0}
+        gemm = self.op in (*OPS, *GROUPED_OPS)
+        sorts = self.op in ("prepare", "route")
+        least_of = {"m": 0, "experts": int(self.op != "quantize"), "hidden": int(not sorts), "intermediate": int(gemm), "first_expert": 0}
         for name, least in least_of.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_DIMENSION:
                 raise ProblemError(f"{name}={value!r}: use an integer from {least} to {LARGEST_DIMENSION}")
-        if self.op == "prepare" and self.experts > LARGEST_LISTED:
-            raise ProblemError(f"experts={self.experts} for prepare: at most {LARGEST_LISTED}; use expert parallelism")
+        if sorts and self.experts > LARGEST_LISTED:
+            raise ProblemError(f"experts={self.experts} for {self.op}: at most {LARGEST_LISTED}; use expert parallelism")
         for name in ("hidden", "intermediate"):
             value = getattr(self, name)
             if value % 64:
@@ -123,19 +131,40 @@ class Problem:
             raise ProblemError(f"alpha_post=True for {self.op}: only FC1 has alpha_post (contract section 3)")
         if self.scalar_alpha and self.op != "fc2":
             raise ProblemError(f"scalar_alpha=True for {self.op}: only FC2 has a scalar alpha (contract section 4)")
-        if not int(self.op == "prepare") <= self.top_k <= (LARGEST_TOP_K if self.op == "prepare" else 0):
-            raise ProblemError(f"top_k={self.top_k} for {self.op}: prepare has 1 to {LARGEST_TOP_K}, the other ops 0")
+        chosen = int(sorts or self.op in GROUPED_OPS)
+        if not chosen <= self.top_k <= chosen * LARGEST_TOP_K:
+            raise ProblemError(f"top_k={self.top_k} for {self.op}: prepare, route and the grouped ops have 1 to {LARGEST_TOP_K}, the others 0")
+        if self.m * self.top_k > LARGEST_DIMENSION:
+            raise ProblemError(f"M*k={self.m * self.top_k}: dimensions of 2**31 or more are refused (contract section 8)")
+        if (self.group_tile > 0) != (self.op in _ROUTED) or self.group_tile < 0:
+            raise ProblemError(f"group_tile={self.group_tile} for {self.op}: route and the grouped ops have the rows of a tile, the others 0")
+        if (self.active_list and not gemm) or (self.active_list and self.op in GROUPED_OPS):
+            raise ProblemError(f"active_list=True for {self.op}: only FC1 and FC2 have a list of active experts (contract section 5)")
 
     @property
     def k(self) -> int:
-        """Length of the reduction: H for FC1, E·I for FC2."""
+        """Length of the reduction: H for FC1, E·I for FC2, I for grouped FC2."""
+        if self.op == "groupedfc2":
+            return self.intermediate
         return self.experts * self.intermediate if self.op == "fc2" else self.hidden
 
     @property
+    def a_rows(self) -> int:
+        """Rows of the activations: M, and M·k between the grouped GEMMs."""
+        return self.m * self.top_k if self.op == "groupedfc2" else self.m
+
+    @property
+    def c_rows(self) -> int:
+        """Rows of the output: M, and M·k between the grouped GEMMs."""
+        return self.m * self.top_k if self.op == "groupedfc1" else self.m
+
+    @property
     def n_out(self) -> int:
-        """Columns of the output: E·I for FC1, H for FC2."""
-        if self.op == "prepare":
+        """Columns of the output: E·I for FC1, I for grouped FC1, H for FC2."""
+        if self.op in ("prepare", "route"):
             return self.experts
+        if self.op == "groupedfc1":
+            return self.intermediate
         return self.experts * self.intermediate if self.op == "fc1" else self.hidden
 
     def tensors(self) -> dict[str, TensorSpec]:
@@ -143,10 +172,12 @@ class Problem:
 
         Roles: ``a`` or ``a.codes`` + ``a.scales``; ``alpha``; ``alpha_post``; ``active_experts`` (the
         count, then as many expert ids, ascending); ``output_multiplier``; ``c`` or ``c.codes`` + ``c.scales``.
+        Of ``route`` and the grouped ops: ``tiles`` (a head [tiles, rows, 0, 0], then [expert, first row, rows, 0] each), ``rows`` (the token of each
+        row) and ``row_alpha`` (its scale in FC2).
         """
         rows = _ceil_to(self.m, SCALE_ROWS)
-        if self.op == "prepare":
-            return {spec.role: spec for spec in self._prepare_tensors()}
+        if self.op in ("prepare", "route"):
+            return {spec.role: spec for spec in self._router_tensors()}
         if self.op == "quantize":
             quantised = (
                 TensorSpec("a", self.a_dtype, (self.m, self.k), OTHER_ALIGNMENT),
@@ -157,11 +188,15 @@ class Problem:
             return {spec.role: spec for spec in quantised}
         specs: list[TensorSpec] = []
         if self.a_dtype == "nvfp4":
-            specs.append(TensorSpec("a.codes", "u8", (self.m, self.k // 2), CODES_ALIGNMENT))
-            specs.append(TensorSpec("a.scales", "u8", (rows, self.k // GROUP), OTHER_ALIGNMENT))
+            specs.append(TensorSpec("a.codes", "u8", (self.a_rows, self.k // 2), CODES_ALIGNMENT))
+            specs.append(TensorSpec("a.scales", "u8", (_ceil_to(self.a_rows, SCALE_ROWS), self.k // GROUP), OTHER_ALIGNMENT))
         else:
-            specs.append(TensorSpec("a", self.a_dtype, (self.m, self.k), OTHER_ALIGNMENT))
-        if self.op == "fc1":
+            specs.append(TensorSpec("a", self.a_dtype, (self.a_rows, self.k), OTHER_ALIGNMENT))
+        if self.op in GROUPED_OPS:
+            routed = {spec.role: replace(spec, output=False) for spec in self._routed_tensors()}
+            specs += [routed["tiles"], routed["rows"]]
+            specs.append(TensorSpec("alpha", "f32", (self.experts,), 4) if self.op == "groupedfc1" else routed["row_alpha"])
+        elif self.op == "fc1":
             specs.append(TensorSpec("alpha", "f32", (self.experts,), 4))
             if self.alpha_post:
                 specs.append(TensorSpec("alpha_post", "f32", (self.m, self.experts), 4))
@@ -171,20 +206,35 @@ class Problem:
             specs.append(TensorSpec("active_experts", "i32", (1 + self.experts,), 4))
         if self.c_dtype == "nvfp4":
             specs.append(TensorSpec("output_multiplier", "f32", (1,), 4))
-            specs.append(TensorSpec("c.codes", "u8", (self.m, self.n_out // 2), CODES_ALIGNMENT, output=True))
-            specs.append(TensorSpec("c.scales", "u8", (rows, self.n_out // GROUP), OTHER_ALIGNMENT, output=True))
+            scale_rows = _ceil_to(self.c_rows, SCALE_ROWS)
+            specs.append(TensorSpec("c.codes", "u8", (self.c_rows, self.n_out // 2), CODES_ALIGNMENT, output=True))
+            specs.append(TensorSpec("c.scales", "u8", (scale_rows, self.n_out // GROUP), OTHER_ALIGNMENT, output=True))
         else:
-            specs.append(TensorSpec("c", self.c_dtype, (self.m, self.n_out), OTHER_ALIGNMENT, output=True))
+            specs.append(TensorSpec("c", self.c_dtype, (self.c_rows, self.n_out), OTHER_ALIGNMENT, output=True))
         return {spec.role: spec for spec in specs}
 
-    def _prepare_tensors(self) -> tuple[TensorSpec, ...]:
-        """``ids`` and ``router`` ``[M, k]``, ``w2_alpha`` ``[E]``, ``alpha_divisor`` ``[1]`` (1, or the fused form's alpha_max); ``alpha`` ``[M, E]``
-        and the list of active experts."""
-        shape = (self.m, self.top_k)
+    def _routed_tensors(self) -> tuple[TensorSpec, ...]:
+        """What ``route`` gives: a tile has at least one row, so there are at most as many as pairs."""
+        pairs = self.m * self.top_k
         return (
+            TensorSpec("tiles", "i32", (1 + pairs, TILE_WORDS), OTHER_ALIGNMENT, output=True),
+            TensorSpec("rows", "i32", (pairs,), 4, output=True),
+            TensorSpec("row_alpha", "f32", (pairs,), 4, output=True),
+        )
+
+    def _router_tensors(self) -> tuple[TensorSpec, ...]:
+        """``ids`` and ``router`` ``[M, k]``, ``w2_alpha`` ``[E]``; of ``prepare`` ``alpha_divisor`` ``[1]`` (1, or the fused form's alpha_max),
+        ``alpha`` ``[M, E]`` and the list of active experts."""
+        shape = (self.m, self.top_k)
+        given = (
             TensorSpec("ids", self.a_dtype, shape, ELEMENT_BITS[self.a_dtype] // 8),
             TensorSpec("router", "f32", shape, 4),
             TensorSpec("w2_alpha", "f32", (self.experts,), 4),
+        )
+        if self.op == "route":
+            return (*given, *self._routed_tensors())
+        return (
+            *given,
             TensorSpec("alpha_divisor", "f32", (1,), 4),
             TensorSpec("alpha", "f32", (self.m, self.experts), 4, output=True),
             TensorSpec("active_list", "i32", (1 + self.experts,), 4, output=True),
@@ -208,4 +258,5 @@ class Problem:
             "top_k": self.top_k,
             "first_expert": self.first_expert,
             "elsewhere": int(self.elsewhere),
+            "group_tile": self.group_tile,
         }

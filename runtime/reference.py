@@ -24,6 +24,7 @@ from densemoe.runtime.nvfp4 import E2M1_VALUES, E4M3_VALUES
 __all__ = [
     "Fc1Result",
     "Fc2Result",
+    "Routes",
     "Weights",
     "activation_values",
     "build_alpha",
@@ -31,8 +32,11 @@ __all__ = [
     "fc1_columns",
     "fc2",
     "fused_alpha",
+    "grouped_fc1",
+    "grouped_fc2",
     "layer",
     "namespace",
+    "route",
 ]
 
 LARGEST_F32: Final = float(np.finfo(np.float32).max)
@@ -294,6 +298,105 @@ def fused_alpha(alpha2: npt.NDArray[Any], w2_alpha: npt.NDArray[Any]) -> tuple[n
     if not np.isfinite(largest) or largest <= 0:
         raise ProblemError(f"max(w2_alpha) = {largest}: the fused form needs a finite positive one; use the default form")
     return (alpha2 / largest).astype(np.float32), largest
+
+
+# ---- gathered tokens
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The router's choice sorted by expert, one row a (token, expert) pair, in the order of pairs inside an expert.
+
+    Attributes:
+        tiles: int32 ``[tiles, 3]``: expert, first row, rows.
+        experts: int32 ``[rows]``: whose weights a row meets.
+        rows: int32 ``[rows]``: a row's token.
+        row_alpha: float32 ``[rows]``: its scale in FC2, router weight · w2_alpha; NaN where the id is bad.
+    """
+
+    tiles: npt.NDArray[np.int32]
+    experts: npt.NDArray[np.int32]
+    rows: npt.NDArray[np.int32]
+    row_alpha: npt.NDArray[np.float32]
+
+    def packed(self, capacity: int) -> dict[str, npt.NDArray[Any]]:
+        """The tensors ``tiles``, ``rows`` and ``row_alpha`` as the kernels read them, with room for ``capacity`` pairs."""
+        tiles = np.zeros((1 + capacity, 4), dtype=np.int32)
+        tiles[0, :2] = len(self.tiles), len(self.rows)
+        tiles[1 : 1 + len(self.tiles), :3] = self.tiles
+        rows, row_alpha = np.zeros(capacity, dtype=np.int32), np.zeros(capacity, dtype=np.float32)
+        rows[: len(self.rows)], row_alpha[: len(self.rows)] = self.rows, self.row_alpha
+        return {"tiles": tiles, "rows": rows, "row_alpha": row_alpha}
+
+
+def route(
+    ids: npt.NDArray[Any],
+    router: npt.NDArray[Any],
+    w2_alpha: npt.NDArray[Any],
+    *,
+    group_tile: int,
+    first_expert: int = 0,
+    elsewhere: bool = False,
+) -> Routes:
+    """What the op ``route`` computes.
+
+    Args:
+        ids: integer ``[M, k]``.
+        router: float32 ``[M, k]``.
+        w2_alpha: float32 ``[E]``.
+        group_tile: most rows of a tile.
+        first_expert: id of this rank's first expert.
+        elsewhere: ids outside the rank's experts belong to other ranks; else they are bad: a row of expert 0 whose scale is NaN.
+    """
+    experts, top_k = len(w2_alpha), ids.shape[1]
+    local = ids.reshape(-1).astype(np.int64) - first_expert
+    here = (local >= 0) & (local < experts)
+    kept = np.flatnonzero(here | (not elsewhere))
+    chosen = np.where(here, local, 0)[kept]
+    order = np.argsort(chosen, kind="stable")
+    pairs, sorted_experts = kept[order], chosen[order]
+    alpha = router.reshape(-1)[pairs].astype(np.float32) * w2_alpha[sorted_experts].astype(np.float32)
+    alpha = np.where(here[pairs], alpha, np.float32("nan")).astype(np.float32)
+    tiles = []
+    for expert in np.unique(sorted_experts):
+        first, end = np.searchsorted(sorted_experts, [expert, expert + 1])
+        tiles += [(int(expert), at, min(group_tile, int(end) - at)) for at in range(int(first), int(end), group_tile)]
+    return Routes(
+        np.array(tiles or [(0, 0, 0)], dtype=np.int32), sorted_experts.astype(np.int32), (pairs // top_k).astype(np.int32), alpha
+    )
+
+
+def grouped_fc1(a: Array, weights: Callable[..., tuple[Array, Array]], alpha: Array, routes: Routes) -> Fc1Result:
+    """FC1 of every row: ``[rows, I]``; arguments as ``fc1``."""
+    xp = namespace(a)
+    parts = [fc1(a, weights, alpha, [int(e)], rows=routes.rows[routes.experts == e]) for e in np.unique(routes.experts)]
+    names = ("y", "up", "gate", "up_magnitude", "gate_magnitude", "post")
+    return Fc1Result(*(xp.concatenate([getattr(part, name) for part in parts], 0) for name in names))
+
+
+def grouped_fc2(a: Array, weights: Callable[..., Array], row_alpha: Array, routes: Routes, m: int) -> Fc2Result:
+    """FC2 from rows: ``[M, H]``, each token the sum of its rows.
+
+    Args:
+        a: ``[rows, I]``.
+        weights: as for ``fc2``.
+        row_alpha: ``[rows]``.
+    """
+    xp = namespace(a)
+    total = magnitude = active = None
+    for e in np.unique(routes.experts):
+        at = np.flatnonzero(routes.experts == e)
+        own = indices(a, at)
+        part = fc2(a[own], lambda _, e=e: weights(int(e)), row_alpha[own].reshape(-1, 1), 1, int(a.shape[1]))  # type: ignore[misc]
+        if total is None:
+            shape = (m, int(part.c.shape[1]))
+            total, magnitude, active = (xp.zeros_like(part.c[:1]) + constants(a, np.zeros(size)) for size in (shape, shape, (m, 1)))
+            active = active[:, :1]
+        for row, token in enumerate(routes.rows[at]):
+            total[int(token)] = total[int(token)] + part.c[row]
+            magnitude[int(token)] = magnitude[int(token)] + part.magnitude[row]
+            active[int(token)] = active[int(token)] + part.active[row]
+    return Fc2Result(total, magnitude, active, False)
 
 
 def layer(x: Array, expert_weights: Callable[[int], tuple[Array, Array, Array]], ids: npt.NDArray[Any], router: npt.NDArray[Any]) -> Array:

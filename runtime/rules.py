@@ -9,7 +9,7 @@ from typing import Final
 
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.problem import Problem
-from densemoe.runtime.variant import OPS, Variant
+from densemoe.runtime.variant import GROUPED_OPS, OPS, Variant
 
 __all__ = ["can_implement", "check_legal"]
 
@@ -64,6 +64,11 @@ def _reason(variant: Variant, problem: Problem) -> str:
         return f"2I = {2 * problem.intermediate} is not a multiple of its tile_n {variant.tile_n}"
     if problem.op == "fc2" and _tcgen05(variant) and problem.intermediate % TCGEN05_K_TILE:
         return f"I = {problem.intermediate} on this rank is not a multiple of its K tile {TCGEN05_K_TILE}"
+    if problem.op in GROUPED_OPS:
+        if variant.tile_m != problem.group_tile:
+            return f"its tiles have {variant.tile_m} rows, those of the problem {problem.group_tile}"
+        steps = problem.m * problem.top_k * -(-max(problem.hidden, problem.intermediate) // 64)
+        return f"{steps} steps: it counts them in 32 bits; split M" if steps > LARGEST_WORD else ""
     tiles = -(-problem.m // variant.tile_m) * -(-_tile_axis(problem) // variant.tile_n)
     if tiles > LARGEST_WORD:
         return f"{tiles} tiles: it counts them in 32 bits; split M"

@@ -29,6 +29,7 @@ __all__ = [
     "A_DTYPES_OF",
     "B_DTYPES",
     "C_DTYPES",
+    "GROUPED_OPS",
     "OPS",
     "Architecture",
     "Variant",
@@ -37,23 +38,32 @@ __all__ = [
 ]
 
 OPS: Final = ("fc1", "fc2")
-#: What a layer does besides: alpha and the list of active experts from the router's choice; NVFP4 activations. They read no packed weights.
-AUXILIARY_OPS: Final = ("prepare", "quantize")
-ALL_OPS: Final = (*OPS, *AUXILIARY_OPS)
+#: The same over gathered tokens: each expert multiplies those that chose it.
+GROUPED_OPS: Final = ("groupedfc1", "groupedfc2")
+#: What a layer does besides: alpha and the list of active experts from the router's choice; that choice sorted by expert; NVFP4 activations. They
+#: read no packed weights.
+AUXILIARY_OPS: Final = ("prepare", "route", "quantize")
+ALL_OPS: Final = (*OPS, *GROUPED_OPS, *AUXILIARY_OPS)
 A_DTYPES: Final = ("nvfp4", "bf16")
 B_DTYPES: Final = ("nvfp4",)
 #: Output dtypes that the contract allows for each op (sections 3 and 4).
 C_DTYPES: Final[Mapping[str, tuple[str, ...]]] = {
     "fc1": ("nvfp4", "bf16", "f16", "f32", "e4m3", "e5m2"),
     "fc2": ("bf16", "f16", "f32"),
+    "groupedfc1": ("nvfp4", "bf16", "f16", "f32"),
+    "groupedfc2": ("bf16", "f16", "f32"),
     "prepare": ("f32",),
+    "route": ("f32",),
     "quantize": ("nvfp4",),
 }
-#: Input dtypes of each op: ``prepare`` reads expert ids.
+#: Input dtypes of each op: ``prepare`` and ``route`` read expert ids.
 A_DTYPES_OF: Final[Mapping[str, tuple[str, ...]]] = {
     "fc1": A_DTYPES,
     "fc2": A_DTYPES,
+    "groupedfc1": A_DTYPES,
+    "groupedfc2": A_DTYPES,
     "prepare": ("i32", "i64"),
+    "route": ("i32", "i64"),
     "quantize": ("bf16", "f16", "f32"),
 }
 
@@ -124,7 +134,7 @@ class Variant:
     """One kernel to compile.
 
     Attributes:
-        op: ``fc1``, ``fc2``, ``prepare`` or ``quantize``.
+        op: one of ``ALL_OPS``.
         arch: an architecture's name, ``sm_90a``.
         tile_m, tile_n: the tile in tokens and in weight rows (FC1 counts rows before SwiGLU).
         cluster_m, cluster_n: CTAs of a cluster along the tile axes.

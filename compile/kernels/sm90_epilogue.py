@@ -148,11 +148,11 @@ def store_fc1_outputs(
 
     Args:
         accumulators: ``[token block][m16 block][up token 2t, up 2t+1, gate 2t, gate 2t+1]``.
-        alpha_post: float32 ``[M, E]``, or null.
+        alpha_post: float32 ``[M, E]``, or null; None where the kernel has no such parameter.
         column: first output column of the unit, of ``columns`` = E·I. This lane owns columns ``column + 4g`` … ``+ 4g + 3``.
     """
     scale = common.load_global_f32_if(alpha + Int64(expert) * 4, Int32(1))
-    has_post = Int32(alpha_post.toint() != 0)
+    has_post = None if alpha_post is None else Int32(alpha_post.toint() != 0)
     multiplier = Float32(1.0)
     if cutlass.const_expr(config.c_dtype == "nvfp4"):
         multiplier = common.load_global_f32_if(output_multiplier, Int32(1))
@@ -161,13 +161,15 @@ def store_fc1_outputs(
         for pair in range(2):
             token = first_token + (block * common.MMA_TOKENS + t * 2 + pair)
             exists = Int32(token < tokens_total)
-            post = common.load_global_f32_if(alpha_post + (Int64(token) * Int64(experts) + Int64(expert)) * 4, exists & has_post)
+            post = None
+            if has_post is not None:
+                post = common.load_global_f32_if(alpha_post + (Int64(token) * Int64(experts) + Int64(expert)) * 4, exists & has_post)
             values = []
             for m16 in range(common.M16_BLOCKS):
                 at = (block * common.M16_BLOCKS + m16) * common.ACCUMULATORS + pair
                 up, gate = (multiply(multiply(accumulators[at + i], Float32(config.product_scale)), scale) for i in (0, 2))
                 y = swiglu(up, gate)
-                values.append(apply_alpha_post(y, post, has_post))
+                values.append(y if has_post is None else apply_alpha_post(y, post, has_post))
             rows.append((token, exists, values))
         if config.c_dtype == "nvfp4":
             store_nvfp4(rows, multiplier, c, c_scales, column, columns, g)

@@ -9,7 +9,7 @@ import pytest
 
 from densemoe.compile import kernels, matrix, oracle
 from densemoe.runtime.recipe import Parameter, Recipe
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import GROUPED_OPS, Variant
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the oracle links host code with a C compiler, and there is none")
 
@@ -17,9 +17,10 @@ PLANNED = matrix.load().profile("full")
 
 
 def _case(planned: matrix.Planned) -> object:
-    """On Blackwell an output dtype changes nothing that a recipe says but the c pointer's role: one dtype a tile, the others with --full."""
+    """On Blackwell an output dtype changes nothing that a recipe says but the c pointer's role, nor does it in grouped kernels: one dtype a tile, the
+    others with --full."""
     variant = planned.variant
-    usual = variant.arch == "sm_90a" or variant.c_dtype == {"fc1": "nvfp4", "fc2": "bf16"}[variant.op]
+    usual = (variant.arch == "sm_90a" and variant.op not in GROUPED_OPS) or variant.c_dtype == {"fc1": "nvfp4", "fc2": "bf16", "groupedfc1": "nvfp4", "groupedfc2": "bf16"}.get(variant.op, variant.c_dtype)
     return pytest.param(planned, id=variant.key, marks=() if usual else pytest.mark.full)
 
 

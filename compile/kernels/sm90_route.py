@@ -1,0 +1,252 @@
+"""The router's choice sorted by expert, as the grouped GEMMs read it (docs/h200.md), in one launch of one CTA.
+
+    set counts[expert] ─ scan pairs and tiles of experts below (over lanes, over warps) ─ store each expert's tiles
+    a warp an expert:  ballot over all pairs ─ store token and scale of each pair that chose it, in the order of pairs
+
+A pair is one token's choice of one expert. ``rows`` and ``row_alpha`` hold the pairs, those of one expert together; a tile is up to ``group_tile``
+neighbouring rows of one expert. Ids off this rank are skipped where other ranks hold the rest; otherwise such an id becomes a row of expert 0 whose
+scale is NaN, which reaches the token's output: a launch can raise no error. Where there is no pair at all one tile of no rows stands, so that FC2
+still writes its zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, Uint8, Uint32
+from cutlass.experimental import primitives as pr
+
+from densemoe.compile.kernels import Expected
+from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels import sm90_epilogue as epilogue
+from densemoe.compile.kernels.host import pointer
+from densemoe.compile.kernels.sm90_prepare import (
+    EXPERTS_A_THREAD,
+    FLAG_BYTES,
+    LARGEST_EXPERTS,
+    NAN_BITS,
+    THREADS,
+    TOTALS_BYTES,
+    WARPS,
+    inclusive_scan,
+    load_id,
+    shuffle_from,
+)
+from densemoe.runtime.errors import VariantError
+from densemoe.runtime.recipe import Parameter, Recipe
+from densemoe.runtime.variant import Variant
+
+OP = "route"
+ARCHITECTURES = ("sm_90a",)
+WEIGHT_LAYOUT = "none"
+TILE_WORDS = 4  # expert, first row, rows, unused
+SHARED_BYTES = 2 * FLAG_BYTES + 2 * TOTALS_BYTES  # counts, first rows
+
+
+def ballot(value: Any) -> Any:
+    """A bit for each lane whose ``value`` is not 0."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.b32 p, {$r0}, 0; vote.sync.ballot.b32 {$w0}, p, 0xffffffff; }", write_only_types=[Uint32], read_only_args=[value]
+    )
+
+
+def population(word: Any) -> Any:
+    """Bits that are set."""
+    return pr.inline_ptx_hl("popc.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[word])
+
+
+def expert_of(ids: Any, pair: Any, pairs: Any, id_bytes: Any, first_expert: Any, experts: Any, elsewhere: Any) -> tuple[Any, Any]:
+    """(row's expert or -1, whether its id is bad) of a pair."""
+    exists = Int32(pair < pairs)
+    local = load_id(ids + Int64(pair) * id_bytes, exists) - first_expert
+    here = exists & Int32(local >= 0) & Int32(local < experts)
+    bad = exists & (here ^ 1) & Int32(elsewhere == 0)
+    chosen = epilogue.select(here, local, epilogue.select(bad, Int32(0), Int32(-1)))
+    return chosen, bad
+
+
+@cute.kernel
+def route_kernel(
+    ids: cutlass.Pointer,
+    router: cutlass.Pointer,
+    w2_alpha: cutlass.Pointer,
+    tiles: cutlass.Pointer,
+    rows: cutlass.Pointer,
+    row_alpha: cutlass.Pointer,
+    tokens_total: Int32,
+    experts: Int32,
+    top_k: Int32,
+    first_expert: Int32,
+    elsewhere: Int32,
+    group_tile: Int32,
+    id_bytes: cutlass.Constexpr,
+):
+    tid, _, _ = cute.arch.thread_idx()
+    warp = cute.arch.make_warp_uniform(tid // 32)
+    lane = tid % 32
+    counts = cutlass.Array(Int32, LARGEST_EXPERTS, space=cutlass.AddressSpace.smem, alignment=16)
+    first_rows = cutlass.Array(Int32, LARGEST_EXPERTS, space=cutlass.AddressSpace.smem, alignment=16)
+    totals = cutlass.Array(Int32, 2 * WARPS, space=cutlass.AddressSpace.smem, alignment=16)
+    pairs = tokens_total * top_k
+    pr.griddepcontrol("wait")
+    pr.griddepcontrol("launch_dependents")
+
+    for i in cutlass.range_constexpr(EXPERTS_A_THREAD):
+        counts[tid * EXPERTS_A_THREAD + i] = Int32(0)
+    pr.barrier_cta_sync(0)
+    pair = tid
+    while pair < pairs:
+        chosen, _ = expert_of(ids, pair, pairs, id_bytes, first_expert, experts, elsewhere)
+        if chosen >= 0:
+            pr.red("add", "s32", counts.subview(chosen), Int32(1), mem_order="relaxed", mem_scope="cta")
+        pair += THREADS
+    pr.barrier_cta_sync(0)
+
+    mine = [counts[tid * EXPERTS_A_THREAD + i] for i in range(EXPERTS_A_THREAD)]
+    mine_tiles = [(count + group_tile - 1) // group_tile for count in mine]
+    own = mine[0] + mine[1] + mine[2] + mine[3]
+    own_tiles = mine_tiles[0] + mine_tiles[1] + mine_tiles[2] + mine_tiles[3]
+    scanned = inclusive_scan(own)
+    scanned_tiles = inclusive_scan(own_tiles)
+    if lane == 31:
+        totals[warp] = scanned
+        totals[WARPS + warp] = scanned_tiles
+    pr.barrier_cta_sync(0)
+    of_warps = inclusive_scan(totals[lane])
+    of_warps_tiles = inclusive_scan(totals[WARPS + lane])
+    row = shuffle_from(of_warps, Int32(warp)) - shuffle_from(totals[lane], Int32(warp)) + scanned - own
+    tile = shuffle_from(of_warps_tiles, Int32(warp)) - shuffle_from(totals[WARPS + lane], Int32(warp)) + scanned_tiles - own_tiles
+    for i in cutlass.range_constexpr(EXPERTS_A_THREAD):
+        expert = tid * EXPERTS_A_THREAD + i
+        first_rows[expert] = row
+        left = mine[i]
+        while left > 0:
+            held = min(left, group_tile)
+            epilogue.store_if("v4.b32", tiles + (Int64(tile) + 1) * (TILE_WORDS * 4), Int32(1), [expert, row, held, Int32(0)])
+            row += held
+            tile += 1
+            left -= held
+    if tid == 0:
+        listed = shuffle_free_total(totals, WARPS)
+        none = Int32(listed == 0)
+        epilogue.store_if("v4.b32", tiles + TILE_WORDS * 4, none, [Int32(0), Int32(0), Int32(0), Int32(0)])
+        epilogue.store_if("v4.b32", tiles, Int32(1), [listed + none, shuffle_free_total(totals, 0), Int32(0), Int32(0)])
+    pr.barrier_cta_sync(0)
+
+    expert = Int32(warp)
+    while expert < experts:
+        left = Int32(counts[expert])
+        at = Int32(first_rows[expert])
+        base = Int32(0)
+        while left > 0:
+            pair = base + lane
+            chosen, bad = expert_of(ids, pair, pairs, id_bytes, first_expert, experts, elsewhere)
+            hit = Int32(chosen == expert)
+            hits = ballot(hit)
+            before = population(hits & ((Uint32(1) << Uint32(lane)) - Uint32(1)))
+            weight = common.load_global_f32_if(router + Int64(pair) * 4, hit)
+            scale = epilogue.multiply(weight, common.load_global_f32_if(w2_alpha + Int64(expert) * 4, Int32(1)))
+            target = Int64(at + before) * 4
+            bits = epilogue.select(bad, Uint32(NAN_BITS), scale.bitcast(Uint32))
+            epilogue.store_if("b32", rows + target, hit, [pair // top_k])
+            epilogue.store_if("b32", row_alpha + target, hit, [bits])
+            found = population(hits)
+            at += found
+            left -= found
+            base += 32
+        expert += WARPS
+
+
+def shuffle_free_total(totals: Any, first: int) -> Any:
+    """Sum of the warps' totals from ``first`` on, by one thread."""
+    total = Int32(0)
+    for i in range(WARPS):
+        total = total + totals[first + i]
+    return total
+
+
+@cute.jit
+def route_host(
+    ids: cute.Pointer,
+    router: cute.Pointer,
+    w2_alpha: cute.Pointer,
+    tiles: cute.Pointer,
+    rows: cute.Pointer,
+    row_alpha: cute.Pointer,
+    tokens_total: Int32,
+    experts: Int32,
+    top_k: Int32,
+    first_expert: Int32,
+    elsewhere: Int32,
+    group_tile: Int32,
+    symbol: cutlass.Constexpr[str],
+    id_bytes: cutlass.Constexpr,
+    stream: cuda.CUstream,
+):
+    route_kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
+    route_kernel(
+        ids.raw_ptr(),
+        router.raw_ptr(),
+        w2_alpha.raw_ptr(),
+        tiles.raw_ptr(),
+        rows.raw_ptr(),
+        row_alpha.raw_ptr(),
+        tokens_total,
+        experts,
+        top_k,
+        first_expert,
+        elsewhere,
+        group_tile,
+        id_bytes,
+    ).launch(grid=(1, 1, 1), block=[THREADS, 1, 1], stream=stream, use_pdl=True)
+
+
+def check(variant: Variant) -> None:
+    """Raises VariantError where this kernel cannot be ``variant``."""
+    if (variant.tile_m, variant.tile_n) != (WARPS, LARGEST_EXPERTS):
+        raise VariantError(f"tile {variant.tile_m}x{variant.tile_n} of {variant.key}: this kernel has {WARPS}x{LARGEST_EXPERTS}")
+    if (variant.cluster_m, variant.cluster_n) != (1, 1):
+        raise VariantError(f"cluster {variant.cluster_m}x{variant.cluster_n} of {variant.key}: this kernel uses none; write 1x1")
+    if variant.options:
+        raise VariantError(f"options {[name for name, _ in variant.options]} of {variant.key}: this kernel has none")
+
+
+def recipe(variant: Variant) -> Recipe:
+    """How the kernel of ``variant`` is launched."""
+    return Recipe(
+        parameters=(
+            *(Parameter(role, "pointer", role) for role in ("ids", "router", "w2_alpha", "tiles", "rows", "row_alpha")),
+            Parameter("tokens_total", "u32", "M"),
+            Parameter("experts", "u32", "E"),
+            Parameter("top_k", "u32", "top_k"),
+            Parameter("first_expert", "u32", "first_expert"),
+            Parameter("elsewhere", "u32", "elsewhere"),
+            Parameter("group_tile", "u32", "group_tile"),
+        ),
+        grid=(1, 1, 1),
+        block=(THREADS, 1, 1),
+        dynamic_smem=SHARED_BYTES,
+        programmatic_launch=True,
+    )
+
+
+def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
+    """The host function and example arguments for ``cute.compile``."""
+    pointers = (*(pointer(Uint8, 4) for _ in range(3)), pointer(Uint8, 16), *(pointer(Uint8, 4) for _ in range(2)))
+    words = tuple(Int32(value) for value in (8, 64, 4, 0, 0, 8))
+    return route_host, (*pointers, *words, variant.symbol.removesuffix("_0"), 8 if variant.a_dtype == "i64" else 4, cuda.CUstream(0))
+
+
+def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
+    """What the exported host function is called with: six pointers and six words (without the stream)."""
+    pointers = [addresses[each.value] for each in recipe(variant).parameters[:6]]
+    return [*pointers, *(names[name] for name in ("M", "E", "top_k", "first_expert", "elsewhere", "group_tile"))]
+
+
+def expected(variant: Variant) -> Expected:
+    """What the audit must find in the PTX of ``variant``."""
+    return Expected(ptx_counts={"vote.sync.ballot.b32": 1, "shfl.sync.up.b32": 20}, max_registers=64)

@@ -1,0 +1,168 @@
+"""The grouped kernels on the emulator: route bit for bit, FC1 and FC2 over its rows within the contract's bounds, and a whole layer."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from densemoe.compile import kernels
+from densemoe.compile.emulator.device import launch_recipe
+from densemoe.compile.emulator.execution import Report
+from densemoe.compile.toolchain import compile_variant
+from densemoe.runtime import bounds, data, packing, reference
+from densemoe.runtime.nvfp4 import bf16_values
+from densemoe.runtime.problem import Problem
+from densemoe.runtime.rules import can_implement
+from densemoe.runtime.variant import Variant
+
+NUMPY: dict[str, Any] = {"u8": np.uint8, "bf16": np.uint16, "f16": np.float16, "f32": np.float32, "i32": np.int32}
+LARGEST = 448.0 * 6.0  # of a scale and a code
+
+
+@cache
+def ptx_of(key: str) -> str:
+    variant = Variant.parse(key)
+    return compile_variant(variant, f"sm90_{variant.op}").ptx
+
+
+def launch(key: str, problem: Problem, tensors: dict[str, Any], **options: Any) -> tuple[dict[str, Any], Report]:
+    """The kernel's outputs by role, poisoned before."""
+    variant = Variant.parse(key)
+    accepted, reason = can_implement(variant, problem)
+    assert accepted, reason
+    outputs = {role: np.full(spec.shape, 0x5A, NUMPY[spec.dtype]) for role, spec in problem.tensors().items() if spec.output}
+    recipe = kernels.load(f"sm90_{variant.op}").recipe(variant)
+    report = launch_recipe(ptx_of(key), recipe, problem.names(), {**tensors, **outputs}, outputs, **options)
+    return outputs, report
+
+
+# ---- route
+
+
+def routed(problem: Problem, ids: Any, router: Any, w2_alpha: Any) -> tuple[dict[str, Any], reference.Routes]:
+    got, _ = launch(f"route.sm90a.t32x4096.c1x1.{problem.a_dtype}-f32", problem, {"ids": ids, "router": router, "w2_alpha": w2_alpha})
+    expected = reference.route(
+        ids, router, w2_alpha, group_tile=problem.group_tile, first_expert=problem.first_expert, elsewhere=problem.elsewhere
+    )
+    return got, expected
+
+
+def same(got: dict[str, Any], expected: reference.Routes) -> None:
+    tiles, rows = len(expected.tiles), len(expected.rows)
+    assert got["tiles"][0].tolist() == [tiles, rows, 0, 0]
+    assert np.array_equal(got["tiles"][1 : 1 + tiles, :3], expected.tiles)
+    assert np.array_equal(got["rows"][:rows], expected.rows)
+    np.testing.assert_array_equal(got["row_alpha"][:rows], expected.row_alpha)
+
+
+@pytest.mark.parametrize("dtype", ["i32", "i64"])
+@pytest.mark.parametrize(("m", "experts", "top_k", "group_tile"), [(1, 8, 1, 8), (5, 7, 3, 8), (70, 5, 4, 16), (33, 300, 8, 32)])
+def test_route_is_the_reference_bit_for_bit(dtype: str, m: int, experts: int, top_k: int, group_tile: int) -> None:
+    rng = np.random.default_rng(m)
+    ids = rng.integers(0, experts, (m, top_k)).astype({"i32": np.int32, "i64": np.int64}[dtype])  # with repeated ids
+    problem = Problem("route", m, experts, 0, 0, dtype, "f32", top_k=top_k, group_tile=group_tile)
+    same(*routed(problem, ids, rng.random((m, top_k), np.float32), rng.random(experts, np.float32)))
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+@pytest.mark.parametrize("ids", [[[9, 4, 11], [5, 6, 7], [4, 4, -1]], [[0, 1, 2], [8, 9, 10], [3, 3, 3]]])
+def test_ids_of_other_ranks_are_skipped_or_become_nan(ids: Any, elsewhere: bool) -> None:
+    problem = Problem("route", 3, 4, 0, 0, "i32", "f32", top_k=3, first_expert=4, elsewhere=elsewhere, group_tile=8)
+    same(*routed(problem, np.array(ids, np.int32), np.full((3, 3), 0.5, np.float32), np.arange(1, 5, dtype=np.float32)))
+
+
+# ---- FC1 and FC2
+
+
+def run(
+    key: str, m: int, experts: int, top_k: int, hidden: int, intermediate: int, kind: str, *, ids: Any = None, launches: int = 1, **options: Any
+) -> tuple[bounds.Report, Report]:
+    """One grouped GEMM on the reference's routes, judged in every row that they have."""
+    variant = Variant.parse(key)
+    problem = Problem(
+        variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype, top_k=top_k, group_tile=variant.tile_m
+    )  # fmt: skip
+    rng = np.random.default_rng([m, experts, hidden, intermediate])
+    fc1 = variant.op == "groupedfc1"
+    weights = (data.fc1_weights if fc1 else data.fc2_weights)(rng, experts, hidden, intermediate, kind)
+    pack = packing.pack_fc1(weights.codes, weights.scales) if fc1 else packing.pack_fc2(weights.codes, weights.scales, experts)
+    read = reference.Weights("fc1" if fc1 else "fc2", weights.codes, weights.scales, experts)
+    first, scales, a_scale = data.activations(rng, problem.a_rows, problem.k, variant.a_dtype, kind)
+    if variant.a_dtype == "bf16":
+        arrays, a = {"a": first}, bf16_values(first).astype(np.float64)
+    else:
+        arrays, a = {"a.codes": first, "a.scales": scales}, reference.activation_values(first, scales)
+    chosen = np.stack([rng.permutation(experts)[:top_k] for _ in range(m)]) if ids is None else np.asarray(ids)
+    w2_alpha = np.exp2(rng.integers(-3, 3, experts)).astype(np.float32)
+    routes = reference.route(chosen, np.exp2(rng.integers(-2, 1, chosen.shape)).astype(np.float32), w2_alpha, group_tile=variant.tile_m)
+    routes_given = routes.packed(m * top_k)
+    used = len(routes.rows)
+    multiplier = None
+    if fc1:
+        arrays["alpha"] = data.fc1_alpha(weights, a_scale)
+        exact: Any = reference.grouped_fc1(a, read, arrays["alpha"].astype(np.float64), routes)
+        del routes_given["row_alpha"]
+        if variant.c_dtype == "nvfp4":
+            multiplier = np.float32(LARGEST / max(float(np.abs(exact.y).max()), 1e-30))
+            arrays["output_multiplier"] = np.array([multiplier], np.float32)
+    else:
+        exact = reference.grouped_fc2(a[:used], read, routes.row_alpha.astype(np.float64), routes, m)
+    tensors = {**arrays, **routes_given, "b": pack}
+    workspaces: dict[str, Any] = {}
+    for _ in range(launches):
+        outputs, report = launch(key, problem, tensors, workspaces=workspaces, **options)
+    assert all(not each.any() for each in workspaces.values())
+    is_exact = kind == "exact"
+    if fc1:
+        given = None if multiplier is None else float(multiplier)
+        return bounds.compare_fc1(outputs, exact, problem, output_multiplier=given, rows=np.arange(used), exact=is_exact), report
+    return bounds.compare_fc2(outputs, exact, problem, exact=is_exact), report
+
+
+@pytest.mark.parametrize("a_dtype", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("key", ["groupedfc1.sm90a.t8x64.c1x1.{}-f32", "groupedfc1.sm90a.t16x64.c1x1.{}-bf16", "groupedfc2.sm90a.t8x64.c1x1.{}-f32"])
+def test_exact_data_is_exact(key: str, a_dtype: str) -> None:
+    """Rule 1: bit for bit."""
+    comparison, report = run(key.format(a_dtype), 21, 5, 2, 320, 192, "exact", sm_count=3)
+    assert comparison.passed, comparison.detail
+    assert report.products["mma.sync"] > 0
+
+
+@pytest.mark.parametrize("a_dtype", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("key", ["groupedfc1.sm90a.t8x64.c1x1.{}-nvfp4", "groupedfc1.sm90a.t32x64.c1x1.{}-f16", "groupedfc2.sm90a.t16x64.c1x1.{}-bf16"])
+def test_general_data_lies_within_the_bounds(key: str, a_dtype: str) -> None:
+    """Rules 2 and 3."""
+    comparison, _ = run(key.format(a_dtype), 13, 4, 3, 256, 128, "integers", sm_count=2)
+    assert comparison.passed, comparison.detail
+
+
+@pytest.mark.parametrize("schedule", ["lazy", "random:1", "random:2", "pct:3:4"])
+@pytest.mark.parametrize("key", ["groupedfc1.sm90a.t8x64.c1x1.bf16-f32", "groupedfc2.sm90a.t8x64.c1x1.bf16-f32"])
+def test_every_schedule_gives_the_same_exact_result(key: str, schedule: str) -> None:
+    comparison, _ = run(key, 10, 3, 2, 256, 64, "exact", schedule=schedule, sm_count=1, launches=2)
+    assert comparison.passed, comparison.detail
+
+
+def test_repeated_ids_of_a_token_add() -> None:
+    comparison, _ = run("groupedfc2.sm90a.t8x64.c1x1.bf16-f32", 3, 4, 3, 128, 128, "exact", ids=[[1, 1, 2], [3, 3, 3], [0, 1, 2]], sm_count=1)
+    assert comparison.passed, comparison.detail
+
+
+@pytest.mark.parametrize("op", ["groupedfc1", "groupedfc2"])
+def test_weights_of_an_expert_are_read_once_a_tile(op: str) -> None:
+    """Ten tokens on one of four experts: two tiles of eight rows; the other experts cost nothing."""
+    _, report = run(f"{op}.sm90a.t8x64.c1x1.bf16-f32", 10, 4, 1, 256, 128, "exact", ids=np.full((10, 1), 2))
+    expert = packing.expert_stride("fc1" if op == "groupedfc1" else "fc2", 256, 128)
+    assert report.bytes["bulk global to shared"] == 2 * expert
+
+
+def test_fc2_without_any_row_is_zero() -> None:
+    """Other ranks hold every chosen expert: the list has one tile of no rows, and the output is written."""
+    problem = Problem("groupedfc2", 5, 4, 128, 128, "bf16", "bf16", top_k=2, group_tile=8)
+    routes = reference.route(np.full((5, 2), 9), np.ones((5, 2)), np.ones(4), group_tile=8, elsewhere=True)
+    tensors = {**routes.packed(10), "a": np.full((10, 128), 0x7FC0, np.uint16), "b": np.zeros(packing.packed_bytes("fc2", 4, 128, 128), np.uint8)}
+    outputs, _ = launch("groupedfc2.sm90a.t8x64.c1x1.bf16-bf16", problem, tensors, sm_count=1)
+    assert not outputs["c"].any()
