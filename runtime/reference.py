@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -382,21 +383,29 @@ def grouped_fc2(a: Array, weights: Callable[..., Array], row_alpha: Array, route
         weights: as for ``fc2``.
         row_alpha: ``[rows]``.
     """
-    xp = namespace(a)
-    total = magnitude = active = None
-    for e in np.unique(routes.experts):
-        at = np.flatnonzero(routes.experts == e)
+    sums: list[Array] = []
+    for expert in (int(e) for e in np.unique(routes.experts)):
+        at = np.flatnonzero(routes.experts == expert)
         own = indices(a, at)
-        part = fc2(a[own], lambda _, e=e: weights(int(e)), row_alpha[own].reshape(-1, 1), 1, int(a.shape[1]))  # type: ignore[misc]
-        if total is None:
-            shape = (m, int(part.c.shape[1]))
-            total, magnitude, active = (xp.zeros_like(part.c[:1]) + constants(a, np.zeros(size)) for size in (shape, shape, (m, 1)))
-            active = active[:, :1]
-        for row, token in enumerate(routes.rows[at]):
-            total[int(token)] = total[int(token)] + part.c[row]
-            magnitude[int(token)] = magnitude[int(token)] + part.magnitude[row]
-            active[int(token)] = active[int(token)] + part.active[row]
+        part = fc2(a[own], partial(_same, weights(expert)), row_alpha[own].reshape(-1, 1), 1, int(a.shape[1]))
+        parts = (part.c, part.magnitude, part.active)
+        sums = sums or [constants(a, np.zeros((m, int(each.shape[1])))) for each in parts]
+        for total, each in zip(sums, parts, strict=True):
+            _add_rows(total, routes.rows[at], each)
+    total, magnitude, active = sums
     return Fc2Result(total, magnitude, active, False)
+
+
+def _same(values: Array, _: int) -> Array:
+    return values
+
+
+def _add_rows(total: Array, rows: npt.NDArray[Any], parts: Array) -> None:
+    """``total[rows] += parts``, a row as often as it is named."""
+    if isinstance(total, np.ndarray):
+        np.add.at(total, rows, parts)
+    else:
+        total.index_add_(0, long(indices(total, rows)), parts)
 
 
 def layer(x: Array, expert_weights: Callable[[int], tuple[Array, Array, Array]], ids: npt.NDArray[Any], router: npt.NDArray[Any]) -> Array:
