@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any, Final
 
 from densemoe.runtime.data import KINDS
-from densemoe.runtime.errors import ProblemError
+from densemoe.runtime.errors import ProblemError, VariantError
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.rules import can_implement
@@ -24,7 +24,7 @@ from densemoe.runtime.variant import Variant
 
 __all__ = ["AXES", "SCHEDULES", "Case", "all_pairs", "cases_of", "covering", "digest", "grid", "pairs_of", "schedule_of"]
 
-#: Contract section 9; ``prepare`` and ``quantize`` have no grid there and take the same sizes.
+#: Contract section 9; what has no grid there takes the same sizes.
 AXES: Final[dict[str, dict[str, tuple[int, ...]]]] = {
     "fc1": {
         "experts": (1, 4, 8, 32),
@@ -34,13 +34,31 @@ AXES: Final[dict[str, dict[str, tuple[int, ...]]]] = {
         "alpha_post": (0, 1),
     },
     "fc2": {"experts": (1, 4, 8, 32, 256), "intermediate": (256, 512, 1024), "m": (1, 8, 127, 256), "hidden": (256, 512, 2048)},
+    "groupedfc1": {
+        "experts": (1, 4, 8, 32),
+        "intermediate": (128, 256, 512, 1408),
+        "m": (1, 8, 127, 256),
+        "hidden": (256, 512, 2048),
+        "top_k": (1, 2, 8),
+    },
+    "groupedfc2": {
+        "experts": (1, 4, 8, 32, 256),
+        "intermediate": (256, 512, 1024),
+        "m": (1, 8, 127, 256),
+        "hidden": (256, 512, 2048),
+        "top_k": (1, 2, 8),
+    },
     "prepare": {"experts": (1, 8, 32, 256), "top_k": (1, 2, 8), "m": (1, 8, 127, 256), "elsewhere": (0, 1)},
+    "route": {"experts": (1, 8, 32, 256), "top_k": (1, 2, 8), "m": (1, 8, 127, 256), "elsewhere": (0, 1)},
     "quantize": {"m": (1, 8, 127, 256), "hidden": (64, 256, 512, 2048)},
 }
 SCHEDULES: Final = ("eager", "lazy", "random", "pct")
 _PCT_DEPTH: Final = 3  # priority changes find bugs that need so many ordering constraints
+_GEMMS: Final = ("fc1", "fc2", "groupedfc1", "groupedfc2")
+_ROUTED: Final = ("route", "groupedfc1", "groupedfc2")  # their tiles of rows are a property of the problem
+_ROUTE_TILES: Final = (8, 16, 32)
 _KINDS_DEALT: Final = ("integers", "exact", "integers", "normal")
-_TWICE: Final = 8  # experts up to which a case is launched twice: beyond, a second launch costs more than it shows
+_TWICE: Final = 64  # tokens times experts up to which a case is launched twice: beyond, a second launch costs more than it shows
 _SM_COUNTS: Final = (4, 16)  # few: persistent kernels then take several tiles a CTA
 
 Values = tuple[int, ...]
@@ -57,6 +75,7 @@ _NAMES: Final = {
     "list": "active_list",
     "zeros": "zeros",
     "k": "top_k",
+    "group": "group_tile",
     "elsewhere": "elsewhere",
     "sms": "sm_count",
     "launches": "launches",
@@ -70,7 +89,8 @@ class Case:
     Attributes:
         kind: of the data, ``runtime.data``.
         active_list: half of the experts are listed, the others must not matter.
-        zeros: some alphas are exactly 0 (``prepare``: some ids are nobody's).
+        zeros: some alphas are exactly 0 (``prepare`` and ``route``: some ids are nobody's).
+        group_tile: ``route``: most rows of a tile; the grouped GEMMs have their tile_m.
         sm_count: multiprocessors of the emulated device.
         launches: on the same workspaces; the last one's output counts.
         settings: (name, value) of the recipe's run-time settings that are not at their default.
@@ -86,6 +106,7 @@ class Case:
     active_list: int = 0
     zeros: int = 0
     top_k: int = 0
+    group_tile: int = 0
     elsewhere: int = 0
     sm_count: int = _SM_COUNTS[0]
     launches: int = 1
@@ -127,6 +148,7 @@ class Case:
         Raises:
             ProblemError: the contract's section 8 refuses it.
         """
+        routed = {"group_tile": self.group_tile or variant.tile_m} if variant.op in _ROUTED else {}
         return Problem(
             variant.op,
             self.m,
@@ -141,6 +163,7 @@ class Case:
             top_k=self.top_k,
             first_expert=self.experts if self.elsewhere else 0,
             elsewhere=bool(self.elsewhere),
+            **routed,
         )
 
 
@@ -173,9 +196,13 @@ def _cost(op: str, tile_m: int) -> Callable[[Values], float]:
 
     def cost(values: Values) -> float:
         case = dict(zip(names, values, strict=True))
-        tokens = -(-case["m"] // tile_m) * tile_m / 128
-        weights = case.get("experts", 1) * case.get("intermediate", 1) * case.get("hidden", 1) * (2 if op == "fc1" else 1)
-        return tokens * weights / 128**2 + 20
+        weights = case.get("intermediate", 1) * case.get("hidden", 1) * (2 if op.endswith("fc1") else 1)
+        if op in _ROUTED:
+            pairs = case["m"] * case["top_k"]
+            tiles = min(case["experts"], pairs) + pairs / tile_m
+        else:
+            tiles = case.get("experts", 1) * -(-case["m"] // tile_m)
+        return tiles * tile_m / 128 * weights / 128**2 + 20
 
     return cost
 
@@ -203,9 +230,11 @@ def _array(op: str, tile_m: int) -> tuple[Case, ...]:
 
 def _off_grid(variant: Variant) -> list[Case]:
     """A ragged M over more than one tile with dimensions that divide nothing; and one tile for a whole cluster, of which the rest is padding."""
-    if variant.op not in ("fc1", "fc2"):
+    if variant.op not in _GEMMS:
         return []
     ragged_m = variant.tile_m + 5
+    if variant.op in _ROUTED:
+        return [Case(ragged_m, 3, 320, 192, "exact", top_k=2), Case(5, 7, 64, 64, "normal", top_k=3)]
     tcgen05 = variant.arch.startswith("sm_10")
     if variant.op == "fc1":
         width = variant.tile_n // 2 if tcgen05 else 64
@@ -229,17 +258,25 @@ def _dealt(values: Sequence[int | str], count: int, label: str) -> list[Any]:
 
 def _with_options(variant: Variant, recipe: Recipe, cases: Sequence[Case]) -> list[Case]:
     """The cases with what the grid leaves open dealt out."""
-    count, gemm = len(cases), variant.op in ("fc1", "fc2")
+    count, dense = len(cases), variant.op in ("fc1", "fc2")
     kinds = _dealt(_KINDS_DEALT, count, "kind")
     lists, zeros, scalars = (_dealt(values, count, name) for name, values in (("list", (0, 0, 0, 1)), ("zeros", (0, 1)), ("scalar", (0, 0, 1))))
     sm_counts = _dealt(_SM_COUNTS, count, "sms")
     launches = _dealt((1, 1, 2), count, "launches") if recipe.workspaces else [1] * count
+    group_tiles = _dealt(_ROUTE_TILES, count, "group")
     settings = {name: _dealt(allowed, count, name) for name, allowed in recipe.settings}
     found = []
     for i, case in enumerate(cases):
         chosen = tuple((name, int(settings[name][i])) for name, allowed in recipe.settings if settings[name][i] != allowed[0])
-        if not gemm:
-            found.append(replace(case, zeros=zeros[i], sm_count=sm_counts[i], settings=chosen))
+        if not dense:
+            options: dict[str, Any] = {}
+            if variant.op in _GEMMS:
+                options.update(kind=kinds[i], launches=launches[i] if case.m * case.experts <= _TWICE else 1)
+            if variant.op in ("prepare", "route"):
+                options["zeros"] = zeros[i]
+            if variant.op == "route":
+                options["group_tile"] = group_tiles[i]
+            found.append(replace(case, sm_count=sm_counts[i], settings=chosen, **options))
             continue
         listed = lists[i] if case.experts > 1 else 0
         scalar = scalars[i] if variant.op == "fc2" and not listed else 0  # one alpha for all says nothing of experts that are not listed
@@ -252,7 +289,7 @@ def _with_options(variant: Variant, recipe: Recipe, cases: Sequence[Case]) -> li
                 scalar_alpha=scalar,
                 zeros=zeros[i] if scaled else 0,
                 sm_count=sm_counts[i],
-                launches=launches[i] if case.experts <= _TWICE else 1,
+                launches=launches[i] if case.m * case.experts <= _TWICE else 1,
                 settings=chosen,
             )
         )
@@ -267,6 +304,8 @@ def cases_of(variant: Variant, recipe: Recipe, count: int | None = None, *, full
         count: that many; by default the two and a covering array. More than those come from the rest of the grid, in a fixed random order.
         full: the two and the whole grid.
     """
+    if variant.op not in AXES:
+        raise VariantError(f"{variant.key}: there are no cases for the op {variant.op}; add its axes to compile/emulate/cases.py")
     whole = [case for case in grid(variant.op) if can_implement(variant, case.problem(variant))[0]]
     array = [case for case in _array(variant.op, variant.tile_m) if case in whole]
     rest = [case for case in whole if case not in array]

@@ -149,7 +149,8 @@ def run_case(variant: Variant, layout: str, ptx: str, recipe: Recipe, case: Case
     accepted, reason = can_implement(variant, problem)
     if not accepted:
         raise DensemoeError(f"{variant.key} cannot run {case.text}: {reason}")
-    make = {"fc1": _fc1, "fc2": _fc2, "prepare": _prepare, "quantize": _quantize}[variant.op]
+    make = {"fc1": _fc1, "fc2": _fc2, "groupedfc1": _grouped, "groupedfc2": _grouped}.get(variant.op)
+    make = make or {"prepare": _prepare, "route": _route, "quantize": _quantize}[variant.op]
     tensors, judge = make(problem, layout, case, seed)
     specs = problem.tensors()
     workspaces: dict[str, npt.NDArray[np.uint8]] = {}
@@ -208,7 +209,8 @@ def _weights(op: str, layout: str, experts: int, hidden: int, intermediate: int,
 
 def _activations(problem: Problem, kind: str, rng: np.random.Generator) -> tuple[Arrays, npt.NDArray[Any], np.float32]:
     """(by role, float64 values without the global scale, global scale)."""
-    first, scales, scale = data.activations(rng, problem.m, problem.k, problem.a_dtype, kind)
+    rows = problem.m * problem.top_k if problem.op == "groupedfc2" else problem.m
+    first, scales, scale = data.activations(rng, rows, problem.k, problem.a_dtype, kind)
     if problem.a_dtype == "bf16":
         return {"a": first}, bf16_values(first).astype(np.float64), scale
     return {"a.codes": first, "a.scales": scales}, reference.activation_values(first, scales), scale
@@ -244,17 +246,19 @@ def _fc1(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arrays, 
     if case.active_list:
         arrays["active_experts"] = _active_experts(listed, case.experts)
         columns = np.concatenate([e * case.intermediate + np.arange(case.intermediate) for e in listed])
-    multiplier = None
-    if problem.c_dtype == "nvfp4":
-        finite = np.abs(exact.y[np.isfinite(exact.y)])
-        multiplier = np.float32(_LARGEST / max(float(finite.max(initial=0.0)), 1e-30))
-        arrays["output_multiplier"] = np.array([multiplier], np.float32)
+    given = _multiplier(problem, exact, arrays)
+    return arrays, lambda outputs: bounds.compare_fc1(
+        outputs, exact, problem, output_multiplier=given, columns=columns, exact=case.kind == "exact"
+    )
 
-    def judge(outputs: Arrays) -> bounds.Report:
-        given = None if multiplier is None else float(multiplier)
-        return bounds.compare_fc1(outputs, exact, problem, output_multiplier=given, columns=columns, exact=case.kind == "exact")
 
-    return arrays, judge
+def _multiplier(problem: Problem, exact: reference.Fc1Result, arrays: Arrays) -> float | None:
+    """``output_multiplier`` of NVFP4 output by the largest exact value; it is added to ``arrays``."""
+    if problem.c_dtype != "nvfp4":
+        return None
+    finite = np.abs(exact.y[np.isfinite(exact.y)])
+    arrays["output_multiplier"] = np.array([_LARGEST / max(float(finite.max(initial=0.0)), 1e-30)], np.float32)
+    return float(arrays["output_multiplier"][0])
 
 
 def _fc2(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arrays, Any]:
@@ -272,7 +276,35 @@ def _fc2(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arrays, 
     return arrays, lambda outputs: bounds.compare_fc2(outputs, exact, problem, exact=case.kind == "exact")
 
 
-# ---- prepare and quantize: bit for bit
+# ---- FC1 and FC2 over gathered tokens
+
+
+def _grouped(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arrays, Any]:
+    """On the reference's routes, which may name an expert twice for a token; judged in every row that they have."""
+    op = problem.op.removeprefix("grouped")
+    made, packed = _weights(op, layout, case.experts, case.hidden, case.intermediate, case.kind, seed)
+    rng, read = _rng(case, seed), reference.Weights(op, made.codes, made.scales, case.experts)
+    arrays, a, a_scale = _activations(problem, case.kind, rng)
+    ids = rng.integers(0, case.experts, (case.m, case.top_k))
+    router = np.exp2(rng.integers(-1, 1, ids.shape)).astype(np.float32)  # powers of two: rule 1 holds after them
+    w2_alpha = np.exp2(rng.integers(0, 2, case.experts)).astype(np.float32)
+    routes = reference.route(ids, router, w2_alpha, group_tile=problem.group_tile)
+    used = len(routes.rows)
+    arrays.update(packed, **routes.packed(case.m * case.top_k))
+    exactly = case.kind == "exact"
+    if op == "fc2":
+        exact2 = reference.grouped_fc2(a[:used], read, routes.row_alpha.astype(np.float64), routes, case.m)
+        return arrays, lambda outputs: bounds.compare_fc2(outputs, exact2, problem, exact=exactly)
+    del arrays["row_alpha"]
+    arrays["alpha"] = data.fc1_alpha(made, a_scale)
+    exact1 = reference.grouped_fc1(a, read, arrays["alpha"].astype(np.float64), routes)
+    given = _multiplier(problem, exact1, arrays)
+    return arrays, lambda outputs: bounds.compare_fc1(
+        outputs, exact1, problem, output_multiplier=given, rows=np.arange(used), exact=exactly
+    )
+
+
+# ---- prepare, route and quantize: bit for bit
 
 
 def _equal(pairs: Sequence[tuple[str, npt.NDArray[Any], npt.NDArray[Any]]]) -> bounds.Report:
@@ -287,31 +319,59 @@ def _equal(pairs: Sequence[tuple[str, npt.NDArray[Any], npt.NDArray[Any]]]) -> b
     return parts[0]
 
 
-def _prepare(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arrays, Any]:
+def _routing(problem: Problem, case: Case, seed: int) -> tuple[Arrays, npt.NDArray[Any]]:
+    """(ids, router weights and w2_alpha by role, ids). Where a case has zeros, some ids are not this rank's."""
     rng = _rng(case, seed)
     first, experts, shape = problem.first_expert, case.experts, (case.m, case.top_k)
     ids = rng.integers(first, first + experts, shape)
-    if case.zeros:  # some that this rank does not hold
+    if case.zeros:
         outside = rng.random(shape) < ZERO_SHARE
         ids[outside] = rng.choice(np.array([-1, first - 1, first + experts, first + experts + 1000]), int(outside.sum()))
     arrays: Arrays = {
         "ids": ids.astype(_NUMPY[problem.a_dtype]),
         "router": rng.random(shape, np.float32),
         "w2_alpha": rng.random(experts, np.float32),
-        "alpha_divisor": np.array([1.0 if seed % 2 else 0.75], np.float32),
     }
-    divisor = arrays["alpha_divisor"][0]
+    return arrays, ids
+
+
+def _prepare(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arrays, Any]:
+    arrays, ids = _routing(problem, case, seed)
+    first, experts = problem.first_expert, case.experts
+    divisor = np.float32(1.0 if seed % 2 else 0.75)
+    arrays["alpha_divisor"] = np.array([divisor])
     alpha = reference.build_alpha(ids - first, arrays["router"], arrays["w2_alpha"], experts=experts, elsewhere_allowed=True)
     expected = (alpha / divisor).astype(np.float32)
     here = (ids >= first) & (ids < first + experts)
+    active = np.unique(ids[here]) - first
     if not problem.elsewhere:
         expected[~here.all(axis=1)] = np.nan
-    active = np.unique(ids[here]) - first
+        active = active if len(active) else np.array([0])  # one stays listed, so that the NaN reaches the output
 
     def judge(outputs: Arrays) -> bounds.Report:
         listed = outputs["active_list"]
         stated = np.array([len(active), *active])
         return _equal([("alpha", outputs["alpha"], expected), ("active_list", listed[: len(stated)].astype(np.int64), stated)])
+
+    return arrays, judge
+
+
+def _route(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arrays, Any]:
+    arrays, ids = _routing(problem, case, seed)
+    routes = reference.route(
+        ids,
+        arrays["router"],
+        arrays["w2_alpha"],
+        group_tile=problem.group_tile,
+        first_expert=problem.first_expert,
+        elsewhere=problem.elsewhere,
+    )
+    tiles, rows = len(routes.tiles), len(routes.rows)
+
+    def judge(outputs: Arrays) -> bounds.Report:
+        head = ("head", outputs["tiles"][0], np.array([tiles, rows, 0, 0], np.int32))
+        listed = ("tiles", outputs["tiles"][1 : 1 + tiles, :3], routes.tiles)
+        return _equal([head, listed, ("rows", outputs["rows"][:rows], routes.rows), ("row_alpha", outputs["row_alpha"][:rows], routes.row_alpha)])
 
     return arrays, judge
 
