@@ -20,7 +20,7 @@ from typing import Any, Final
 from densemoe.runtime.errors import ManifestError, SelectionError
 from densemoe.runtime.problem import LARGEST_DIMENSION, Problem
 from densemoe.runtime.rules import can_implement
-from densemoe.runtime.variant import Variant, architecture
+from densemoe.runtime.variant import GROUPED_OPS, Variant, architecture
 
 __all__ = ["Choice", "Rejected", "bucket", "load_table", "select", "shape_name"]
 
@@ -125,6 +125,9 @@ def select(problem: Problem, variants: Iterable[Variant], table: Mapping[str, An
         raise SelectionError(
             f"no variant runs {problem.op} with {problem.a_dtype} activations and {problem.c_dtype} output at M = {problem.m}: {reasons}"
         )
+    if problem.op in GROUPED_OPS:
+        others = tuple(Rejected(each, "another variant of the same tile comes first") for each in runnable[1:])
+        return Choice(runnable[0], size, "the tiles that route made", "modelled", (*others, *rejected))
     for wanted in _wanted(problem, size, table):
         chosen = [each for each in runnable if wanted.is_met_by(each)]
         if not chosen:

@@ -20,12 +20,14 @@ from typing import Any, Final
 import torch
 
 from densemoe.runtime.errors import PlanError, ProblemError
+from densemoe.runtime.grouping import group_tile
 from densemoe.runtime.layout import padded_rows
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.plan import WORKSPACE_ALIGNMENT, Plan, packed_weight_bytes
 from densemoe.runtime.problem import GROUP, OTHER_ALIGNMENT, Problem
 from densemoe.runtime.recipe import evaluate
 from densemoe.runtime.torch.checks import C_DTYPES, check_moe, check_quantize, fc1_problem, fc2_problem, require
+from densemoe.runtime.variant import GROUPED_OPS
 
 __all__ = [
     "Runtime",
@@ -103,6 +105,7 @@ class Runtime:
         self._guard = guard or _device_guard
         self._lock = threading.RLock()  # making an entry may make the loader
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
+        self._groups: dict[int, bool] = {}
 
     @property
     def loader(self) -> Loader:
@@ -186,6 +189,14 @@ class Runtime:
             owned.append(memory)
             workspace[each.role] = -(-memory.data_ptr() // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
         return self.loader.plan(problem, addresses, ordinal, choice.variant.key, workspace, settings)
+
+    def groups(self, ordinal: int) -> bool:
+        """Whether the device's set has the kernels over gathered tokens."""
+        found = self._groups.get(ordinal)
+        if found is None:
+            ops = {key.split(".", 1)[0] for key in self.loader.manifest(ordinal).variants}
+            found = self._groups[ordinal] = {"route", *GROUPED_OPS} <= ops
+        return found
 
     def launch(self, entry: _Entry, addresses: tuple[Addresses, ...], ordinal: int, stream: int) -> None:
         """Points each Plan to this call's tensors and launches it. M = 0 launches nothing."""
@@ -498,12 +509,18 @@ def _moe(
             x, x_scales, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, alpha_max, hidden, intermediate, c_dtype
         )
         m, experts = first.m, first.experts
-        id_dtype = "i32" if ids.dtype == torch.int32 else "i64"
-        prepare = Problem(
-            "prepare", m, experts, 0, 0, id_dtype, "f32", top_k=int(ids.shape[1]), first_expert=first_expert, elsewhere=elsewhere
-        )
+        id_dtype, top_k = "i32" if ids.dtype == torch.int32 else "i64", int(ids.shape[1])
         quantise = (Problem("quantize", m, 0, hidden, 0, check_quantize(x, input_multiplier), "nvfp4"),) if input_multiplier is not None else ()
-        return (*quantise, prepare, replace(first, active_list=True), replace(second, active_list=True))
+        tile = group_tile(m, top_k, experts) if alpha_max is None and _runtime.groups(ordinal) else 0
+        choice = Problem(
+            "route" if tile else "prepare", m, experts, 0, 0, id_dtype, "f32",
+            top_k=top_k, first_expert=first_expert, elsewhere=elsewhere, group_tile=tile,
+        )  # fmt: skip
+        if tile:
+            gemms = tuple(replace(each, op=f"grouped{each.op}", top_k=top_k, group_tile=tile) for each in (first, second))
+        else:
+            gemms = tuple(replace(each, active_list=True) for each in (first, second))
+        return (*quantise, choice, *gemms)
 
     if (x.data_ptr() | c.data_ptr()) & _UNALIGNED:
         check()
@@ -511,7 +528,7 @@ def _moe(
     def make() -> _Entry:
         problems = check()
         last = len(problems) - 1
-        roles = {"alpha": (last - 2, "alpha"), "active_list": (last - 2, "active_list")}
+        roles = {role: (last - 2, role) for role, spec in problems[last - 2].tensors().items() if spec.output}
         if input_multiplier is not None:
             roles.update({"x.codes": (0, "c.codes"), "x.scales": (0, "c.scales")})
         if output_multiplier is not None:
@@ -522,8 +539,9 @@ def _moe(
         entry = _Entry((), size, at)
         memory = torch.empty(max(size, 1), dtype=torch.uint8, device=x.device)
         # FC1 begins its dependents only after it has waited for prepare, so FC2 may read the list before it waits for FC1
+        early = {"early_list": 1} if problems[last].active_list else {}
         weights: list[tuple[str | None, int, dict[str, int]]] = [(None, 0, {})] * (len(problems) - 2)
-        weights += [(layout, w1.numel(), {}), (layout, w2.numel(), {"early_list": 1})]
+        weights += [(layout, w1.numel(), {}), (layout, w2.numel(), early)]
         addresses = _moe_addresses(entry, arguments, c, memory.data_ptr())
         if not problems[last].m:
             return entry
@@ -542,15 +560,27 @@ def _moe(
 
 
 def _moe_addresses(entry: _Entry, arguments: tuple[Tensor | None, ...], c: Tensor, base: int) -> tuple[Addresses, ...]:
-    """Addresses by role of each launch: [quantise], prepare, FC1, FC2."""
+    """Addresses by role of each launch: [quantise], prepare or route, FC1, FC2."""
     x, x_scales, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, alpha_max = (
         0 if each is None else each.data_ptr() for each in arguments
     )
     at = entry.at
-    alpha, active_list = base + at["alpha"], base + at["active_list"]
     quantise: tuple[Addresses, ...] = ()
-    first: Addresses = {"alpha": w1_alpha, "b": w1, "active_experts": active_list}
-    second: Addresses = {"alpha": alpha_max or alpha, "b": w2, "active_experts": active_list, "c": c.data_ptr()}
+    first: Addresses = {"alpha": w1_alpha, "b": w1}
+    second: Addresses = {"b": w2, "c": c.data_ptr()}
+    choice: Addresses = {"ids": ids, "router": router, "w2_alpha": w2_alpha}
+    if "tiles" in at:
+        tiles, rows = base + at["tiles"], base + at["rows"]
+        choice["tiles"] = first["tiles"] = second["tiles"] = tiles
+        choice["rows"] = first["rows"] = second["rows"] = rows
+        choice["row_alpha"] = second["row_alpha"] = base + at["row_alpha"]
+    else:
+        alpha = choice["alpha"] = base + at["alpha"]
+        choice["active_list"] = first["active_experts"] = second["active_experts"] = base + at["active_list"]
+        choice["alpha_divisor"] = alpha_max or _one(entry, c.device).data_ptr()
+        second["alpha"] = alpha_max or alpha
+        if alpha_max:
+            first["alpha_post"] = alpha
     if input_multiplier:
         codes, scales = base + at["x.codes"], base + at["x.scales"]
         quantise = ({"a": x, "output_multiplier": input_multiplier, "c.codes": codes, "c.scales": scales},)
@@ -565,17 +595,7 @@ def _moe_addresses(entry: _Entry, arguments: tuple[Tensor | None, ...], c: Tenso
         second.update({"a.codes": codes, "a.scales": scales})
     else:
         first["c"] = second["a"] = base + at["y"]
-    if alpha_max:
-        first["alpha_post"] = alpha
-    prepare = {
-        "ids": ids,
-        "router": router,
-        "w2_alpha": w2_alpha,
-        "alpha_divisor": alpha_max or _one(entry, c.device).data_ptr(),
-        "alpha": alpha,
-        "active_list": active_list,
-    }
-    return (*quantise, prepare, first, second)
+    return (*quantise, choice, first, second)
 
 
 _ones: dict[Any, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 import threading
 from collections.abc import Iterator
@@ -48,9 +49,22 @@ class Fake:
         return found
 
 
+@pytest.fixture(scope="module")
+def layer_artifacts(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quick profile, and what layers of 24 tokens take besides."""
+    from densemoe.compile import build, matrix
+
+    root = tmp_path_factory.mktemp("layer") / "root"
+    shutil.copytree(artifacts, root)
+    for pattern in ("route.sm90a.*", "grouped*.t16x64.c1x1.bf16-bf16", "groupedfc1.*.t16x64.c1x1.nvfp4-nvfp4", "groupedfc2.*.t16x64.c1x1.nvfp4-bf16",
+                    "fc1.sm90a.t32x64.c1x1.nvfp4-nvfp4", "fc2.sm90a.t32x64.c1x1.nvfp4-bf16"):  # fmt: skip
+        assert not build.build(matrix.load(), root, key_filter=pattern).failures
+    return root
+
+
 @pytest.fixture
-def fake(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    made = Fake(artifacts)
+def fake(layer_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    made = Fake(layer_artifacts)
 
     def launcher(prepared: Any) -> Any:
         return lambda stream: made.driver.launches.append(((prepared.function, prepared.config), stream, bytes(prepared.keep[0])))  # type: ignore[arg-type]
@@ -123,6 +137,30 @@ def test_quantising_adds_one_launch_and_the_fused_form_moves_alpha(fake: Fake) -
     assert (fc2[2]["a.codes"], fc2[2]["a.scales"]) == (fc1[2]["c.codes"], fc1[2]["c.scales"])
     assert prepare[2]["alpha_divisor"] == fc2[2]["alpha"] == a[10].data_ptr()
     assert fc1[2]["alpha_post"] == prepare[2]["alpha"]
+
+
+@pytest.mark.parametrize("quantise", [False, True])
+def test_many_tokens_are_gathered_by_expert(fake: Fake, quantise: bool) -> None:
+    """24 tokens on 2 of 4 experts: twelve rows an expert, so tiles of 16."""
+    a = arguments(24, quantise=quantise)
+    out = device.moe(*a)
+    *quantised, route, fc1, fc2 = fake.launches()
+    assert [each[0] for each in (*quantised, route, fc1, fc2)] == ["quantize"] * quantise + ["route", "groupedfc1", "groupedfc2"]
+    assert (route[2]["ids"], route[2]["router"], route[2]["w2_alpha"]) == tuple(a[i].data_ptr() for i in (2, 3, 7))
+    for role in ("tiles", "rows"):
+        assert route[2][role] == fc1[2][role] == fc2[2][role]
+    assert fc2[2]["row_alpha"] == route[2]["row_alpha"]
+    codes = "codes" if quantise else ""
+    given, between, end = (f"{name}.{codes}".rstrip(".") for name in ("a", "c", "a"))
+    assert fc1[2][given] == (quantised[0][2]["c.codes"] if quantise else a[0].data_ptr())
+    assert fc2[2][end] == fc1[2][between]
+    assert fc2[2]["c"] == out.data_ptr()
+    assert {plan.problem.group_tile for entry in fake.runtime._entries.values() for plan in entry.plans[-3:]} == {16}
+
+
+def test_the_fused_form_is_not_gathered(fake: Fake) -> None:
+    device.moe(*arguments(24, quantise=True, fused=True))
+    assert [each[0] for each in fake.launches()] == ["quantize", "prepare", "fc1", "fc2"]
 
 
 def test_a_second_call_makes_nothing_and_uses_the_new_tensors(fake: Fake) -> None:
