@@ -23,7 +23,7 @@ from densemoe.compile.emulate.journal import Journal
 from densemoe.compile.emulate.running import RunTask, emulator_digest, judge_digest, run_task
 from densemoe.compile.executor import Executor
 from densemoe.compile.matrix import Planned
-from densemoe.runtime.errors import CompileError
+from densemoe.runtime.errors import BuildError, CompileError
 from densemoe.runtime.manifest import ManifestVariant
 
 __all__ = ["Failure", "Request", "Result", "Subject", "ptx_digest", "regenerate", "verify"]
@@ -320,6 +320,8 @@ def _run(
     def done(number: int, outcome: Any, error: str | None) -> None:
         unit, run = waiting[number]
         key = unit.first.key
+        if outcome == {}:
+            raise BuildError("a worker has other sources of densemoe than this process: give all the same, run again; what was finished stays")
         result.runs += 1
         if error is None and not outcome["passed"]:
             error = outcome["detail"]

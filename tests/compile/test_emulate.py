@@ -24,7 +24,7 @@ from densemoe.compile.emulate import journal as journals
 from densemoe.compile.emulate.cases import Case
 from densemoe.compile.executor import open_executor
 from densemoe.runtime import cli
-from densemoe.runtime.errors import BuildError, EmulatorError, ProblemError
+from densemoe.runtime.errors import BuildError, ProblemError
 from densemoe.runtime.loader import ArtifactSet
 from densemoe.runtime.rules import can_implement
 from densemoe.runtime.variant import Variant
@@ -341,11 +341,12 @@ def test_what_a_run_depends_on_invalidates_it(artifacts_copy: Path, changed: str
     assert again(verify.Request(cases=3)) == (3, 0, 0)
 
 
-def test_a_worker_with_other_sources_refuses(artifacts_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (subject,) = subjects_of(artifacts_copy, re.escape(PREPARE))
-    unit = verify._Unit([subject], "", "0" * 64, verify.Request(cases=1), verify.Request(cases=1).of(subject.entry))
-    with pytest.raises(EmulatorError, match="same sources"):
-        verify.run_task(replace(unit.task(unit.runs()[0]), emulator="0" * 64))
+def test_a_worker_with_other_sources_ends_the_verification(artifacts_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from densemoe.compile.emulate import running
+
+    monkeypatch.setattr(running, "emulator_digest", lambda: "0" * 64)
+    with pytest.raises(BuildError, match="other sources of densemoe"):
+        verify.verify(artifacts_copy, subjects_of(artifacts_copy, re.escape(PREPARE)), verify.Request(cases=2), Here())
 
 
 def test_two_verifications_of_one_set_exclude_each_other(artifacts_copy: Path) -> None:
