@@ -10,7 +10,7 @@ LOCKED ?= ON
 PROFILE ?= full
 ARCHITECTURES ?=
 
-.PHONY: help quickstart test test-full lint typecheck wheel device-bundle clean
+.PHONY: help quickstart test test-full lint typecheck wheel device-bundle blackwell-proof clean
 
 help:
 	@echo "quickstart     build the quick profile, run a layer where a GPU is present, say what could not run where none is"
@@ -18,6 +18,7 @@ help:
 	@echo "test-full      the same with the long grids"
 	@echo "wheel          dist/*.whl with the full profile"
 	@echo "device-bundle  one folder for a GPU machine without registry or compiler"
+	@echo "blackwell-proof  on a B200 or B300: correctness, tuning and speed into PROOF (blackwell-proof.json)"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +60,12 @@ wheel: $(STAMP)
 
 device-bundle: wheel
 	$(BIN)/python scripts/device_bundle.py
+
+# for an owner of a B200 or B300 (docs/blackwell.md); refused on another device. --locked: a record is of the cubins that ship
+PROOF ?= blackwell-proof.json
+blackwell-proof: $(STAMP) $(VENV)/.torch
+	$(BIN)/densemoe build --profile full --arch sm_100f --locked
+	$(BIN)/densemoe proof --artifacts $(BUILT) --out $(PROOF)
 
 clean:
 	rm -rf $(BUILT) build dist device-bundle

@@ -16,6 +16,7 @@
     ├── AbiMismatch               a loaded kernel's parameters differ from the manifest's
     ├── PlanError                 a Plan used in a way it was not made for (other process, device, active list)
     ├── CheckpointError           a checkpoint's file, names, shapes or scales
+    ├── ProofError                a record of a proof on hardware that is damaged or must not be merged
     ├── BuildError                the build side
     │   ├── MatrixError           build_matrix.yaml: file, line, column, value, what is allowed
     │   ├── CompileError          one variant did not compile
@@ -47,6 +48,7 @@ __all__ = [
     "MatrixError",
     "PlanError",
     "ProblemError",
+    "ProofError",
     "RecipeError",
     "SelectionError",
     "ToolchainError",
@@ -129,6 +131,10 @@ class PlanError(DensemoeError):
 
 class CheckpointError(DensemoeError, ValueError):
     """A checkpoint's file, tensor names, shapes, dtypes or scales are not what densemoe reads, or tensors are missing."""
+
+
+class ProofError(DensemoeError):
+    """A record of a proof on hardware that is damaged, or that must not be merged."""
 
 
 class BuildError(DensemoeError):

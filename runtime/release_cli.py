@@ -106,7 +106,33 @@ def add_commands(add: Add) -> None:
     coverage.add_argument("--a-dtype", choices=("bf16", "nvfp4"), help="only these activations (default: both)")
     coverage.add_argument("--m", type=int, action="append", help="only these numbers of tokens; may be repeated")
     _artifacts(coverage)
+    _add_proof_commands(add)
     _add_torch_commands(add)
+
+
+def _add_proof_commands(add: Add) -> None:
+    proof = add(
+        "proof",
+        "on a B200 or B300: the contract's grids by every variant, tuning, speed against the roofline, into one record; resumable",
+        "densemoe proof --out b200.json",
+        "densemoe.compile.proof:proof",
+    )
+    proof.add_argument("--out", default="blackwell-proof.json", help="record to write (default: blackwell-proof.json); work is kept beside it")
+    proof.add_argument("--fresh", action="store_true", help="drop what an earlier run kept")
+    proof.add_argument("--device", type=int, default=0, metavar="ORDINAL", help="device ordinal (default: 0)")
+    proof.add_argument("--models", nargs="+", metavar="SHAPE", help="MODEL[:tpN][:epN] or ExKxHxI to tune (default: the five of the bars)")
+    proof.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="of tuning (default: no limit)")
+    _artifacts(proof)
+
+    merge = add(
+        "merge-record",
+        "a proof's record into the selection table: modelled choices of its device become measured ones",
+        "densemoe merge-record b200.json",
+        "densemoe.compile.proof:merge_record",
+    )
+    merge.add_argument("record", help="file that densemoe proof wrote")
+    merge.add_argument("--table", help="selection table to change (default: artifacts/selection/sm_100f.json)")
+    merge.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_torch_commands(add: Add) -> None:

@@ -35,6 +35,8 @@ FEW_ROUNDS: Final = 3  # for what is not near the fastest
 NEAR: Final = 1.25  # times the fastest estimate
 FAR: Final = 6.0  # not timed beyond its estimate
 SETTLED: Final = 3  # variants whose settings are tried beyond the defaults
+#: Settings that state a fact of the caller's launches (when the list of active experts was complete): true or false, never a choice.
+STATED: Final = ("early_list",)
 #: (FC1's activations, FC1's output = FC2's activations, FC2's output): what a layer of each form runs.
 DTYPES: Final = (("bf16", "bf16", "bf16"), ("nvfp4", "nvfp4", "bf16"))
 
@@ -168,10 +170,10 @@ def candidates(entries: Iterable[ManifestVariant], case: Case) -> list[Candidate
 
 def _with_settings(entry: ManifestVariant) -> list[Candidate]:
     """All combinations of a variant's settings but the defaults."""
-    names = [name for name, _ in entry.recipe.settings]
+    free = [(name, allowed) for name, allowed in entry.recipe.settings if name not in STATED]
     found = []
-    for values in itertools.product(*(allowed for _, allowed in entry.recipe.settings)):
-        own = [(name, value) for name, value, (_, allowed) in zip(names, values, entry.recipe.settings, strict=True) if value != allowed[0]]
+    for values in itertools.product(*(allowed for _, allowed in free)):
+        own = [(name, value) for value, (name, allowed) in zip(values, free, strict=True) if value != allowed[0]]
         if own:
             found.append(Candidate(entry.key, tuple(sorted(own))))
     return found

@@ -28,8 +28,21 @@ def _gpu_missing() -> str:
         return "needs a CUDA device"
 
 
+def _major() -> int:
+    """Major compute capability of device 0."""
+    from densemoe.runtime.driver import Driver
+
+    return Driver().capability(0)[0]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     missing = _gpu_missing() if any("gpu" in item.keywords for item in items) else ""
+    bound = [item for item in items if item.get_closest_marker("capability") is not None]
+    major = _major() if bound and not missing else 0
+    for item in bound:
+        wanted = item.get_closest_marker("capability")
+        if major and wanted is not None and wanted.args[0] != major:
+            item.add_marker(pytest.mark.skip(reason=f"needs a CUDA device of compute capability {wanted.args[0]}"))
     for item in items:
         if missing and "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=missing))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +22,7 @@ from densemoe.runtime.layout import tile_scales
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.nvfp4 import bf16_values, quantise_expert
 from densemoe.runtime.problem import Problem
+from densemoe.runtime.variant import Variant
 
 DEVICE = "cuda"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "u8": torch.uint8}
@@ -196,6 +197,53 @@ def run_fc2(
             assert output.check(), f"{plan.key} wrote behind its output"
             reports.append(bounds.compare_fc2({"c": output.tensor}, exact, problem, exact=kind == "exact"))
     return reports
+
+
+def run_fc1_variants(
+    loader: Loader, weights: Weights, m: int, post: bool, keys: Sequence[str], *, kind: str = "integers", seed: int = 1
+) -> Iterator[tuple[str, bounds.Report]]:
+    """FC1 by each of ``keys``, which read one activation dtype: one reference, all of every output."""
+    experts = weights.experts
+    parsed = [Variant.parse(key) for key in keys]
+    a_dtype = parsed[0].a_dtype
+    tensors, a, a_scale = activations(m, weights.hidden, a_dtype, kind, seed)
+    tensors["alpha"] = device_tensor(data.fc1_alpha(weights.plain, a_scale))
+    if post:
+        zeros = ZEROS if kind == "exact" else 0.0
+        tensors["alpha_post"] = device_tensor(data.alpha_post(np.random.default_rng([seed, m]), m, experts, kind, zeros))
+    exact = reference.fc1(a, weights.expert, tensors["alpha"].double(), range(experts), tensors["alpha_post"].double() if post else None)
+    multiplier = np.float32(2688.0 / max(float(exact.y.abs().max()), 1e-30))
+    for variant in parsed:
+        problem = Problem("fc1", m, experts, weights.hidden, weights.intermediate, a_dtype, variant.c_dtype, alpha_post=post)
+        outputs = outputs_of(problem)
+        into = {role: output.tensor for role, output in outputs.items()}
+        given = {"output_multiplier": device_tensor(np.array([multiplier]))} if variant.c_dtype == "nvfp4" else {}
+        with loader.plan(problem, {**tensors, **given, "b": weights.packed, **into}, 0, variant.key) as plan:
+            launch(plan)
+        assert all(output.check() for output in outputs.values()), f"{variant.key} wrote behind its output"
+        yield variant.key, bounds.compare_fc1(into, exact, problem, output_multiplier=float(multiplier), exact=kind == "exact")
+
+
+def run_fc2_variants(
+    loader: Loader, weights: Weights, m: int, scalar: bool, keys: Sequence[tuple[str, Mapping[str, int]]], *, kind: str = "integers", seed: int = 1
+) -> Iterator[tuple[str, bounds.Report]]:
+    """FC2 by each of ``keys`` with its settings, twice each, which shows that workspaces are left clean: one reference, all of every output."""
+    experts, intermediate = weights.experts, weights.intermediate
+    a_dtype = Variant.parse(keys[0][0]).a_dtype
+    tensors, a, a_scale = activations(m, experts * intermediate, a_dtype, kind, seed)
+    zeros = ZEROS if kind == "exact" else 0.0
+    rng = np.random.default_rng([seed, m])
+    tensors["alpha"] = device_tensor(data.fc2_alpha(rng, m, weights.plain, a_scale, scalar=scalar, kind=kind, zeros=zeros))
+    exact = reference.fc2(a, weights.expert, tensors["alpha"].double(), experts, intermediate)
+    for key, settings in keys:
+        problem = Problem("fc2", m, experts, weights.hidden, intermediate, a_dtype, Variant.parse(key).c_dtype, scalar_alpha=scalar)
+        output = outputs_of(problem)["c"]
+        with loader.plan(problem, {**tensors, "b": weights.packed, "c": output.tensor}, 0, key, settings=settings) as plan:
+            for _ in range(2):
+                output.poison()
+                launch(plan)
+        assert output.check(), f"{key} wrote behind its output"
+        yield key, bounds.compare_fc2({"c": output.tensor}, exact, problem, exact=kind == "exact")
 
 
 def collect() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.capability(9)]
 
 if not os.environ.get("DENSEMOE_NO_TORCH"):
     torch = pytest.importorskip("torch")
