@@ -20,7 +20,8 @@ def _case(planned: matrix.Planned) -> object:
     """On Blackwell an output dtype changes nothing that a recipe says but the c pointer's role, nor does it in grouped kernels: one dtype a tile, the
     others with --full."""
     variant = planned.variant
-    usual = (variant.arch == "sm_90a" and variant.op not in GROUPED_OPS) or variant.c_dtype == {"fc1": "nvfp4", "fc2": "bf16", "groupedfc1": "nvfp4", "groupedfc2": "bf16"}.get(variant.op, variant.c_dtype)
+    first_output = {"fc1": "nvfp4", "fc2": "bf16", "groupedfc1": "nvfp4", "groupedfc2": "bf16"}.get(variant.op, variant.c_dtype)
+    usual = (variant.arch == "sm_90a" and variant.op not in GROUPED_OPS) or variant.c_dtype == first_output
     return pytest.param(planned, id=variant.key, marks=() if usual else pytest.mark.full)
 
 

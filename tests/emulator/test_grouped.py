@@ -132,7 +132,9 @@ def test_exact_data_is_exact(key: str, a_dtype: str) -> None:
 
 
 @pytest.mark.parametrize("a_dtype", ["bf16", "nvfp4"])
-@pytest.mark.parametrize("key", ["groupedfc1.sm90a.t8x64.c1x1.{}-nvfp4", "groupedfc1.sm90a.t32x64.c1x1.{}-f16", "groupedfc2.sm90a.t16x64.c1x1.{}-bf16"])
+@pytest.mark.parametrize(
+    "key", ["groupedfc1.sm90a.t8x64.c1x1.{}-nvfp4", "groupedfc1.sm90a.t32x64.c1x1.{}-f16", "groupedfc2.sm90a.t16x64.c1x1.{}-bf16"]
+)
 def test_general_data_lies_within_the_bounds(key: str, a_dtype: str) -> None:
     """Rules 2 and 3."""
     comparison, _ = run(key.format(a_dtype), 13, 4, 3, 256, 128, "integers", sm_count=2)
