@@ -24,6 +24,7 @@ from densemoe.compile.emulate.running import RunTask, emulator_digest, judge_dig
 from densemoe.compile.executor import Executor
 from densemoe.compile.matrix import Planned
 from densemoe.runtime.errors import BuildError, CompileError
+from densemoe.runtime.lock import SHORT_DIGEST
 from densemoe.runtime.manifest import ManifestVariant
 
 __all__ = ["Failure", "Request", "Result", "Subject", "ptx_digest", "regenerate", "verify"]
@@ -181,10 +182,9 @@ class _Unit:
             "seeds": list(asked.seeds),
             "schedules": list(asked.schedules),
             "runs": len(every),
-            "list": digest(self.cases, asked.seeds, asked.schedules),
-            "emulator": emulator_digest(),
-            "sources": judge_digest(),
-            "ptx": self.ptx_sha256,
+            "list": digest(self.cases, asked.seeds, asked.schedules)[:SHORT_DIGEST],
+            **_code(),
+            "ptx": self.ptx_sha256[:SHORT_DIGEST],
             "worst": float(f"{max(each['worst'] for each in every):.3g}"),
             "exemptions": sum(each["exemptions"] for each in every),
             "counters": counted,
@@ -202,14 +202,15 @@ def _counted(outcomes: Mapping[Case, Mapping[str, Any]]) -> dict[str, Any]:
     return {"case": case.text, "needed_bytes": outcome["needed_bytes"], **outcome["counters"]}
 
 
+def _code() -> dict[str, str]:
+    """What a record says of the code that ran and judged; short digests, since a cold start hashes the manifest."""
+    return {"emulator": emulator_digest()[:SHORT_DIGEST], "sources": judge_digest()[:SHORT_DIGEST]}
+
+
 def _is_current(entry: ManifestVariant, cases: Sequence[Case], request: Request) -> bool:
     """Whether a record of ``entry`` says all that ``request`` asks for."""
-    wanted = digest(cases, request.seeds, request.schedules)
-    return any(
-        (record.get("kind"), record.get("emulator"), record.get("sources"), record.get("list"))
-        == ("emulated", emulator_digest(), judge_digest(), wanted)
-        for record in entry.verification
-    )
+    wanted = {"kind": "emulated", "list": digest(cases, request.seeds, request.schedules)[:SHORT_DIGEST], **_code()}
+    return any(all(record.get(name) == value for name, value in wanted.items()) for record in entry.verification)
 
 
 def _command(root: Path, key: str, run: tuple[str, int, str]) -> str:

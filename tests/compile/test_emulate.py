@@ -143,7 +143,7 @@ def test_a_record_is_written_kept_and_shown(run: Any, artifacts_copy: Path, caps
     (record,) = records(artifacts_copy)[FC1]
     stated = {name: record[name] for name in ("kind", "cases", "seeds", "schedules", "runs")}
     assert stated == {"kind": "emulated", "cases": 2, "seeds": [0, 3], "schedules": ["random", "eager"], "runs": 8}
-    assert record["emulator"] == verify.emulator_digest()
+    assert record["emulator"] == verify.emulator_digest()[:16]
     assert 0 < record["worst"] <= 1
     assert record["counters"]["products"]["mma.sync"] > 0
     assert cli.main(["verify", "--artifacts", str(artifacts_copy)]) == 0
