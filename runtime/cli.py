@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from densemoe.runtime import records, release_cli
+from densemoe.runtime import bench_cli, records, release_cli, tune_cli
 from densemoe.runtime.errors import (
     ArtifactError,
     BuildError,
@@ -143,8 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     _common(quick)
 
     bench = add("bench", "measure on this machine", "densemoe bench startup", "bench")
-    bench.add_argument("what", choices=("startup",))
+    bench.add_argument("what", choices=bench_cli.SUBJECTS)
+    bench_cli.add_options(bench)
     _common(bench)
+    tune_cli.add_command(add)
     release_cli.add_commands(add)
     return parser
 
@@ -432,6 +434,8 @@ def _quickstart(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.what != "startup":
+        return bench_cli.bench(args)
     from densemoe.runtime.startup import measure
 
     rows = measure(args.artifacts)

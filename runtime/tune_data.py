@@ -192,9 +192,10 @@ class OpData:
 
     def active_of(self, m: int, rotation: int) -> list[int]:
         """Active experts of a rotation, ascending."""
-        return sorted({expert for row in self._routing(m, rotation) for expert in row})
+        return sorted({expert for row in self.routing(m, rotation) for expert in row})
 
-    def _routing(self, m: int, rotation: int) -> list[list[int]]:
+    def routing(self, m: int, rotation: int) -> list[list[int]]:
+        """Experts of each token in a rotation."""
         return rotated_routing(self._base[:m], self.shape.experts, rotation, self.seed) if self.active else self._base[:m]
 
     def bind(self, m: int) -> list[dict[str, int]]:
@@ -212,7 +213,7 @@ class OpData:
         alpha = None
         for rotation in range(self.rotation_count(m)):
             own = dict(shared)
-            routing = self._routing(m, rotation)
+            routing = self.routing(m, rotation)
             used = len({expert for row in routing for expert in row}) if self.active else experts
             own["b"] = self.weights.copy(rotation * used // experts)
             if self.op == "fc2":
@@ -244,6 +245,14 @@ class OpData:
             if spec.output
         }
 
+    def written(self, m: int) -> bool:
+        """Whether a launch overwrote every poisoned byte pattern of a plain output with finite values."""
+        (role,) = [role for role, spec in self.problem(m).tensors().items() if spec.output][:1]
+        got = self.fetch(m)[role]
+        poison = np.full(got.itemsize, 0xA5, dtype=np.uint8).view(got.dtype)[0]
+        values = widen(got, self.c_dtype) if self.c_dtype != "nvfp4" else got
+        return bool((got != poison).any(axis=1).all() and np.isfinite(values).all())
+
     def check(self, m: int, got: Mapping[str, npt.NDArray[Any]]) -> bounds.Report:
         """Sampled rows and columns of the outputs of rotation 0 against the reference, by the contract's bounds."""
         problem, reports = self.problem(m), []
@@ -272,7 +281,7 @@ class OpData:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the data; every variant at one M is compared with it
     def _expected(self, m: int) -> tuple[_Expected, ...]:
-        routing = self._routing(m, 0)
+        routing = self.routing(m, 0)
         if self.op == "fc2":
             rows = _spread(m, SAMPLED_ROWS)
             columns = _groups(self.shape.hidden, SAMPLED_GROUPS)

@@ -170,7 +170,7 @@ def quality(measured: Sequence[Measurement], provenance: Mapping[str, Any]) -> d
         steep += [(group, each) for each in cliffs(times, rooflines)]
         fell += [(group, each) for each in falls(times, spreads)]
     for name, pairs in (("cliffs", steep), ("falls", fell)):
-        found[name] = [{"group": _group_text(group), "m": each.m, "next_m": each.next_m, "change": round(each.change, 4)} for group, each in pairs]
+        found[name] = [{"group": group_text(group), "m": each.m, "next_m": each.next_m, "change": round(each.change, 4)} for group, each in pairs]
     return found
 
 
@@ -183,7 +183,7 @@ def _short(found: Mapping[str, Any]) -> dict[str, Any]:
     return short
 
 
-def _group_text(group: Group) -> str:
+def group_text(group: Group) -> str:
     op, experts, hidden, intermediate, top_k, a_dtype, c_dtype, active = group
     return f"{shape_name(op, experts, hidden, intermediate, a_dtype, c_dtype, active)} k {top_k}"
 

@@ -5,6 +5,7 @@ Nothing here is a measurement. ``cost(candidate key, settings, problem)`` says h
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,10 @@ from densemoe.runtime.layout import tile_scales
 from densemoe.runtime.nvfp4 import bf16_values, convert, pack_codes, quantise_rows
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import Recipe
+from densemoe.runtime.select import Choice, load_table, select
 from densemoe.runtime.variant import Variant
 
+READ_BYTES_PER_MICROSECOND = 4.0e6
 NUMPY = {"u8": np.uint8, "f32": np.float32, "f16": np.float16, "bf16": np.uint16, "i32": np.int32}
 Cost = Callable[[str, Mapping[str, int], Problem], float]
 Fault = Callable[[str, Problem, Mapping[str, np.ndarray]], None]
@@ -90,6 +93,28 @@ class SimulatedDriver:
         assert name == "L2_CACHE_SIZE"
         return self.l2
 
+    def load(self, image: bytes, *, file: str, arch: str, ordinal: int) -> bytes:
+        assert image.endswith(b"\0"), "a driver reads PTX up to its NUL"
+        return image
+
+    def kernel(self, library: bytes, symbol: str) -> str:
+        assert symbol.encode() in library
+        return symbol
+
+    def unload(self, library: bytes) -> None:
+        pass
+
+    def launch_config(self, kernel: str, grid: Any, block: Any, cluster: Any, smem: int, parameters: bytearray, *rest: Any) -> Any:
+        pointer, words, _ = struct.unpack("<QQQ", parameters)
+        assert self.at(pointer).nbytes >= 16 * words, "the read-only kernel would leave its memory"
+        return 16 * words
+
+    def launcher(self, nbytes: int) -> Callable[[int], None]:
+        def launch(stream: int) -> None:
+            self.spend(2.0 + nbytes / READ_BYTES_PER_MICROSECOND)
+
+        return launch
+
     def use_device(self, device: int) -> None:
         if device:
             raise DriverError(f"cuDeviceGet: there is no device {device}")
@@ -149,6 +174,12 @@ class SimulatedPlan:
 
     def compute(self) -> None:
         problem, loader = self.problem, self.loader
+        if problem.op == "prepare":
+            ids = self.array("ids")
+            self.array("alpha")[:] = reference.build_alpha(ids, self.array("router"), self.array("w2_alpha"), experts=problem.experts)
+            listed = np.unique(ids)
+            self.array("active_list")[: 1 + len(listed)] = [len(listed), *listed]
+            return
         size = packing.packed_bytes(problem.op, problem.experts, problem.hidden, problem.intermediate)
         unpack = packing.unpack_fc1 if problem.op == "fc1" else packing.unpack_fc2
         codes, scales = unpack(loader.driver.at(self.tensors["b"])[:size], problem.experts, problem.hidden, problem.intermediate)
@@ -179,12 +210,19 @@ class SimulatedPlan:
     def close(self) -> None:
         self.loader.open_plans -= 1
 
+    def __enter__(self) -> SimulatedPlan:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
 
 def entry(key: str, settings: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> SimpleNamespace:
     """What tuning reads of a manifest's entry."""
     variant = Variant.parse(key)
     recipe = Recipe((), (1, 1, 1), (32, 1, 1), settings=settings)
-    return SimpleNamespace(key=key, variant=variant, layout="sm90a-superblock/1", recipe=recipe, sha256="0" * 64)
+    layout = "none" if variant.op == "prepare" else "sm90a-superblock/1"
+    return SimpleNamespace(key=key, variant=variant, layout=layout, recipe=recipe, sha256="0" * 64)
 
 
 class SimulatedLoader:
@@ -198,12 +236,17 @@ class SimulatedLoader:
         self.open_plans = 0
         self.read: list[tuple[Problem, int]] = []
         self.computed: set[str] = set()
+        self.table: Mapping[str, Any] = load_table("sm_90a")
 
     def manifest(self, device: int) -> Any:
         return SimpleNamespace(arch="sm_90a", variants=self.variants, toolchain={"ptxas": "none"})
 
+    def select(self, problem: Problem, device: int, variant: str | None = None) -> Choice:
+        return select(problem, [each.variant for each in self.variants.values()], self.table, variant)
+
     def plan(
-        self, problem: Problem, tensors: Mapping[str, int], device: int, variant: str, settings: Mapping[str, int] | None = None
+        self, problem: Problem, tensors: Mapping[str, int], device: int, variant: str | None = None, settings: Mapping[str, int] | None = None
     ) -> SimulatedPlan:
-        assert set(tensors) == {*problem.tensors(), "b"}
-        return SimulatedPlan(self, variant, problem, tensors, settings or {})
+        assert set(tensors) >= set(problem.tensors())
+        choice = self.select(problem, device, variant)
+        return SimulatedPlan(self, choice.variant.key, problem, tensors, {**choice.settings, **(settings or {})})

@@ -1,0 +1,110 @@
+"""``densemoe bench``: arguments, exit codes and what is printed of the benchmarks that need a device; plain text, no rich.
+
+Exit codes: 0 measured; 1 a result disagreed with the reference, or the regret of ``selection`` is above its bars; 2 wrong usage; 3 no device, driver
+or numpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+from densemoe.runtime.errors import ProblemError
+
+__all__ = ["SUBJECTS", "add_options", "bench"]
+
+SUBJECTS: Final = ("startup", "launch", "layer", "ops", "selection")
+SELECTION_TOKENS: Final = (4, 12, 40, 72, 200)  # none of them one that tuning measures
+OUT: Final = "docs/benchmarks"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bench`` beside its subject, ``--artifacts`` and ``--json``."""
+    from densemoe.runtime.tune_cli import measuring
+
+    measuring(parser)
+    parser.add_argument("--sustained", type=float, default=0.0, metavar="SECONDS", help="ops, layer: replay each column so long without pause too")
+    parser.add_argument("--competitors", action=argparse.BooleanOptionalAction, default=True, help="ops, layer: measure what else is installed")
+    parser.add_argument("--from", dest="source", metavar="JSON", help="draw the tables and plots of an earlier run; needs no device")
+    parser.add_argument("--out", default=OUT, metavar="DIR", help=f"folder for JSON, Markdown and SVG (default: {OUT})")
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Every subject but ``startup``; exit codes as the module's docstring says."""
+    from densemoe.runtime import bench_report
+
+    if args.source is not None:
+        earlier = bench_report.read(args.source)
+        return _show(args, earlier, bench_report.write(earlier, args.out))
+    from densemoe.runtime.tune_cases import BENCH_TOKENS, HELD_OUT, MODELS, parse_shapes
+    from densemoe.runtime.tune_cli import FORMS, judge, open_tuner, provenance_of
+
+    if args.sustained < 0:
+        raise ProblemError(f"--sustained {args.sustained}: use 0 or a number of seconds")
+    shapes = parse_shapes(args.models or (HELD_OUT if args.what == "selection" else MODELS))
+    tuner = open_tuner(args)
+    if args.what == "selection":
+        from densemoe.runtime.select import load_table
+        from densemoe.runtime.tune import cases_of
+
+        groups = cases_of(shapes, args.tokens or SELECTION_TOKENS, FORMS[args.form], _dtypes(args))
+        table = load_table(tuner.loader.manifest(tuner.device).arch)
+        return judge(args, tuner, table, [case for cases in groups.values() for case in cases], "selection")
+    from densemoe.runtime.bench import Bench, launch_costs, open_read
+    from densemoe.runtime.bench_competitors import Absent, competitors
+    from densemoe.runtime.bench_device import Sensors
+
+    provenance = provenance_of(tuner)
+    rows: list[dict[str, Any]] = []
+    document: dict[str, Any] = {"schema": bench_report.SCHEMA, "what": args.what, "provenance": provenance, "absent": {}, "rows": rows}
+    if args.what == "launch":
+        rows += launch_costs(tuner)
+        return _show(args, document, bench_report.write(document, args.out))
+    others = competitors() if args.competitors else []
+    document["absent"] = {each.name: each.reason for each in others if isinstance(each, Absent)}
+    for name, reason in document["absent"].items():
+        tuner.say(f"absent, its column stays empty: {name}: {reason}")
+    read = open_read(tuner)
+    own = Bench(
+        tuner,
+        read,
+        others,
+        sustained=args.sustained,
+        sensors=Sensors(tuner.driver, tuner.device).read,
+        bytes_per_second=provenance["read_bytes_per_second"],
+    )
+    run = own.ops if args.what == "ops" else own.layer
+    try:
+        for dtypes in _dtypes(args):
+            for active in FORMS[args.form]:
+                for row in run(shapes, sorted(set(args.tokens or BENCH_TOKENS)), active, dtypes):
+                    rows.append(row)
+    finally:
+        if read is not None:
+            read.close()
+        if rows:  # also of a run that was interrupted
+            paths = bench_report.write(document, args.out)
+    return _show(args, document, paths)
+
+
+def _dtypes(args: argparse.Namespace) -> list[tuple[str, str, str]]:
+    from densemoe.runtime.tune import DTYPES
+
+    return [each for each in DTYPES if args.a_dtype in (None, each[0])]
+
+
+def _show(args: argparse.Namespace, document: Mapping[str, Any], paths: Any) -> int:
+    from densemoe.runtime.bench_report import markdown
+
+    if args.json:
+        print(json.dumps(document, indent=2, sort_keys=True))
+    else:
+        print(markdown(document))
+    for path in paths:
+        print(f"{path} written", file=sys.stderr)
+    if document["what"] in ("ops", "layer") and not any(path.suffix == ".svg" for path in paths):
+        print(f"no plots: matplotlib is not installed; `densemoe bench {document['what']} --from {paths[0]}` draws them anywhere", file=sys.stderr)
+    return int(any(row.get("passed") is False for row in document["rows"]))

@@ -1,0 +1,281 @@
+"""``densemoe tune`` and ``bench`` as commands, on a simulated device: files, exit codes, absent competitors, sums that can be checked by hand."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from simulated_device import READ_BYTES_PER_MICROSECOND, SimulatedLoader
+
+from densemoe.runtime import bench_competitors, bench_report, cli, tune_cli
+from densemoe.runtime.bench_competitors import Absent, Unavailable, Workload
+from densemoe.runtime.bench_device import Sensors
+from densemoe.runtime.bench_timing import Sample, Timed, Timer, rotations
+from densemoe.runtime.errors import DriverError, ProblemError
+from densemoe.runtime.problem import Problem
+from densemoe.runtime.tune import Tuner
+
+SHAPES = ["7x2x128x128", "5x1x256x64", "6x3x128x64"]
+KEYS: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
+    f"fc{op}.sm90a.t{tile}x64.c1x1.{a}-{c}": ()
+    for tile in (8, 16, 32)
+    for op, a, c in ((1, "bf16", "bf16"), (2, "bf16", "bf16"), (1, "nvfp4", "nvfp4"), (2, "nvfp4", "bf16"))
+}
+KEYS["prepare.sm90a.t32x4096.c1x1.i32-f32"] = ()
+
+
+def cost(key: str, settings: Mapping[str, int], problem: Problem) -> float:
+    if problem.op == "prepare":
+        return 1.5
+    tile = int(key.split(".t")[1].split("x")[0])
+    return 3 + -(-problem.m // tile) * (10 + tile * 2 / 3)
+
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs a command line on the simulated device, in a folder of its own, without nvidia-smi."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+
+    def run(*arguments: str, fault: Any = None, others: Sequence[Any] = (), table: Any = None) -> int:
+        def opened(args: argparse.Namespace) -> Tuner:
+            loader = SimulatedLoader(KEYS, cost, fault)
+            loader.table = table or loader.table
+            for other in others:
+                other.driver = loader.driver
+            def say(line: str) -> None:
+                print(line, file=sys.stderr)
+
+            return Tuner(loader, args.device, rounds=args.rounds, say=say, clock=lambda: loader.driver.now / 1e6)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(tune_cli, "open_tuner", opened)
+        monkeypatch.setattr(bench_competitors, "competitors", lambda: list(others))
+        return cli.main(list(arguments))
+
+    return run
+
+
+def wrong(key: str, problem: Problem, outputs: Mapping[str, np.ndarray]) -> None:
+    if ".t8x64" in key:
+        next(iter(outputs.values())).reshape(-1).view(np.uint8)[:] = 0x42
+
+
+def test_tune_writes_a_table_that_check_agrees_with(command: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("--models", *SHAPES, "--tokens", "1", "8", "16", "32")
+    assert command("tune", *small, "--out", "table.json") == 0
+    said = capsys.readouterr()
+    assert "regret of the cost model on shapes held out: " in said.out
+    assert "every case asked for" in said.out
+    assert "[1/96]" in said.err
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["provenance"]["whole"] is True
+    assert table["provenance"]["read_bytes_per_second"] == pytest.approx(READ_BYTES_PER_MICROSECOND * 1e6, rel=0.02)
+    assert table["provenance"]["measurements"] == 96 * 3
+    assert len(table["shapes"]) == 3 * 4 * 2
+    assert command("tune", "--check", "--table", "table.json", *small, "--sample", "10") == 0
+    assert "PASS: 10 cases, regret geomean 0.00%" in capsys.readouterr().out
+    slow = {**table, "keys": [[key.replace("t16x", "t8x").replace("t32x", "t8x"), own] for key, own in table["keys"]]}
+    (tmp_path / "slow.json").write_text(json.dumps(slow))
+    assert command("tune", "--check", "--table", "slow.json", *small, "--sample", "10", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] is False
+    assert found["worst"] > 0.1
+    assert found["provenance"]["device"] == "Simulated"
+
+
+def test_tune_says_what_failed(command: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("tune", "--models", SHAPES[0], "--tokens", "8", "--form", "dense", "--a-dtype", "bf16", "--fresh")
+    assert command(*options, "--json", fault=wrong) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert {each["candidate"] for each in found["failures"]} == {"fc1.sm90a.t8x64.c1x1.bf16-bf16", "fc2.sm90a.t8x64.c1x1.bf16-bf16"}
+    assert command("tune", "--check", "--models", SHAPES[0], "--tokens", "8", fault=wrong) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("tune", "--budget", "0"), "--budget 0.0: use a positive"),
+        (("tune", "--models", "nosuch"), "no known model"),
+        (("tune", "--device", "1"), "there is no device 1"),
+        (("bench", "ops", "--sustained", "-1"), "--sustained -1.0"),
+        (("bench", "ops", "--from", "missing.json"), "no benchmark document"),
+    ],
+)
+def test_what_cannot_be_is_refused(command: Run, arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(*arguments) in (2, 3)
+    assert said in capsys.readouterr().err
+
+
+def test_options_out_of_range_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (("tune", "--rounds", "0"), ("tune", "--tokens", "0"), ("tune", "--check", "--sample", "0")):
+        assert cli.main(list(arguments)) == 2
+        assert "positive integer" in capsys.readouterr().err
+
+
+def test_without_a_device_nothing_is_claimed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise DriverError("no CUDA driver on this machine")
+
+    monkeypatch.setattr("densemoe.runtime.driver.Driver.__init__", lambda self: none())
+    for arguments in (["tune"], ["bench", "ops"], ["bench", "launch"], ["bench", "selection"]):
+        assert cli.main(arguments) == 3
+        assert "no CUDA driver" in capsys.readouterr().err
+
+
+class Fixed:
+    """A competitor that takes ten microseconds."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.works, self.driver = name, [], None  # type: ignore[var-annotated]
+
+    def prepare(self, work: Workload) -> Timed:
+        self.works.append(work)
+        if work.what == "fc2":
+            raise RuntimeError("it has no FC2\nsecond line")
+
+        def launch(stream: int) -> None:
+            self.driver.spend(10.0)
+
+        return Timed(launch, 1)
+
+    def release(self) -> None:
+        self.works.clear()
+
+
+@pytest.mark.parametrize("what", ["ops", "layer"])
+def test_bench_puts_everything_side_by_side(command: Run, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    others = [Fixed("other"), Absent("Humming", "humming-kernels is not installed")]
+    options = ("--models", *SHAPES[:2], "--tokens", "8", "1", "--a-dtype", "bf16")
+    assert command("bench", what, *options, "--out", "out", others=others) == 0
+    said = capsys.readouterr()
+    assert "Absent: Humming: humming-kernels is not installed." in said.out
+    assert "absent, its column stays empty: Humming" in said.err
+    document = json.loads((tmp_path / "out" / f"{what}-simulated.json").read_text())
+    rows = document["rows"]
+    assert [row["m"] for row in rows[:2]] == [1, 8]
+    assert len(rows) == 2 * 2 * 2 * (2 if what == "ops" else 1)
+    for row in rows:
+        assert row["passed"], row
+        launches = 1 if what == "ops" else 2
+        assert row["us"]["densemoe"] == pytest.approx(launches * (13 + 8 * 2 / 3), rel=1e-3)
+        aligned = row["weight_bytes"] // 128 * 128
+        assert row["us"]["read-only"] == pytest.approx(launches * 2 + aligned / READ_BYTES_PER_MICROSECOND, abs=0.01)
+        assert row["share_of_read"]["densemoe"] == pytest.approx(row["us"]["read-only"] / row["us"]["densemoe"], rel=1e-3)
+        if what == "layer":
+            assert row["us"]["densemoe with prepare"] == pytest.approx(row["us"]["densemoe"] + 1.5, rel=1e-3)
+        assert ("other" in row["us"]) == (row["op"] != "fc2")
+        if row["op"] == "fc2":
+            assert row["missing"]["other"] == "RuntimeError: it has no FC2"
+        assert row["missing"]["Humming"] == "humming-kernels is not installed"
+    active = [row for row in rows if row["active"] and row["m"] == 1]
+    dense = [row for row in rows if not row["active"] and row["m"] == 1]
+    assert active[0]["weight_bytes"] < dense[0]["weight_bytes"]
+    text = (tmp_path / "out" / f"{what}-simulated.md").read_text()
+    assert "| shape | M | densemoe |" in text
+    assert "Humming" in text.split("| --- |")[0].splitlines()[-1]
+    names = {path.name for path in (tmp_path / "out").glob("*.svg")}
+    assert names == {f"{what}-simulated-{op}{kind}.svg" for op in (("fc1", "fc2") if what == "ops" else ("layer",)) for kind in ("", "-roofline")}
+
+
+def test_bench_finds_a_wrong_kernel(command: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for what in ("ops", "layer"):
+        assert command("bench", what, "--models", SHAPES[0], "--tokens", "1", "--form", "dense", "--a-dtype", "bf16", fault=wrong) == 1
+        assert "FAILED" in capsys.readouterr().out
+
+
+def test_bench_draws_an_earlier_run_anywhere(
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--models", SHAPES[0], "--tokens", "1", "8", "--form", "dense", "--a-dtype", "bf16")
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else real(name))
+    assert command("bench", "ops", *options, "--out", "first") == 0
+    assert "no plots: matplotlib is not installed; `densemoe bench ops --from first/ops-simulated.json`" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", real)
+    monkeypatch.setattr(tune_cli, "open_tuner", lambda args: pytest.fail("no device is needed"))
+    assert cli.main(["bench", "ops", "--from", "first/ops-simulated.json", "--out", "second"]) == 0
+    svg = (tmp_path / "second" / "ops-simulated-fc1.svg").read_bytes()
+    assert cli.main(["bench", "ops", "--from", "first/ops-simulated.json", "--out", "third"]) == 0
+    assert (tmp_path / "third" / "ops-simulated-fc1.svg").read_bytes() == svg
+    for name in ("json", "md"):
+        assert (tmp_path / "second" / f"ops-simulated.{name}").read_bytes() == (tmp_path / "first" / f"ops-simulated.{name}").read_bytes()
+
+
+def test_bench_selection_measures_other_shapes(command: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--models", SHAPES[0], "--tokens", "4", "12", "--form", "dense", "--a-dtype", "bf16", "--json")
+    assert command("bench", "selection", *options) == 0
+    assert json.loads(capsys.readouterr().out)["what"] == "selection"
+
+
+def test_bench_launch_has_its_bar(command: Run, tmp_path: Path) -> None:
+    assert command("bench", "launch", "--out", "out") == 0
+    rows = json.loads((tmp_path / "out" / "launch-simulated.json").read_text())["rows"]
+    assert rows[0]["bar"] == "<= 4 us"
+    assert rows[0]["us"] == pytest.approx(13 + 16 / 3)
+
+
+def test_sustained_times_are_those_of_the_second_half() -> None:
+    loader = SimulatedLoader(KEYS, cost)
+    timer, driver = Timer(loader.driver), loader.driver  # type: ignore[arg-type]
+
+    def slower(stream: int) -> None:
+        driver.now += 10.0 if driver.now < 500 else 20.0
+
+    sample = timer.sustain(Timed(slower, 2), 1.5e-3, lambda: driver.now / 1e6)
+    assert sample.microseconds == pytest.approx(10)
+    assert sample.runs == 50
+
+
+def test_rotations_read_two_caches_and_one_more() -> None:
+    assert rotations(100, 60) == 3
+    assert rotations(10, 60) == 13
+    assert rotations(0, 10**6) == 256
+
+
+def test_a_sample_needs_a_time_and_has_quartiles() -> None:
+    with pytest.raises(ProblemError, match="at least one round"):
+        Sample.of([], 1)
+    sample = Sample.of([5, 1, 2, 4, 3], 8)
+    assert (sample.low, sample.microseconds, sample.high, sample.runs) == (2, 3, 4, 5)
+    assert sample.spread == pytest.approx(2 / 3)
+    assert Sample.of([2.0], 1).spread == 0
+
+
+def test_every_competitor_has_a_column_where_torch_has_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = bench_competitors.competitors()
+    assert tuple(each.name for each in found) == bench_competitors.NAMES
+    assert all(isinstance(each, Absent) and each.reason for each in found)
+    with pytest.raises(Unavailable):
+        found[0].prepare(Workload("fc1", None, 1, []))  # type: ignore[arg-type]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert all("not installed" in each.reason for each in bench_competitors.competitors())  # type: ignore[attr-defined]
+
+
+def test_sensors_never_guess(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    driver: Any = SimulatedLoader(KEYS, cost).driver
+    assert set(Sensors(driver, 0).read().values()) == {None}
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '1980, 3201, 412.50, 700.00, 41, 580.159.01'\n")
+    smi.chmod(0o755)
+    found = Sensors(driver, 0).read()
+    assert (found["sm_mhz"], found["power_w"], found["nvidia_driver"], found["source"]) == (1980, 412.5, "580.159.01", "nvidia-smi")
+    smi.write_text("#!/bin/sh\necho '1980, [N/A], [N/A], 700.00, 41, 580.1'\n")
+    assert Sensors(driver, 0).read()["power_w"] is None
+
+
+def test_a_document_that_is_none_is_refused(tmp_path: Path) -> None:
+    for text in ("", "[]", '{"schema": 2, "rows": []}'):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ProblemError, match="no benchmark document"):
+            bench_report.read(tmp_path / "x.json")
