@@ -1,0 +1,365 @@
+"""The mutation suite: shipped kernels with one step deleted or altered, run on the emulator, which must notice.
+
+A mutant is noticed when one of its runs ends with an error of the emulator, with a wrong output (contract section 9), with a remark that the
+kernel itself does not give rise to, or not at all. What survives every run is listed. Survivors that behave as the kernel does are named, each
+with its proof, in ``equivalent_mutants.json`` beside this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from densemoe.compile.emulate.cases import Case
+from densemoe.compile.emulate.running import emulator_digest, judge_digest, run_case
+from densemoe.compile.emulator.mutation import Mutant, mutants
+from densemoe.compile.executor import Executor
+from densemoe.runtime.errors import DensemoeError, EmulatorError, ProblemError
+from densemoe.runtime.recipe import Recipe
+from densemoe.runtime.variant import Variant
+
+__all__ = ["EQUIVALENTS", "SUBJECTS", "Equivalent", "Finding", "Report", "Subject", "Task", "equivalents", "run", "run_mutant", "sample", "subject"]
+
+EQUIVALENTS: Final = Path(__file__).with_name("equivalent_mutants.json")
+#: Wrap-around of every ring: more K tiles than twice the stages and more tiles than twice the accumulators for each CTA.
+SUBJECTS: Final[Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
+    "fc1.sm100f.t128x128.c1x1.nvfp4-nvfp4": (
+        ("m=129,e=4,h=320,i=128,kind=exact,post=1,sms=1", ("lazy", "eager", "pct:1:3", "random:1")),
+        ("m=261,e=4,h=1088,i=64,kind=exact,list=1,zeros=1,post=1,sms=2,early_list=1", ("lazy", "random:2", "pct:2:3")),
+    ),
+    "fc1.sm100f.t128x128.c1x2.nvfp4-nvfp4": (
+        ("m=129,e=4,h=320,i=192,kind=exact,post=1,sms=2", ("lazy", "eager", "pct:1:3", "random:1")),
+        ("m=261,e=4,h=1088,i=64,kind=exact,list=1,zeros=1,post=1,sms=4,early_list=1", ("lazy", "random:2", "pct:2:3")),
+    ),
+    "fc1.sm100f.t256x128.c2x1.nvfp4-nvfp4": (
+        ("m=257,e=4,h=320,i=128,kind=exact,post=1,sms=2", ("lazy", "eager", "pct:1:3", "random:1")),
+        ("m=389,e=4,h=1088,i=64,kind=exact,list=1,zeros=1,post=1,sms=4,early_list=1", ("lazy", "random:2", "pct:2:3")),
+    ),
+    "fc2.sm100f.t128x128.c1x1.nvfp4-f32": (
+        ("m=129,e=5,h=192,i=512,kind=exact,sms=1,splits=2", ("lazy", "eager", "pct:1:3", "random:1")),
+        ("m=133,e=4,h=320,i=768,kind=exact,list=1,zeros=1,sms=2,launches=2,splits=2,early_list=1", ("lazy", "random:2", "pct:2:3")),
+    ),
+    "fc2.sm100f.t256x128.c2x1.nvfp4-f32": (
+        ("m=257,e=5,h=192,i=512,kind=exact,sms=2,splits=2", ("lazy", "eager", "pct:1:3", "random:1")),
+        ("m=261,e=4,h=320,i=768,kind=exact,list=1,zeros=1,sms=4,launches=2,splits=2,early_list=1", ("lazy", "random:2", "pct:2:3")),
+    ),
+    "fc1.sm90a.t8x64.c1x1.bf16-bf16": (
+        ("m=9,e=3,h=384,i=64,kind=exact,post=1,sms=1", ("lazy", "eager", "pct:1:3", "random:1")),
+        ("m=21,e=6,h=320,i=128,kind=exact,list=1,zeros=1,post=1,sms=1,early_list=1", ("lazy", "random:2", "pct:2:3")),
+    ),
+    "fc2.sm90a.t8x64.c1x1.bf16-bf16": (
+        ("m=9,e=3,h=192,i=384,kind=exact,sms=1", ("lazy", "eager", "pct:1:3", "random:1")),
+        ("m=21,e=6,h=128,i=320,kind=exact,list=1,zeros=1,sms=1,launches=2,early_list=1", ("lazy", "random:2", "pct:2:3")),
+    ),
+}
+_ERROR: Final = 300  # characters of a message that are kept
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel whose mutants are run.
+
+    Attributes:
+        layout: of the packed weights that it reads.
+        runs: (case, schedule), those first that find most for their time.
+    """
+
+    key: str
+    layout: str
+    ptx: str
+    recipe: Mapping[str, Any]
+    runs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One mutant for an executor; ``name`` is empty for the kernel as it is."""
+
+    subject: Subject
+    name: str
+    ptx: str
+    lints: int = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a mutant.
+
+    Attributes:
+        outcome: ``error``, ``output``, ``remark`` or ``hangs``: noticed; ``survived``; ``equivalent``: survived, and was proven to
+            behave as the kernel.
+        detail: the error's first line, or the proof.
+        run: case and schedule that noticed.
+        seconds: of all its runs.
+    """
+
+    key: str
+    name: str
+    kind: str
+    family: str
+    line: int
+    text: str
+    outcome: str
+    detail: str = ""
+    run: str = ""
+    seconds: float = 0.0
+
+    @property
+    def noticed(self) -> bool:
+        """Whether the emulator told it from the kernel."""
+        return self.outcome not in ("survived", "equivalent")
+
+
+@dataclass(frozen=True)
+class Equivalent:
+    """A proof for survivors.
+
+    Attributes:
+        kernels, name: shell patterns over keys of variants and names of mutants.
+        proof: why they behave as the kernel does, or the test that shows it.
+    """
+
+    kernels: str
+    name: str
+    proof: str
+
+    def covers(self, key: str, name: str) -> bool:
+        """Whether it speaks of this mutant."""
+        return fnmatchcase(key, self.kernels) and fnmatchcase(name, self.name.replace("[", "[[]"))
+
+
+@dataclass
+class Report:
+    """Of one kernel or of all.
+
+    Attributes:
+        findings: of every mutant that was run.
+        unused: proofs that no survivor needed: they are out of date.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    unused: list[Equivalent] = field(default_factory=list)
+
+    def count(self, outcome: str) -> int:
+        """Findings with that outcome."""
+        return sum(each.outcome == outcome for each in self.findings)
+
+    @property
+    def share(self) -> float:
+        """Noticed, of those that are not equivalent."""
+        others = [each for each in self.findings if each.outcome != "equivalent"]
+        return sum(each.noticed for each in others) / max(len(others), 1)
+
+    @property
+    def equivalent_share(self) -> float:
+        """Counted as equivalent, of all."""
+        return self.count("equivalent") / max(len(self.findings), 1)
+
+    def of(self, key: str) -> Report:
+        """Of one kernel."""
+        return Report([each for each in self.findings if each.key == key])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        keys = dict.fromkeys(each.key for each in self.findings)
+        return {
+            "kernels": {key: self.of(key)._summary() for key in keys},
+            "all": self._summary(),
+            "findings": [asdict(each) for each in self.findings],
+            "unused_proofs": [asdict(each) for each in self.unused],
+        }
+
+    def _summary(self) -> dict[str, Any]:
+        by_family = {
+            family: {"mutants": count, "noticed": sum(each.noticed for each in self.findings if each.family == family)}
+            for family, count in sorted(Counter(each.family for each in self.findings).items())
+        }
+        outcomes = dict(sorted(Counter(each.outcome for each in self.findings).items()))
+        return {
+            "mutants": len(self.findings),
+            "outcomes": outcomes,
+            "noticed_share": round(self.share, 4),
+            "equivalent_share": round(self.equivalent_share, 4),
+            "families": by_family,
+            "seconds": round(sum(each.seconds for each in self.findings), 1),
+        }
+
+
+def subject(key: str, runs: Sequence[tuple[str, str]] = ()) -> Subject:
+    """Compiles a variant.
+
+    Args:
+        runs: (case, schedule); by default those of `SUBJECTS`.
+
+    Raises:
+        VariantError, ToolchainError: no such variant, or it does not compile.
+        ProblemError: the suite has no runs for it and none are given.
+    """
+    from densemoe.compile import kernels, matrix, toolchain
+
+    planned = {each.variant.key: each for each in matrix.load().profile("full")}.get(key)
+    if planned is None:
+        raise ProblemError(f"{key} is not in the matrix: `densemoe list --profile full` shows what is")
+    chosen = tuple(runs) or tuple((case, schedule) for case, schedules in SUBJECTS.get(key, ()) for schedule in schedules)
+    if not chosen:
+        raise ProblemError(f"the suite has no cases for {key}: give --case, as in --case m=9,e=2,h=384,i=64,kind=exact")
+    compiled = toolchain.compile_variant(planned.variant, planned.kernel, options=planned.compiler_options)
+    module = kernels.load(planned.kernel)
+    return Subject(key, module.WEIGHT_LAYOUT, compiled.ptx, module.recipe(planned.variant).to_json(), chosen)
+
+
+@cache
+def equivalents() -> tuple[Equivalent, ...]:
+    """The proofs."""
+    return tuple(Equivalent(**each) for each in json.loads(EQUIVALENTS.read_text())["equivalent"])
+
+
+def sample(found: Sequence[Mutant], count: int, seed: int) -> list[Mutant]:
+    """``count`` of the mutants, of every kind as nearly as many as of the others; the same for a seed."""
+    chooser = random.Random(seed)
+    by_kind: dict[str, list[Mutant]] = {}
+    for each in chooser.sample(list(found), len(found)):
+        by_kind.setdefault(each.kind, []).append(each)
+    queues = list(by_kind.values())
+    chosen: list[Mutant] = []
+    while queues and len(chosen) < count:
+        for queue in list(queues):
+            if len(chosen) < count:
+                chosen.append(queue.pop())
+            if not queue:
+                queues.remove(queue)
+    return sorted(chosen, key=lambda each: (each.line, each.kind))
+
+
+def run_mutant(task: Task) -> dict[str, Any]:
+    """Runs one mutant until it is noticed: outcome, detail, run, seconds, and the number of remarks.
+
+    Raises:
+        DensemoeError: a case cannot be made.
+    """
+    given, started = task.subject, time.perf_counter()
+    recipe, variant = Recipe.from_json(given.recipe), Variant.parse(given.key)
+    lints = 0
+
+    def result(outcome: str, detail: str = "", where: str = "") -> dict[str, Any]:
+        seconds = round(time.perf_counter() - started, 3)
+        return {"outcome": outcome, "detail": detail[:_ERROR], "run": where, "seconds": seconds, "lints": lints}
+
+    for case, schedule in given.runs:
+        where = f"{case} {schedule}"
+        try:
+            outcome = run_case(variant, given.layout, task.ptx, recipe, Case.parse(case), 0, schedule)
+        except EmulatorError as error:
+            return result("error", str(error).splitlines()[0], where)
+        if not outcome.passed:
+            return result("output", next((line for line in outcome.detail.splitlines() if line), "differs"), where)
+        lints = max(lints, int(outcome.counters["lints"]))
+        if task.name and lints > task.lints:
+            return result("remark", "a remark in the report", where)
+    return result("survived")
+
+
+def run(
+    subjects: Iterable[Subject],
+    executor: Executor,
+    *,
+    only: str | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    journal: Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Report:
+    """Runs the mutants of kernels.
+
+    Args:
+        only: shell pattern over names of mutants.
+        count: of every kernel that many, a sample that ``seed`` decides; by default all.
+        journal: a file of finished mutants, read first and appended to: a run that was interrupted goes on.
+        progress: (what, done, of all) after every mutant.
+
+    Raises:
+        EmulatorError, DensemoeError: a kernel fails as it is.
+    """
+    report = Report()
+    used: set[Equivalent] = set()
+    for each in subjects:
+        chosen = mutants(each.ptx)
+        if only is not None:
+            chosen = [mutant for mutant in chosen if fnmatchcase(mutant.name, only.replace("[", "[[]"))]
+        if count is not None:
+            chosen = sample(chosen, count, seed)
+        plain = run_mutant(Task(each, "", each.ptx))
+        if plain["outcome"] != "survived":
+            raise EmulatorError(f"{each.key} fails as it is ({plain['run']}): {plain['detail']}")
+        for finding in _findings(each, chosen, int(plain["lints"]), executor, journal, progress):
+            proof = next((proof for proof in equivalents() if proof.covers(finding.key, finding.name)), None)
+            if proof is not None and finding.outcome == "survived":
+                used.add(proof)
+                finding = replace(finding, outcome="equivalent", detail=proof.proof)
+            report.findings.append(finding)
+    if count is None and only is None:
+        keys = {each.key for each in report.findings}
+        report.unused = [proof for proof in equivalents() if proof not in used and any(fnmatchcase(key, proof.kernels) for key in keys)]
+    return report
+
+
+def _findings(
+    given: Subject, chosen: Sequence[Mutant], lints: int, executor: Executor, journal: Path | None, progress: Callable[[str, int, int], None]
+) -> list[Finding]:
+    known = _read(journal)
+    results: dict[int, Mapping[str, Any]] = {}
+    labels = [_label(given, mutant) for mutant in chosen]
+    results.update((i, known[label]) for i, label in enumerate(labels) if label in known)
+    missing = [i for i in range(len(chosen)) if i not in results]
+    tasks = [Task(given, chosen[i].name, chosen[i].apply(given.ptx), lints) for i in missing]
+
+    def done(number: int, result: Any, error: str | None) -> None:
+        i = missing[number]
+        if error is not None:
+            result = {"outcome": "hangs" if error.startswith("not done") else "crash", "detail": error, "run": "", "seconds": 0.0}
+        results[i] = result
+        if journal is not None and result["outcome"] != "crash":
+            with journal.open("a") as file:
+                file.write(json.dumps({"label": labels[i], "name": chosen[i].name, "result": result}) + "\n")
+        progress(given.key, len(results), len(chosen))
+
+    progress(given.key, len(results), len(chosen))
+    executor.run(run_mutant, tasks, done)
+    crashed = [f"{chosen[i].name}: {result['detail']}" for i, result in results.items() if result["outcome"] == "crash"]
+    if crashed:
+        raise DensemoeError(f"{given.key}: {len(crashed)} mutants could not be judged, an error of the emulator itself: {crashed[0]}")
+    return [
+        Finding(
+            given.key, mutant.name, mutant.kind, mutant.family, mutant.line, mutant.text,
+            results[i]["outcome"], results[i]["detail"], results[i]["run"], results[i]["seconds"],
+        )
+        for i, mutant in enumerate(chosen)
+    ]  # fmt: skip
+
+
+def _label(given: Subject, mutant: Mutant) -> str:
+    """Of all that a finding depends on."""
+    text = repr((mutant.apply(given.ptx), given.recipe, given.layout, given.runs, emulator_digest(), judge_digest()))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _read(journal: Path | None) -> dict[str, Mapping[str, Any]]:
+    found: dict[str, Mapping[str, Any]] = {}
+    if journal is None or not journal.exists():
+        return found
+    for line in journal.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+            found[entry["label"]] = entry["result"]
+        except (ValueError, KeyError, TypeError):
+            continue  # a torn last line
+    return found
