@@ -122,6 +122,12 @@ class GlobalMemory:
         self._next = -(-(end + _RED_ZONE) // _ALIGNMENT) * _ALIGNMENT
         return address
 
+    def remove(self, name: str) -> None:
+        """Takes a buffer away: any access to it is an error from here on."""
+        place = self.buffers.index(self._by_name.pop(name))
+        del self.buffers[place], self._starts[place]
+        self._last = None
+
     def __getitem__(self, name: str) -> Buffer:
         return self._by_name[name]
 
