@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-for _folder in ("gpu", "runtime"):
+for _folder in ("emulator", "gpu", "runtime"):
     sys.path.insert(0, str(Path(__file__).parent / _folder))
 
 

@@ -178,6 +178,48 @@ def store_fc1_outputs(
                 store_row(config.c_dtype, c, Int64(token) * Int64(columns) + Int64(column + g * OUTPUTS), exists, values)
 
 
+def store_fc1_row(
+    config: common.Config,
+    sums: list[Any],
+    scale: Any,
+    multiplier: Any,
+    alpha_post: Any,
+    c: Any,
+    c_scales: Any,
+    token: Any,
+    exists: Any,
+    expert: Any,
+    experts: Any,
+    column: Any,
+    columns: Any,
+    g: Any,
+) -> None:
+    """Turns eight sums of one token, up 4g … 4g + 3 and gate 4g … 4g + 3 of a unit, into four outputs. All lanes of a warp come here together.
+
+    Args:
+        scale: alpha of the expert; multiplier: of the output where it is NVFP4, else unused.
+        alpha_post: float32 ``[M, E]``, or null; None where the kernel has no such parameter.
+        column: first output column of the unit, of ``columns``.
+    """
+    has_post = None if alpha_post is None else Int32(alpha_post.toint() != 0)
+    post = None
+    if has_post is not None:
+        post = common.load_global_f32_if(alpha_post + (Int64(token) * Int64(experts) + Int64(expert)) * 4, exists & has_post)
+    values = []
+    for output in range(OUTPUTS):
+        up, gate = (multiply(multiply(sums[output + i], Float32(config.product_scale)), scale) for i in (0, OUTPUTS))
+        y = swiglu(up, gate)
+        values.append(y if has_post is None else apply_alpha_post(y, post, has_post))
+    if config.c_dtype != "nvfp4":
+        store_row(config.c_dtype, c, Int64(token) * Int64(columns) + Int64(column + g * OUTPUTS), exists, values)
+        return
+    byte, codes = quantise_group(values, multiplier)
+    word = codes | (shuffle_xor(codes, 4) << 16)  # an even lane stores its neighbour's codes too
+    store_if("b32", c + (Int64(token) * Int64(columns) + Int64(column + g * OUTPUTS)) // 2, exists & Int32(g % 2 == 0), [word])
+    offset = common.scale_offset(Uint32(token), Uint32(column // 16 + g // 4), Uint32(columns // 16))
+    store_if("u8", c_scales + offset, exists & Int32(g % 4 == 0), [byte])
+
+
 def apply_alpha_post(y: Any, post: Any, has_post: Any) -> Any:
     """y · post where alpha_post is given, exactly 0 where it is exactly 0, y where there is none."""
     return pr.inline_ptx_hl(

@@ -1,16 +1,21 @@
-"""FC1 for sm_90a: GEMM over all experts, SwiGLU, optional alpha_post, conversion (contract sections 3 and 6).
+"""FC1 for sm_90a: GEMM over all experts, SwiGLU, optional alpha_post, conversion (contract sections 3 and 6), stream-K.
 
-A unit of work is 32 output columns of one expert (one superblock row: 32 up and 32 gate rows) x ``tile_m`` tokens over the whole K. Warps take
-units with a fixed stride; token blocks of the same weights are neighbours, so that the weights come from L2 after the first. Each m16 block
-holds 8 up rows (g) and their 8 gate rows (g + 8): up and gate of one output meet in one lane, without a shuffle.
+A unit is 32 output columns of one expert (one superblock row: 32 up and 32 gate rows) x ``tile_m`` tokens over the whole K. All units' K 128 blocks
+are laid end to end and cut into equal spans, one a CTA: few tokens choose few experts, whose units alone would leave most of the machine idle.
+Token tiles of the same weights are neighbours, so that the weights come from L2 after the first. Each m16 block holds 8 up rows (g) and their
+8 gate rows (g + 8): up and gate of one output meet in one lane, without a shuffle.
 
-    per unit:  for each K 128:  activations of the next K 128 ─ load │ ring ─ wait ─ decode ─ 32·(tile_m / 8) mma.sync ─ refill
-               epilogue: x alpha ─ SwiGLU ─ x alpha_post ─ quantise (amax over four lanes) or convert ─ store
+    per unit:  the CTA's four warps take its K 128 blocks in turn:  activations of the next block ─ load │ ring ─ wait ─ decode ─ mma.sync ─ refill
+               sums over warps (shared memory), and over CTAs where a unit lies in several spans (slots, a ticket; the last CTA goes on)
+               x alpha ─ SwiGLU ─ x alpha_post ─ quantise (amax over four lanes) or convert ─ store
 
-The ring runs ahead over unit borders, so that an epilogue does not drain it.
+The ring runs ahead over unit borders, so that sums and epilogue do not drain it. Sums have one order (sm90_reduction): a launch gives the same bits
+every time. Tickets are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
 
 Run-time switches: ``alpha_post`` null; ``active_experts`` null (every expert) or ``[count, expert, expert, …]``: units are then those of listed
 experts alone, the columns of the others stay unwritten.
+
+The kernel also serves ``sm90_groupedfc1``: its units are 32 output columns x a tile of ``route``, up to ``tile_m`` rows of one expert.
 """
 
 from __future__ import annotations
@@ -21,14 +26,16 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint8
+from cutlass import Float32, Int32, Int64, Uint8, Uint32
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import Expected
 from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels.host import pointer
-from densemoe.compile.kernels.sm90_epilogue import store_fc1_outputs
-from densemoe.runtime.recipe import Parameter, Recipe, pointer_or_null
+from densemoe.compile.kernels.sm90_epilogue import store_fc1_row, store_if
+from densemoe.compile.kernels.sm90_reduction import take_ticket
+from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
 from densemoe.runtime.variant import Variant
 
 OP = "fc1"
@@ -37,6 +44,7 @@ WEIGHT_LAYOUT = common.WEIGHT_LAYOUT
 #: By tile_m. At 8 tokens 16 warps an SM keep enough weight bytes in flight (measured on an H200); more tokens need more registers.
 RESIDENT_CTAS = {8: 4, 16: 3, 32: 2}
 PREFETCH_UP_TO = 16  # largest tile_m whose activations are loaded one superblock ahead
+SMALLEST_SPAN = 2 * common.WARPS  # K 128 blocks of a CTA
 OUTPUT_COLUMNS = common.SUPERBLOCK_ROWS // 2  # of one superblock row: half its rows are gates
 
 
@@ -56,13 +64,17 @@ def fc1_kernel(
     output_multiplier: cutlass.Pointer,
     c: cutlass.Pointer,
     c_scales: cutlass.Pointer,
-    active_experts: cutlass.Pointer,
+    chosen: cutlass.Pointer,
+    rows: cutlass.Pointer,
+    slots: cutlass.Pointer,
+    tickets: cutlass.Pointer,
     tokens_total: Int32,
     experts: Int32,
     hidden: Int32,
     intermediate: Int32,
     token_tiles: Int32,
     waits_first: Int32,
+    grouped: cutlass.Constexpr,
     config: cutlass.Constexpr,
 ):
     tid, _, _ = cute.arch.thread_idx()
@@ -73,32 +85,40 @@ def fc1_kernel(
     g = lane // 4
     t = lane % 4
     stages = config.stages
+    superblock = common.SUPERBLOCK_BYTES
     k_blocks = (hidden + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K
     row_blocks = intermediate // OUTPUT_COLUMNS  # of one expert
-    listed = Int32(active_experts.toint() != 0)
+    row_bytes = Int64(k_blocks) * superblock
+    listed = Int32(chosen.toint() != 0)
     if waits_first != 0:
         pr.griddepcontrol("wait")  # the list may come from the launch before
-    rows_total = common.load_global_s32_or(active_experts, listed, experts) * row_blocks
-    row_bytes = Int64(k_blocks) * common.SUPERBLOCK_BYTES
+    units = common.load_global_s32_or(chosen, listed, experts) * row_blocks * token_tiles
 
     all_rings, all_barriers = common.shared_memory(config)
-    ring = all_rings.subview(warp * (stages * common.SUPERBLOCK_BYTES))
+    ring = all_rings.subview(warp * (stages * superblock))
     barriers = all_barriers.subview(warp * stages)
+    partials = cutlass.Array(Uint8, reduction.partial_bytes(config), space=cutlass.AddressSpace.smem, alignment=16).data_ptr().toint(Int32)
+    shared_ticket = cutlass.Array(Int32, 1, space=cutlass.AddressSpace.smem, alignment=4)
 
-    # units of this warp: (row, token tile), the token tile fastest, advancing by all warps of the grid; rows of listed experts are counted
-    # one after another, `weight_row` says which they are
-    worker = bid * common.WARPS + warp
-    workers = ctas * common.WARPS
-    step_rows = workers // token_tiles
-    step_tiles = workers % token_tiles
-    row = worker // token_tiles
-    tile = worker % token_tiles
+    # the CTA's span of all units' K blocks, laid end to end; it takes at least two blocks a warp, to hide latency
+    total = Int64(units) * Int64(k_blocks)
+    workers = min(Int64(ctas), (total + (SMALLEST_SPAN - 1)) // SMALLEST_SPAN)
+    first = total
+    last = total
+    if Int64(bid) < workers:
+        first = Int64(bid) * total // workers
+        last = (Int64(bid) + 1) * total // workers
+    remaining = Int32(last - first)
+    unit = Int32(first // Int64(k_blocks))
+    k = Int32(first - Int64(unit) * Int64(k_blocks))
 
-    # what the ring fetches next, `stages` superblocks ahead
-    next_row = row
-    next_tile = tile
-    next_k = Int32(0)
-    next_source = b + Int64(weight_row(active_experts, listed, next_row, rows_total, row_blocks)) * row_bytes
+    # what the warp's ring fetches next: every fourth block of the span, `stages` of them ahead
+    to_fetch = (remaining + (common.WARPS - 1 - warp)) // common.WARPS
+    next_unit = unit + (k + warp) // k_blocks
+    next_k = (k + warp) % k_blocks
+    step_units = common.WARPS // k_blocks
+    step_k = common.WARPS % k_blocks
+    next_row = b + Int64(weight_row(grouped, chosen, listed, Int32(to_fetch > 0), next_unit, row_blocks, token_tiles)) * row_bytes
 
     if lane == 0:
         for i in cutlass.range_constexpr(stages):
@@ -106,89 +126,156 @@ def fc1_kernel(
         pr.fence_mbarrier_init()
     cute.arch.sync_warp()
     for i in cutlass.range_constexpr(stages):
-        if next_row < rows_total:
+        if to_fetch > 0:
             if lane == 0:
-                common.start_copy(ring, barriers, i, next_source)
-            next_source = next_source + common.SUPERBLOCK_BYTES
-            next_k += 1
-            if next_k == k_blocks:
-                next_k = Int32(0)
-                next_row += step_rows
-                next_tile += step_tiles
-                if next_tile >= token_tiles:
-                    next_tile -= token_tiles
-                    next_row += 1
-                next_source = b + Int64(weight_row(active_experts, listed, next_row, rows_total, row_blocks)) * row_bytes
+                common.start_copy(ring, barriers, i, next_row + Int64(next_k) * superblock)
+            to_fetch -= 1
+            before = next_unit
+            next_unit += step_units
+            next_k += step_k
+            if next_k >= k_blocks:
+                next_k -= k_blocks
+                next_unit += 1
+            if next_unit != before:
+                next_row = b + Int64(weight_row(grouped, chosen, listed, Int32(to_fetch > 0), next_unit, row_blocks, token_tiles)) * row_bytes
 
     pr.griddepcontrol("wait")  # weights do not depend on the launch before; activations do
     pr.griddepcontrol("launch_dependents")
 
     stage = Int32(0)
     phase = Int32(0)
-    while row < rows_total:
-        tokens, exists = common.lane_tokens(config, tile * config.tile_m, g, tokens_total)
+    done = Int32(0)  # blocks of the span that lie behind, modulo 4
+    rows_of_warp = reduction.rows_of_warp(config)
+    finishing = config.token_blocks * 2  # warps that have rows to finish, where fewer than all
+    while remaining > 0:
+        # ---- the part of one unit that lies in this span, and of it this warp's blocks
+        run = min(remaining, k_blocks - k)
+        remaining -= run
+        skip = (warp - done) & (common.WARPS - 1)
+        steps = (run + (common.WARPS - 1 - skip)) // common.WARPS
+        first_k = k + skip
+        if cutlass.const_expr(grouped):
+            expert, first_row, count = tile_of(chosen, unit // row_blocks)
+            row_end = first_row + count
+            places, exists = common.lane_tokens(config, Int32(0), g, count)
+            tokens = [common.load_global_s32_or(rows + Int64(first_row + p) * 4, e, Int32(0)) for p, e in zip(places, exists, strict=True)]
+            column = (unit % row_blocks) * OUTPUT_COLUMNS
+            columns = intermediate
+        else:
+            row = unit // token_tiles
+            first_row = (unit % token_tiles) * config.tile_m
+            row_end = tokens_total
+            expert = common.listed_expert(chosen, listed, row // row_blocks)
+            tokens, exists = common.lane_tokens(config, first_row, g, tokens_total)
+            column = expert * intermediate + (row % row_blocks) * OUTPUT_COLUMNS
+            columns = experts * intermediate
         accumulators = common.zero_accumulators(config.token_blocks * common.M16_BLOCKS * common.ACCUMULATORS)
         if cutlass.const_expr(config.prefetch):
-            ahead = common.load_superblock_activations(config, a, a_scales, tokens, exists, Int32(0), Int32(0), hidden, hidden, t)
-        for k in cutlass.range(k_blocks, unroll=1):
+            ahead = common.load_superblock_activations(config, a, a_scales, tokens, exists, first_k, Int32(0), hidden, hidden, t)
+        for step in cutlass.range(steps, unroll=1):
+            at = first_k + step * common.WARPS
             if cutlass.const_expr(config.prefetch):
                 loaded = ahead
-                ahead = common.load_superblock_activations(config, a, a_scales, tokens, exists, k + 1, Int32(0), hidden, hidden, t)
+                ahead = common.load_superblock_activations(config, a, a_scales, tokens, exists, at + common.WARPS, Int32(0), hidden, hidden, t)
             else:
-                loaded = common.load_superblock_activations(config, a, a_scales, tokens, exists, k, Int32(0), hidden, hidden, t)
+                loaded = common.load_superblock_activations(config, a, a_scales, tokens, exists, at, Int32(0), hidden, hidden, t)
             wait(barriers.subview(stage), phase)
-            accumulators = common.multiply_superblock(
-                config, accumulators, ring.subview(stage * common.SUPERBLOCK_BYTES + lane * 16).data_ptr(), loaded
-            )
+            accumulators = common.multiply_superblock(config, accumulators, ring.subview(stage * superblock + lane * 16).data_ptr(), loaded)
             cute.arch.sync_warp()  # every lane has read the stage
-            if next_row < rows_total:
+            if to_fetch > 0:
                 if lane == 0:
-                    common.start_copy(ring, barriers, stage, next_source)
-                next_source = next_source + common.SUPERBLOCK_BYTES
-                next_k += 1
-                if next_k == k_blocks:
-                    next_k = Int32(0)
-                    next_row += step_rows
-                    next_tile += step_tiles
-                    if next_tile >= token_tiles:
-                        next_tile -= token_tiles
-                        next_row += 1
-                    next_source = b + Int64(weight_row(active_experts, listed, next_row, rows_total, row_blocks)) * row_bytes
+                    common.start_copy(ring, barriers, stage, next_row + Int64(next_k) * superblock)
+                to_fetch -= 1
+                before = next_unit
+                next_unit += step_units
+                next_k += step_k
+                if next_k >= k_blocks:
+                    next_k -= k_blocks
+                    next_unit += 1
+                if next_unit != before:
+                    next_row = b + Int64(weight_row(grouped, chosen, listed, Int32(to_fetch > 0), next_unit, row_blocks, token_tiles)) * row_bytes
             stage += 1
             if stage == stages:
                 stage = Int32(0)
                 phase = phase ^ 1
 
-        expert = common.listed_expert(active_experts, listed, row // row_blocks)
-        store_fc1_outputs(
-            config,
-            accumulators,
-            alpha,
-            alpha_post,
-            output_multiplier,
-            c,
-            c_scales,
-            tile * config.tile_m,
-            tokens_total,
-            expert,
-            experts,
-            expert * intermediate + (row % row_blocks) * OUTPUT_COLUMNS,
-            experts * intermediate,
-            g,
-            t,
-        )
-        row += step_rows
-        tile += step_tiles
-        if tile >= token_tiles:
-            tile -= token_tiles
-            row += 1
+        # ---- over the warps, and over the CTAs that share the unit
+        reduction.share_accumulators(config, partials, warp, g, t, accumulators)
+        pr.barrier_cta_sync(0)
+        own_tokens = [first_row + reduction.place_of_row(warp, index, t, config) for index in range(rows_of_warp)]
+        live = [Int32(token < row_end) & Int32(warp < finishing) for token in own_tokens]
+        sums = common.zero_accumulators(rows_of_warp * reduction.ROW)
+        if warp < finishing:
+            sums = reduction.shared_rows(config, partials, warp, t, g)
+        finish = Int32(1)
+        if run != k_blocks:
+            # block i belongs to CTA ((i + 1) * workers - 1) // total
+            begin = Int64(unit) * Int64(k_blocks)
+            first_cta = Int32(((begin + 1) * workers - 1) // total)
+            sharing = Int32(((begin + Int64(k_blocks)) * workers - 1) // total) - first_cta + 1
+            for index in cutlass.range_constexpr(rows_of_warp):
+                address = reduction.slot_address(config, slots, bid, Int32(bid == first_cta), warp, index, lane)
+                reduction.store_row_to_slot(address, live[index], sums[index * reduction.ROW : (index + 1) * reduction.ROW])
+            cute.arch.fence_acq_rel_gpu()
+            pr.barrier_cta_sync(0)
+            if tid == 0:
+                shared_ticket[0] = take_ticket(tickets + Int64(first_cta) * 4)
+            pr.barrier_cta_sync(0)
+            finish = Int32(shared_ticket[0] == sharing - 1)
+            if finish != 0:
+                cute.arch.fence_acq_rel_gpu()
+                sums = common.zero_accumulators(rows_of_warp * reduction.ROW)
+                for start in cutlass.range(0, sharing, reduction.BATCH, unroll=1):
+                    sums = reduction.add_slots(config, sums, slots, first_cta, start, sharing, warp, lane, live)
+                if tid == 0:
+                    store_if("b32", tickets + Int64(first_cta) * 4, Int32(1), [Uint32(0)])
+        if (finish != 0) & (warp < finishing):
+            scale = common.load_global_f32_if(alpha + Int64(expert) * 4, Int32(1))
+            multiplier = Float32(1.0)
+            if cutlass.const_expr(config.c_dtype == "nvfp4"):
+                multiplier = common.load_global_f32_if(output_multiplier, Int32(1))
+            for index in cutlass.range_constexpr(rows_of_warp):
+                store_fc1_row(
+                    config,
+                    sums[index * reduction.ROW : (index + 1) * reduction.ROW],
+                    scale,
+                    multiplier,
+                    None if grouped else alpha_post,
+                    c,
+                    c_scales,
+                    own_tokens[index],
+                    live[index],
+                    expert,
+                    experts,
+                    column,
+                    columns,
+                    g,
+                )
+        pr.barrier_cta_sync(0)  # the partial sums have been read
+        done = (done + run) & (common.WARPS - 1)
+        k += run
+        if k == k_blocks:
+            k = Int32(0)
+            unit += 1
 
 
-def weight_row(active_experts: Any, listed: Any, row: Any, rows_total: Any, row_blocks: Any) -> Any:
-    """The superblock row of the packed weights that stands at ``row`` of the listed experts' rows; any where there is none."""
-    exists = listed & Int32(row < rows_total)
-    place = row // row_blocks
-    return common.listed_expert(active_experts, exists, place) * row_blocks + row % row_blocks
+def weight_row(grouped: bool, chosen: Any, listed: Any, exists: Any, unit: Any, row_blocks: Any, token_tiles: Any) -> Any:
+    """The superblock row of the packed weights that a unit reads; some row where ``exists`` is 0.
+
+    Args:
+        chosen: tiles of ``route`` (``grouped``), or the list of active experts where ``listed`` is not 0.
+    """
+    if grouped:
+        expert = common.load_global_s32_or(chosen + (Int64(unit // row_blocks) + 1) * 16, exists, Int32(0))
+        return expert * row_blocks + unit % row_blocks
+    row = unit // token_tiles
+    return common.listed_expert(chosen, listed & exists, row // row_blocks) * row_blocks + row % row_blocks
+
+
+def tile_of(tiles: Any, index: Any) -> tuple[Any, Any, Any]:
+    """(expert, first row, rows) of a tile of ``route``; the head of the list is as long as a tile."""
+    words = common.load_global_v4_if(tiles + (Int64(index) + 1) * 16, Int32(1))
+    return Int32(words[0]), Int32(words[1]), Int32(words[2])
 
 
 @cute.jit
@@ -202,6 +289,8 @@ def fc1_host(
     c: cute.Pointer,
     c_scales: cute.Pointer,
     active_experts: cute.Pointer,
+    slots: cute.Pointer,
+    tickets: cute.Pointer,
     tokens_total: Int32,
     experts: Int32,
     hidden: Int32,
@@ -215,8 +304,9 @@ def fc1_host(
     fc1_kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
     listed = Int32(active_experts.toint() != 0)
     token_tiles = (tokens_total + (config.tile_m - 1)) // config.tile_m
-    units = experts * (intermediate // OUTPUT_COLUMNS) * token_tiles
-    ctas = min((units + (common.WARPS - 1)) // common.WARPS, sm_count * config.resident_ctas)
+    k_blocks = (hidden + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K
+    blocks = experts * (intermediate // OUTPUT_COLUMNS) * token_tiles * k_blocks
+    ctas = min((blocks + (SMALLEST_SPAN - 1)) // SMALLEST_SPAN, sm_count * config.resident_ctas)
     fc1_kernel(
         a.raw_ptr(),
         a_scales.raw_ptr(),
@@ -227,12 +317,16 @@ def fc1_host(
         c.raw_ptr(),
         c_scales.raw_ptr(),
         active_experts.raw_ptr(),
+        active_experts.raw_ptr(),
+        slots.raw_ptr(),
+        tickets.raw_ptr(),
         tokens_total,
         experts,
         hidden,
         intermediate,
         token_tiles,
         listed * (1 - early_list),
+        False,
         config,
     ).launch(
         grid=(ctas, 1, 1),
@@ -247,6 +341,19 @@ def fc1_host(
 def config_of(variant: Variant) -> common.Config:
     """The compile-time parameters of ``variant``."""
     return common.config_of(variant, RESIDENT_CTAS, PREFETCH_UP_TO)
+
+
+def shared_memory_bytes(config: common.Config) -> int:
+    """Bytes of shared memory: the rings, the partial sums, the ticket."""
+    return common.shared_memory_bytes(config) + reduction.partial_bytes(config) + 4
+
+
+def workspaces(config: common.Config) -> tuple[Workspace, ...]:
+    """Slots for the sums of units that several CTAs share, and their tickets."""
+    return (
+        Workspace("workspace.slots", f"ctas * {reduction.SLOTS * reduction.slot_bytes(config)}"),
+        Workspace("workspace.tickets", "ctas * 4", zeroed=True),
+    )
 
 
 def check(variant: Variant) -> None:
@@ -268,7 +375,10 @@ def recipe(variant: Variant) -> Recipe:
             pointer_or_null("output_multiplier", "output_multiplier", nvfp4_output),
             Parameter("c", "pointer", "c.codes" if nvfp4_output else "c"),
             pointer_or_null("c_scales", "c.scales", nvfp4_output),
-            Parameter("active_experts", "pointer", "active_experts"),
+            Parameter("chosen", "pointer", "active_experts"),
+            Parameter("rows", "pointer", "active_experts"),
+            Parameter("slots", "pointer", "workspace.slots"),
+            Parameter("tickets", "pointer", "workspace.tickets"),
             Parameter("tokens_total", "u32", "M"),
             Parameter("experts", "u32", "E"),
             Parameter("hidden", "u32", "H"),
@@ -278,11 +388,13 @@ def recipe(variant: Variant) -> Recipe:
         ),
         let=(
             ("token_tiles", f"ceil_div(M, {config.tile_m})"),
-            ("units", f"E * (I // {OUTPUT_COLUMNS}) * token_tiles"),
+            ("blocks", f"E * (I // {OUTPUT_COLUMNS}) * token_tiles * ceil_div(H, {common.SUPERBLOCK_K})"),
+            ("ctas", f"min(ceil_div(blocks, {SMALLEST_SPAN}), sm_count * {config.resident_ctas})"),
         ),
-        grid=(f"min(ceil_div(units, {common.WARPS}), sm_count * {config.resident_ctas})", 1, 1),
+        grid=("ctas", 1, 1),
         block=(common.WARPS * 32, 1, 1),
-        dynamic_smem=common.shared_memory_bytes(config),
+        dynamic_smem=shared_memory_bytes(config),
+        workspaces=workspaces(config),
         settings=(("early_list", (0, 1)),),
         programmatic_launch=True,
         smem_carveout=100,
@@ -298,13 +410,16 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
         *(pointer(Uint8, 4) for _ in range(3)),  # float32, addressed in bytes as the rest
         *(pointer(Uint8, 16) for _ in range(2)),
         pointer(Uint8, 4),
+        pointer(Uint8, 16),
+        pointer(Uint8, 4),
     )
     return fc1_host, (*pointers, *words, symbol, config_of(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: nine pointers and six words (without the stream)."""
-    pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in recipe(variant).parameters[:9]]
+    """What the exported host function is called with: eleven pointers and six words (without the stream)."""
+    parameters = recipe(variant).parameters
+    pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in (*parameters[:9], *parameters[10:12])]
     return [*pointers, *(names[name] for name in ("M", "E", "H", "I", "early_list", "sm_count"))]
 
 

@@ -29,6 +29,7 @@ from densemoe.compile.kernels import Expected
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_epilogue import multiply, store_if, store_row
+from densemoe.compile.kernels.sm90_reduction import take_ticket
 from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
 from densemoe.runtime.variant import Variant
 
@@ -89,11 +90,6 @@ def load_workspace_if(address: Any, valid: Any) -> list[Any]:
             read_only_args=[address, valid],
         )
     )
-
-
-def take_ticket(address: Any) -> Any:
-    """Adds 1 to a counter, with acquire and release at device scope; gives the value before."""
-    return pr.inline_ptx_hl("atom.acq_rel.gpu.global.add.u32 {$w0}, [{$r0}], 1;", write_only_types=[Int32], read_only_args=[address])
 
 
 def broadcast(value: Any) -> Any:

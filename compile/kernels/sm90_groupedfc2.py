@@ -24,8 +24,9 @@ from densemoe.compile.kernels import Expected, sm90_fc2
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_epilogue import store_if, store_row
-from densemoe.compile.kernels.sm90_fc2 import OUTPUTS, add_scaled, add_to_workspace, broadcast, load_workspace_if, take_ticket, token_values, wait
-from densemoe.compile.kernels.sm90_groupedfc1 import tile_of
+from densemoe.compile.kernels.sm90_fc1 import tile_of
+from densemoe.compile.kernels.sm90_fc2 import OUTPUTS, add_scaled, add_to_workspace, broadcast, load_workspace_if, token_values, wait
+from densemoe.compile.kernels.sm90_reduction import take_ticket
 from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
 from densemoe.runtime.variant import Variant
 

@@ -1,0 +1,148 @@
+"""Sums of one unit's accumulators: over a CTA's warps through shared memory, over CTAs through slots in global memory, always in the same order.
+
+Every warp of a CTA multiplies other K 128 blocks of the same unit (64 weight rows x ``tile_m`` tokens), so a unit ends with four partial sums:
+
+    accumulators of a warp ──st.shared──► partials[warp] ──barrier──► row of thread (token, g): up 4g…4g+3, gate 4g…4g+3, added in the order of warps
+    a unit that several CTAs share:  rows ──st.global──► slot of the CTA ─ ticket ─ the last CTA adds all slots in the order of CTAs
+
+Both orders are fixed by the shape and the grid, so that a launch gives the same bits every time. A CTA has two slots: 0 for the unit that its span
+begins inside of, 1 for the one that its span ends inside of.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from cutlass import Float32, Int32, Int64
+from cutlass.experimental import primitives as pr
+
+from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels.sm90_epilogue import OUTPUTS, store_if
+
+PLANES: Final = 2  # up, gate
+LANES_G: Final = 8
+ROW_BYTES: Final = LANES_G * OUTPUTS * 4 + 16  # a token's 32 sums of a plane; 16 bytes apart from the next, so that no two lanes meet in a bank
+SLOTS: Final = 2  # of a CTA
+ROW: Final = PLANES * OUTPUTS  # sums of a row
+BATCH: Final = 4  # slots whose loads are in flight together
+
+
+def rows_of_warp(config: common.Config) -> int:
+    """Rows (of a token and four outputs) that each lane of a warp finishes; at 8 tokens two warps have none."""
+    return max(1, config.token_blocks * 2 // common.WARPS)
+
+
+def partial_bytes(config: common.Config) -> int:
+    """Shared memory of one CTA's partial sums."""
+    return common.WARPS * PLANES * config.tile_m * ROW_BYTES
+
+
+def slot_bytes(config: common.Config) -> int:
+    """Bytes of one slot."""
+    return config.tile_m * common.SUPERBLOCK_ROWS * 4
+
+
+def store_shared_v4(address: Any, values: list[Any]) -> None:
+    """Sixteen bytes to shared memory."""
+    pr.inline_ptx_hl("st.shared.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *values])
+
+
+def load_shared_v4(address: Any) -> list[Any]:
+    """Sixteen bytes of shared memory as four float32."""
+    return list(pr.inline_ptx_hl("ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];", write_only_types=[Float32] * 4, read_only_args=[address]))
+
+
+def load_global_v4_f32_if(address: Any, valid: Any) -> list[Any]:
+    """Four float32 of global memory past the L1, where ``valid`` is not 0, else zeros."""
+    return list(
+        pr.inline_ptx_hl(
+            "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; mov.b32 {$w2}, 0; mov.b32 {$w3}, 0;"
+            " @p ld.relaxed.gpu.global.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}]; }",
+            write_only_types=[Float32] * 4,
+            read_only_args=[address, valid],
+        )
+    )
+
+
+def add(a: list[Any], b: list[Any]) -> list[Any]:
+    """Element by element, each rounded once; never fused with what made an operand."""
+    return [
+        pr.inline_ptx_hl("add.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[x, y]) for x, y in zip(a, b, strict=True)
+    ]
+
+
+def place_of_row(warp: Any, index: int, t: Any, config: common.Config) -> Any:
+    """The token (of the tile) of a lane's row ``index``: token blocks and the two tokens of a lane are dealt out to the warps."""
+    combination = warp + index * common.WARPS
+    return (combination // 2) * common.MMA_TOKENS + t * 2 + combination % 2
+
+
+def share_accumulators(config: common.Config, partials: Any, warp: Any, g: Any, t: Any, accumulators: list[Any]) -> None:
+    """Stores a warp's accumulators ``[token block][m16 block][up 2t, up 2t+1, gate 2t, gate 2t+1]`` where every warp finds them.
+
+    Args:
+        partials: shared-memory address of the CTA's partial sums.
+    """
+    own = partials + warp * (PLANES * config.tile_m * ROW_BYTES)
+    for block in range(config.token_blocks):
+        for pair in range(2):
+            row = own + (block * common.MMA_TOKENS + t * 2 + pair) * ROW_BYTES + g * (OUTPUTS * 4)
+            for plane in range(PLANES):
+                at = block * common.M16_BLOCKS * common.ACCUMULATORS + 2 * plane + pair
+                values = [accumulators[at + m16 * common.ACCUMULATORS] for m16 in range(common.M16_BLOCKS)]
+                store_shared_v4(row + plane * (config.tile_m * ROW_BYTES), values)
+
+
+def shared_rows(config: common.Config, partials: Any, warp: Any, t: Any, g: Any) -> list[Any]:
+    """A lane's rows, each the eight sums of a token over the CTA's warps: up 4g … 4g + 3, gate 4g … 4g + 3."""
+    rows: list[Any] = []
+    for index in range(rows_of_warp(config)):
+        place = place_of_row(warp, index, t, config) * ROW_BYTES + g * (OUTPUTS * 4)
+        total: list[Any] = []
+        for other in range(common.WARPS):
+            address = partials + other * (PLANES * config.tile_m * ROW_BYTES) + place
+            values = load_shared_v4(address) + load_shared_v4(address + config.tile_m * ROW_BYTES)
+            total = add(total, values) if total else values
+        rows += total
+    return rows
+
+
+def slot_address(config: common.Config, slots: Any, cta: Any, which: Any, warp: Any, index: int, lane: Any) -> Any:
+    """Where a lane's row ``index`` lies in a slot: 16 bytes a lane, its gates 512 bytes behind its ups."""
+    slot = Int64(cta * SLOTS + which) * slot_bytes(config)
+    return slots + slot + Int64((warp + index * common.WARPS) * (PLANES * common.CHUNK_BYTES) + lane * 16)
+
+
+def store_row_to_slot(address: Any, live: Any, row: list[Any]) -> None:
+    """Stores a lane's eight sums where ``live`` is not 0."""
+    store_if("v4.f32", address, live, row[:OUTPUTS])
+    store_if("v4.f32", address + common.CHUNK_BYTES, live, row[OUTPUTS:])
+
+
+def add_slots(
+    config: common.Config, sums: list[Any], slots: Any, first_cta: Any, start: Any, sharing: Any, warp: Any, lane: Any, live: list[Any]
+) -> list[Any]:
+    """``sums`` (a lane's rows) with those in the slots of ``BATCH`` CTAs added, one CTA after the other.
+
+    Args:
+        first_cta: the first of the ``sharing`` CTAs of the unit; ``start``: which of them is the first to be added.
+        live: for each row whether it exists; where it does not, nothing is read.
+    """
+    result = []
+    for index in range(rows_of_warp(config)):
+        loaded = []
+        for i in range(BATCH):
+            which = Int32(start + i == 0)  # the first one's span ends inside of the unit, the others' begin inside of it
+            address = slot_address(config, slots, first_cta + start + i, which, warp, index, lane)
+            valid = live[index] & Int32(start + i < sharing)
+            loaded.append(load_global_v4_f32_if(address, valid) + load_global_v4_f32_if(address + common.CHUNK_BYTES, valid))
+        row = sums[index * ROW : (index + 1) * ROW]
+        for values in loaded:
+            row = add(row, values)
+        result += row
+    return result
+
+
+def take_ticket(address: Any) -> Any:
+    """Adds 1 to a counter, with acquire and release at device scope; gives the value before."""
+    return pr.inline_ptx_hl("atom.acq_rel.gpu.global.add.u32 {$w0}, [{$r0}], 1;", write_only_types=[Int32], read_only_args=[address])
