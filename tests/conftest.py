@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+
+# the emulator multiplies tiles of 128 x 128: threads of a BLAS gain nothing there, and spin. Before numpy is imported
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 for _folder in ("emulator", "gpu", "runtime"):
     sys.path.insert(0, str(Path(__file__).parent / _folder))
