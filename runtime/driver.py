@@ -38,6 +38,7 @@ def version_text(version: int) -> str:
 
 
 _PARAMETER_INFO_SINCE: Final = 12040
+_LIBRARIES_SINCE: Final = 12000
 
 
 class LaunchConfig:
@@ -78,7 +79,7 @@ class Driver:
         if int(code) != 0:
             raise DriverUnavailable(f"cuInit: {self._name(code)} ({int(code)}): {self._remedy(self._name(code))}", call="cuInit", code=int(code))
         if self.version() >= _PARAMETER_INFO_SINCE:
-            self._parameter_info  # noqa: B018 - looked up here, and not while the first kernel loads
+            self._parameter_info, self._load_data  # noqa: B018 - looked up here, and not while the first kernel loads
 
     # ---- errors
 
@@ -88,13 +89,16 @@ class Driver:
     def _remedy(self, name: str) -> str:
         return _REMEDIES.get(name, "see the CUDA driver API's documentation of this code")
 
+    def _error(self, call: str, code: Any) -> DriverError:
+        text = self._name(code)
+        kind = DriverTooOld if text in _OLD else DriverError
+        return kind(f"{call}: {text} ({int(code)}): {self._remedy(text)}", call=call, code=int(code))
+
     def _call(self, name: str, *arguments: Any) -> Any:
         result = getattr(self._cuda, name)(*arguments)
         code = result[0]
         if int(code) != 0:
-            text = self._name(code)
-            kind = DriverTooOld if text in _OLD else DriverError
-            raise kind(f"{name}: {text} ({int(code)}): {self._remedy(text)}", call=name, code=int(code))
+            raise self._error(name, code)
         values = result[1:]
         return values[0] if len(values) == 1 else values or None
 
@@ -164,23 +168,24 @@ class Driver:
             ArchitectureMismatch: the cubin is for another device.
             DriverTooOld: the driver does not know the format.
         """
-        try:
-            return self._call("cuLibraryLoadData", image, [], [], 0, [], [], 0)
-        except DriverError as error:
-            capability = self.capability(ordinal)
-            device = f"{self.device_name(ordinal)} (compute capability {capability[0]}.{capability[1]})"
-            if "NO_BINARY_FOR_GPU" in str(error):
-                raise ArchitectureMismatch(
-                    f"{file} was built for {arch}, the device is {device}: install or build artifacts for the device"
-                ) from error
-            if isinstance(error, DriverTooOld):
-                raise DriverTooOld(
-                    f"{file} (built for {arch}) is not understood by this driver, which supports CUDA {version_text(self.version())}, on {device}:"
-                    " update NVIDIA's driver",
-                    call=error.call,
-                    code=error.code,
-                ) from error
-            raise
+        library = ctypes.c_void_p()
+        # as with cuKernelGetParamInfo: the binding's own first call of this costs five times as much
+        code = self._load_data(ctypes.byref(library), image, None, None, 0, None, None, 0)
+        if code == 0:
+            return self._cuda.CUlibrary(library.value or 0)
+        error = self._error("cuLibraryLoadData", self._cuda.CUresult(code))
+        capability = self.capability(ordinal)
+        device = f"{self.device_name(ordinal)} (compute capability {capability[0]}.{capability[1]})"
+        if "NO_BINARY_FOR_GPU" in str(error):
+            raise ArchitectureMismatch(f"{file} was built for {arch}, the device is {device}: install or build artifacts for the device") from error
+        if isinstance(error, DriverTooOld):
+            raise DriverTooOld(
+                f"{file} (built for {arch}) is not understood by this driver, which supports CUDA {version_text(self.version())}, on {device}:"
+                " update NVIDIA's driver",
+                call=error.call,
+                code=error.code,
+            ) from error
+        raise error
 
     def kernel(self, library: Any, symbol: str) -> Any:
         """The kernel called ``symbol``."""
@@ -200,8 +205,7 @@ class Driver:
         while (code := query(handle, len(found), at_offset, at_size)) == 0:
             found.append((offset.value, size.value))
         if code != self._cuda.CUresult.CUDA_ERROR_INVALID_VALUE:  # one past the last
-            name = self._name(self._cuda.CUresult(code))
-            raise DriverError(f"cuKernelGetParamInfo: {name} ({code}): {self._remedy(name)}", call="cuKernelGetParamInfo", code=code)
+            raise self._error("cuKernelGetParamInfo", self._cuda.CUresult(code))
         return tuple(found)
 
     @cached_property
@@ -212,9 +216,21 @@ class Driver:
                 f"the driver supports CUDA {version_text(self.version())} and has no cuKernelGetParamInfo: a kernel's parameters cannot be compared"
                 " with the manifest's; update NVIDIA's driver to one for CUDA 12.4 or later"
             )
-        address, _ = self._call("cuGetProcAddress", b"cuKernelGetParamInfo", _PARAMETER_INFO_SINCE, 0)
-        kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p)
-        return kind(int(address))
+        return self._function("cuKernelGetParamInfo", _PARAMETER_INFO_SINCE, (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p))
+
+    @cached_property
+    def _load_data(self) -> Callable[..., int]:
+        """``cuLibraryLoadData``, likewise."""
+        pointer = ctypes.c_void_p
+        return self._function(
+            "cuLibraryLoadData",
+            _LIBRARIES_SINCE,
+            (pointer, ctypes.c_char_p, pointer, pointer, ctypes.c_uint, pointer, pointer, ctypes.c_uint),
+        )
+
+    def _function(self, name: str, since: int, arguments: tuple[Any, ...]) -> Callable[..., int]:
+        address, _ = self._call("cuGetProcAddress", name.encode(), since, 0)
+        return ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(int(address))
 
     def prepare(self, kernel: Any, ordinal: int, dynamic_smem: int, carveout: int) -> None:
         """Allows a kernel its dynamic shared memory on a device, and states the preferred carveout (percent, -1: the driver's choice)."""
@@ -290,8 +306,7 @@ class Driver:
                 current = stream
             code = call(config, function, arguments, 0)[0]
             if code is not success and code != success:
-                text = self._name(code)
-                raise DriverError(f"cuLaunchKernelEx: {text} ({int(code)}): {self._remedy(text)}", call="cuLaunchKernelEx", code=int(code))
+                raise self._error("cuLaunchKernelEx", code)
 
         return launch
 
@@ -301,8 +316,23 @@ class Driver:
         """Device memory on the current context's device, aligned to 256 bytes."""
         return int(self._call("cuMemAlloc", max(nbytes, 1)))
 
+    def allocate_apart(self, nbytes: int, content: bytes = b"") -> int:
+        """Device memory that begins with ``content`` and is zero otherwise, ready for every stream when this returns. Works while a stream is
+        captured, of whose graph it is no part."""
+        mode = self._call("cuThreadExchangeStreamCaptureMode", self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+        try:
+            pointer, stream = self.allocate(nbytes), self.stream()
+            self._call("cuMemsetD8Async", pointer, 0, max(nbytes, 1), stream)
+            if content:
+                self._call("cuMemcpyHtoDAsync", pointer, _address(memoryview(content)), len(content), stream)
+            self._call("cuStreamSynchronize", stream)
+            self._call("cuStreamDestroy", stream)
+        finally:
+            self._call("cuThreadExchangeStreamCaptureMode", mode)
+        return pointer
+
     def free(self, pointer: int) -> None:
-        """Frees what ``allocate`` gave."""
+        """Frees what ``allocate`` or ``allocate_apart`` gave."""
         self._call("cuMemFree", pointer)
 
     def zero(self, pointer: int, nbytes: int) -> None:
@@ -364,6 +394,17 @@ class Driver:
     def begin_capture(self, stream: int) -> None:
         """Starts capturing a stream into a graph."""
         self._call("cuStreamBeginCapture", stream, self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+
+    def capture_id(self, stream: int) -> int:
+        """Number of the capture that a stream is part of, unlike that of every other capture of this process.
+
+        Raises:
+            DriverError: it is not being captured.
+        """
+        status, number = self._call("cuStreamGetCaptureInfo", stream)[:2]
+        if int(status) != int(self._cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE):
+            raise DriverError(f"cuStreamGetCaptureInfo: stream {stream:#x} is not being captured (status {int(status)})")
+        return int(number)
 
     def end_capture(self, stream: int) -> Any:
         """Ends a capture; the instantiated graph."""

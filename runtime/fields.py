@@ -86,6 +86,21 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "…"
 
 
+class _StandsTwice(Exception):
+    """A name that stands twice in one object."""
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise _StandsTwice(next(name for name in names if names.count(name) > 1))
+    return result
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique)
+
+
 def parse_document(data: bytes, source: str, schema: int, largest: int) -> Fields:
     """A document's top level.
 
@@ -99,18 +114,10 @@ def parse_document(data: bytes, source: str, schema: int, largest: int) -> Field
     """
     if len(data) > largest:
         raise ManifestError(f"{source}: {len(data)} bytes; at most {largest} are read")
-
-    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ManifestError(f"{source}: the name {next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
-        return result
-
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except ManifestError:
-        raise
+        value = _DECODER.decode(data.decode("utf-8"))
+    except _StandsTwice as error:
+        raise ManifestError(f"{source}: the name {error.args[0]!r} stands twice in one object") from None
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{source}: not JSON: {error}; build or install it again") from None
     fields = Fields(value, source)

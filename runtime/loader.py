@@ -13,16 +13,17 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import resources
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import densemoe.artifacts
 from densemoe.runtime.canonical import read_file
 from densemoe.runtime.errors import AbiMismatch, ArchitectureMismatch, ArtifactCorrupt, ArtifactNotFound, DriverTooOld, SelectionError
-from densemoe.runtime.manifest import INDEX_NAME, LARGEST_CUBIN, LARGEST_MANIFEST, Index, Manifest, ManifestVariant
+from densemoe.runtime.manifest import INDEX_NAME, LARGEST_CUBIN, LARGEST_MANIFEST, SCHEMA, Index, Manifest, ManifestVariant
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.select import Choice, load_table, select
-from densemoe.runtime.variant import Architecture, Variant, architecture
+from densemoe.runtime.variant import Architecture, Variant, architecture, symbol_of
 
 if TYPE_CHECKING:
     from densemoe.runtime.driver import Driver
@@ -36,20 +37,37 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
 }
 
 
+#: Copied for each digest: looking the algorithm up takes longer than hashing a cubin.
+_SHA256: Final = hashlib.sha256()
+
+
+def _sha256(data: bytes) -> str:
+    digest = _SHA256.copy()
+    digest.update(data)
+    return digest.hexdigest()
+
+
 def artifact_root(path: str | os.PathLike[str] | None = None) -> Path:
     """The artifact root that will be used.
 
     Raises:
         ArtifactNotFound: the path does not exist, or the installed package carries no artifacts.
     """
+    return Path(_root(path))
+
+
+def _root(path: str | os.PathLike[str] | None) -> str:
+    """The root's path as text: a cold start has no use for Path objects, which take longer to make than its index to read."""
     if path is not None:
-        given, said = Path(path), "the given path"
-    elif os.environ.get("DENSEMOE_ARTIFACTS"):
-        given, said = Path(os.environ["DENSEMOE_ARTIFACTS"]), "DENSEMOE_ARTIFACTS"
+        given, said = os.fspath(path), "the given path"
+    elif given := os.environ.get("DENSEMOE_ARTIFACTS", ""):
+        said = "DENSEMOE_ARTIFACTS"
     else:
-        built = resources.files("densemoe.artifacts").joinpath("built")
-        # an editable install may join several directories; joinpath gives the one that has the entry
-        given, said = Path(str(built)), "the installed package"
+        said = "the installed package"
+        for folder in densemoe.artifacts.__path__:  # an editable install may join several directories
+            given = os.path.join(folder, "built")
+            if os.path.isfile(os.path.join(given, INDEX_NAME)):
+                break
     if not os.path.isfile(index := os.path.join(given, INDEX_NAME)):
         raise ArtifactNotFound(
             f"{said} has no artifacts: {index} does not exist. Run `densemoe build`, install a wheel with artifacts, or set DENSEMOE_ARTIFACTS"
@@ -68,16 +86,21 @@ class ArtifactSet:
         self._extensible = path is None and not os.environ.get("DENSEMOE_ARTIFACTS")
         self._addons: tuple[ArtifactSet, ...] | None = None
         try:
-            self.root = artifact_root(path)
+            root = _root(path)
         except ArtifactNotFound:
             if not self.addons:
                 raise
-            self.root = self.addons[0].root
-        index = os.path.join(self.root, INDEX_NAME)
+            root = str(self.addons[0].root)
+        self._prefix = os.path.join(root, "")
+        index = f"{self._prefix}{INDEX_NAME}"
         self.index = Index.from_bytes(read_file(index, LARGEST_MANIFEST), index)
-        self._prefix = os.path.join(self.root, "")
         self._manifests: dict[str, Manifest] = {}
         self._lock = threading.Lock()
+
+    @cached_property
+    def root(self) -> Path:
+        """The directory that holds the index."""
+        return Path(self._prefix)
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -120,7 +143,7 @@ class ArtifactSet:
                 raise ArtifactNotFound(f"{self.root} has no set for {arch}: it has {', '.join(self.architectures) or 'none'}")
             path = f"{self._prefix}{entry.manifest}"
             data = read_file(path, LARGEST_MANIFEST)
-            if hashlib.sha256(data).hexdigest() != entry.sha256:
+            if _sha256(data) != entry.sha256:
                 raise ArtifactCorrupt(
                     f"{path} is not the manifest that {INDEX_NAME} names: an interrupted build or a changed file; build or install again"
                 )
@@ -155,7 +178,7 @@ class ArtifactSet:
         if len(data) != entry.size:
             found = os.path.getsize(path)
             raise ArtifactCorrupt(f"{path} has {found} bytes, the manifest says {entry.size}: truncated or replaced; build or install again")
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
+        if _sha256(data) != entry.sha256:
             raise ArtifactCorrupt(f"{path} is not the file that was built (its sha256 differs from the manifest's): build or install again")
         return data
 
@@ -308,3 +331,24 @@ class Loader:
         choice = self.select(problem, device, variant)
         loaded = self.kernel(choice.variant.key, device)
         return Plan(self.driver, loaded.entry, loaded.handle, problem, tensors, device, workspace, {**choice.settings, **(settings or {})})
+
+
+def _rehearse() -> None:
+    """Reads a set of one made-up variant from memory, once, when this module is imported: a first pass over this code takes twice as long as a
+    second one (pages of C code, lookups in the standard library), and is better spent in an import than before a first kernel."""
+    key, digest = "fc1.sm90a.t8x64.c1x1.bf16-bf16", "0" * 64
+    entry = (
+        f'{{"arch_kind":"exact","audit":{{}},"dynamic_smem":0,"file":"{key}.cubin","kernel":"","layout":"","parameter_bytes":0,'
+        f'"parameters":[[0,8]],"recipe":"","registers":1,"sha256":"{digest}","size":1,"smem_carveout":-1,"source_digest":"{digest}","stack":0,'
+        f'"static_smem":0,"symbol":"{symbol_of(key)}","verification":[]}}'
+    )
+    manifest = (
+        f'{{\n"arch":"sm_90a",\n"builder":{{\n"dirty":false\n}},\n"minimum_driver":0,\n"recipes":{{\n"":{{}}\n}},\n"schema":{SCHEMA},\n'
+        f'"toolchain":{{\n"ptxas":""\n}},\n"variants":{{\n"{key}":{entry}\n}}\n}}\n'
+    ).encode()
+    index = f'{{"schema":{SCHEMA},"sets":[{{"arch":"sm_90a","manifest":"sm_90a/manifest.json","sha256":"{_sha256(manifest)}","variants":1}}]}}'
+    _serving(Index.from_bytes(index.encode(), "").sets, (9, 0))
+    Manifest.from_bytes(manifest, "", full=False).variants[key]  # reading it is the point
+
+
+_rehearse()

@@ -309,7 +309,8 @@ class Manifest:
             raise ManifestError(f"{source}.arch: {error}") from None
         recipes = _Recipes(fields.get("recipes", dict), source)
         variants = _Entries(fields.get("variants", dict), source, arch, recipes)
-        manifest = cls(arch, fields.get("builder", dict), fields.get("toolchain", dict), fields.size("minimum_driver", 10**6), variants, source)
+        builder, toolchain = (_Members(fields.get(name, dict), f"{source}.{name}") for name in ("builder", "toolchain"))
+        manifest = cls(arch, builder, toolchain, fields.size("minimum_driver", 10**6), variants, source)
         if full:
             manifest.check()
             if canonical(fields.value) != data:
@@ -357,15 +358,31 @@ def _recipe(document: Any, path: str) -> Recipe:
     return recipe
 
 
+class _Members(Mapping[str, Any]):
+    """An object of a manifest whose members are parsed when they are asked for."""
+
+    def __init__(self, values: Mapping[str, Any], path: str) -> None:
+        self._values, self._path = values, path
+
+    def __getitem__(self, name: str) -> Any:
+        return _parsed(self._values[name], f"{self._path}.{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
 def _parsed(value: Any, path: str) -> Any:
     return parse_line(value, path) if isinstance(value, memoryview) else value
 
 
 def _lines(data: bytes, source: str) -> Fields:
-    """The document's top level, with its schema checked; recipes and variants are left unparsed."""
+    """The document's top level, with its schema checked; its objects are left unparsed."""
     if len(data) > LARGEST_MANIFEST:
         raise ManifestError(f"{source}: {len(data)} bytes; at most {LARGEST_MANIFEST} are read")
-    fields = Fields(split_lines(data, source, lazy=("recipes", "variants")), source)
+    fields = Fields(split_lines(data, source, lazy=("builder", "recipes", "toolchain", "variants")), source)
     check_schema(fields, SCHEMA)
     return fields
 

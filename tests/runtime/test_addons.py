@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from densemoe.runtime import addons, loader
+import densemoe.artifacts
+from densemoe.runtime import addons
 from densemoe.runtime.errors import ArchitectureMismatch, ArtifactCorrupt, ArtifactNotFound, ManifestError
 from densemoe.runtime.loader import ArtifactSet
 
@@ -37,14 +38,13 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.delenv("DENSEMOE_ARTIFACTS", raising=False)
     monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
-
-    def none_installed(path: object = None) -> Path:
-        if path is not None:
-            return Path(str(path))
-        raise ArtifactNotFound("the installed package has no artifacts")
-
-    monkeypatch.setattr(loader, "artifact_root", none_installed)
+    installed_at(tmp_path / "nowhere", monkeypatch)
     return folder
+
+
+def installed_at(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The installed package's artifacts lie in ``package``/built."""
+    monkeypatch.setattr(densemoe.artifacts, "__path__", [str(package)])
 
 
 def test_an_addon_serves_what_the_installed_root_lacks(site: Path, artifacts: Path) -> None:
@@ -58,10 +58,10 @@ def test_an_addon_serves_what_the_installed_root_lacks(site: Path, artifacts: Pa
 
 def test_the_installed_root_and_an_addon_together(site: Path, artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The installed root has no set for the device: the add-on's serves, and both are listed."""
-    empty = tmp_path / "installed"
-    empty.mkdir()
+    empty = tmp_path / "installed" / "built"
+    empty.mkdir(parents=True)
     (empty / "index.json").write_bytes(b'{\n"schema":1,\n"sets":[]\n}\n')
-    monkeypatch.setattr(loader, "artifact_root", lambda path=None: Path(path) if path is not None else empty)
+    installed_at(empty.parent, monkeypatch)
     install(site, "densemoe_hopper", artifacts)
     found = ArtifactSet()
     assert found.root == empty
@@ -77,9 +77,10 @@ def test_a_given_root_has_no_addons(site: Path, artifacts: Path) -> None:
     assert ArtifactSet(artifacts).addons == ()
 
 
-def test_none_is_looked_for_where_the_installed_root_serves(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_none_is_looked_for_where_the_installed_root_serves(artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DENSEMOE_ARTIFACTS", raising=False)
-    monkeypatch.setattr(loader, "artifact_root", lambda path=None: Path(path) if path is not None else artifacts)
+    (tmp_path / "built").symlink_to(artifacts)
+    installed_at(tmp_path, monkeypatch)
 
     def never() -> list[addons.AddOn]:
         raise AssertionError("installed packages were searched")

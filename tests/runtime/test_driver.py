@@ -62,7 +62,6 @@ class Binding(types.SimpleNamespace):
             "cuCtxSetCurrent": lambda context: (OK,),
             "cuCtxGetCurrent": lambda: (OK, 0),
             "cuCtxGetDevice": lambda: (OK, 3),
-            "cuLibraryLoadData": lambda *arguments: (OK, 5),
             "cuMemAlloc": lambda size: (OK, 4096),
             "cuMemcpyHtoD": lambda *arguments: (OK,),
             "cuMemsetD8": lambda *arguments: (OK,),
@@ -72,6 +71,7 @@ class Binding(types.SimpleNamespace):
         }
         for name, answer in {**plain, **answers}.items():
             setattr(self, name, self._recorded(name, answer))
+        self.CUlibrary = int
         self.CUresult, self.CUdevice_attribute, self.CUpointer_attribute = Result, Attribute, PointerAttribute
 
     def _recorded(self, name: str, answer: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -153,22 +153,56 @@ def test_facts_of_a_device(make: Make) -> None:
 
 # ---- loading
 
+_LOAD = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.POINTER(ctypes.c_void_p),
+    *(ctypes.c_void_p,) * 3,
+    ctypes.c_uint,
+    *(ctypes.c_void_p,) * 2,
+    ctypes.c_uint,
+)
+
+
+def loading(code: Result, seen: list[bytes] | None = None) -> tuple[Callable[..., tuple[Any, ...]], Any]:
+    """(``cuGetProcAddress`` that gives a ``cuLibraryLoadData`` which ends with ``code``, what keeps it alive)."""
+
+    @_LOAD
+    def load(library: Any, image: int, *_: Any) -> int:
+        if seen is not None:
+            seen.append(ctypes.string_at(image))
+        library[0] = 5
+        return int(code)
+
+    return lambda *arguments: (OK, ctypes.cast(load, ctypes.c_void_p).value, 0), load
+
+
+def test_an_image_is_given_to_the_driver_as_it_is(make: Make) -> None:
+    seen: list[bytes] = []
+    address, _kept = loading(OK, seen)
+    driver, binding = make(cuGetProcAddress=address)
+    assert driver.load(b"\x7fELF", file="a.cubin", arch="sm_90a", ordinal=0) == 5
+    assert seen == [b"\x7fELF"]
+    assert (b"cuLibraryLoadData", 12000, 0) in binding.named("cuGetProcAddress")
+
 
 def test_a_binary_for_another_device_says_which_is_which(make: Make) -> None:
-    driver, _ = make(cuLibraryLoadData=fails(Result.CUDA_ERROR_NO_BINARY_FOR_GPU))
+    address, _kept = loading(Result.CUDA_ERROR_NO_BINARY_FOR_GPU)
+    driver, _ = make(cuGetProcAddress=address)
     with pytest.raises(ArchitectureMismatch, match=r"a\.cubin was built for sm_100f, the device is NVIDIA Test \(compute capability 9\.0\)"):
         driver.load(b"", file="a.cubin", arch="sm_100f", ordinal=0)
 
 
 def test_a_format_that_the_driver_does_not_know_asks_for_a_newer_one(make: Make) -> None:
-    driver, _ = make(cuLibraryLoadData=fails(Result.CUDA_ERROR_INVALID_IMAGE), cuDriverGetVersion=lambda: (OK, 12040))
+    address, _kept = loading(Result.CUDA_ERROR_INVALID_IMAGE)
+    driver, _ = make(cuGetProcAddress=address, cuDriverGetVersion=lambda: (OK, 12040))
     with pytest.raises(DriverTooOld, match=r"a\.cubin \(built for sm_90a\).*supports CUDA 12\.4, on NVIDIA Test.*update NVIDIA's driver") as caught:
         driver.load(b"", file="a.cubin", arch="sm_90a", ordinal=0)
     assert caught.value.call == "cuLibraryLoadData"
 
 
 def test_other_failures_of_loading_stay_what_they_are(make: Make) -> None:
-    driver, _ = make(cuLibraryLoadData=fails(Result.CUDA_ERROR_OUT_OF_MEMORY))
+    address, _kept = loading(Result.CUDA_ERROR_OUT_OF_MEMORY)
+    driver, _ = make(cuGetProcAddress=address)
     with pytest.raises(DriverError, match="cuLibraryLoadData: CUDA_ERROR_OUT_OF_MEMORY") as caught:
         driver.load(b"", file="a.cubin", arch="sm_90a", ordinal=0)
     assert type(caught.value) is DriverError

@@ -191,10 +191,13 @@ def test_a_plan_packs_and_launches(artifacts: Path) -> None:
         plan.launch(7)
     (config, stream, block) = driver.launches[0]
     assert stream == 7
-    assert config == ((2, 1, 1), (128, 1, 1), (1, 1, 1), 36928, True)  # 2 experts x 4 column blocks, 4 warps a CTA
-    assert int.from_bytes(block[:8], "little") == given["a"]
-    assert int.from_bytes(block[16:24], "little") == given["b"]
-    assert int.from_bytes(block[72:76], "little") == 5
+    entry = loader.manifest(0).variants[FC1]
+    assert config == ((2, 1, 1), (128, 1, 1), (1, 1, 1), entry.dynamic_smem, True)  # 2 experts x 4 column blocks, 4 warps a CTA
+    stated = zip(entry.recipe.parameters, entry.parameters, strict=True)
+    packed = {parameter.name: int.from_bytes(block[offset : offset + size], "little") for parameter, (offset, size) in stated}
+    wanted = {"a": given["a"], "b": given["b"], "alpha": given["alpha"], "c": given["c"], "alpha_post": 0}
+    shape = {"tokens_total": 5, "experts": 2, "hidden": 256, "intermediate": 128}
+    assert {name: packed[name] for name in (*wanted, *shape)} == {**wanted, **shape}
 
 
 def test_workspaces_are_zeroed_and_freed(artifacts: Path) -> None:
