@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from densemoe.runtime import bench_cli, records, release_cli, tune_cli
+from densemoe.runtime import bench_cli, records, release_cli, tune_cli, verify_cli
 from densemoe.runtime.errors import (
     ArtifactError,
     BuildError,
@@ -82,24 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("key")
     _common(show)
 
-    verify = add(
-        "verify",
-        "check every manifest, file size, hash and what each cubin says of itself; with --emulate run every variant's PTX on the emulator",
-        "densemoe verify --emulate --filter 'fc1.sm90a.t8x64.*'",
-        "verify",
-    )
-    verify.add_argument("--emulate", action="store_true", help="run the variants and write verification records; needs the extra [build]")
-    verify.add_argument("--arch", help="with --emulate: only this architecture")
-    verify.add_argument("--filter", help="with --emulate: shell pattern over variant keys")
-    verify.add_argument("--matrix", help="with --emulate: the matrix that the set was built from (default: the project's)")
-    verify.add_argument("--cases", type=_positive, help="with --emulate: cases a variant (default: a covering array of the contract's grid)")
-    verify.add_argument("--full", action="store_true", help="with --emulate: the whole grid")
-    verify.add_argument("--case", help="with --emulate: this case alone, as a failure names it; writes no record")
-    verify.add_argument("--seeds", type=_natural, nargs="+", help="with --emulate: seeds of the data (default: 0)")
-    verify.add_argument("--schedules", nargs="+", help="with --emulate: eager, lazy, random, pct, or random:SEED, pct:SEED:DEPTH (default: random)")
-    _executor(verify)
-    verify.add_argument("--timeout", type=float, help="with --emulate: seconds a run may take in the local pool (default: no limit)")
-    _common(verify)
+    verify_cli.add_command(add, _executor, _common)
 
     explain = add(
         "explain",
@@ -155,13 +138,6 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: use a positive integer")
-    return value
-
-
-def _natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: use an integer of at least 0")
     return value
 
 
@@ -294,52 +270,9 @@ def _design_lines(design: dict[str, int]) -> list[str]:
     ]
 
 
-#: Options of ``verify`` that say how to emulate; without --emulate they would be ignored in silence.
-_EMULATION: Final = ("arch", "filter", "matrix", "cases", "full", "case", "seeds", "schedules", "executor", "jobs", "timeout")
-
-
 def _verify(args: argparse.Namespace) -> int:
-    if args.emulate:
-        return _build_side("densemoe.compile.emulate_cli:verify")(args)
-    given = [name for name in _EMULATION if getattr(args, name)]
-    if given:
-        raise ProblemError(f"--{given[0]} belongs to --emulate: add it, or leave the option out")
-    found = _check_files(args)
-    if args.json:
-        _print_json(found)
-    else:
-        print(f"{found['root']}: {found['verified']} cubins are what their manifests say")
-        for fault in found["faults"]:
-            print(f"  FAULT {fault}")
-    return FAILED if found["faults"] else OK
-
-
-def _check_files(args: argparse.Namespace) -> dict[str, Any]:
-    """Every file against its manifest: ``root``, the number ``verified``, ``faults`` in words."""
-    from densemoe.runtime.canonical import read_file
-    from densemoe.runtime.loader import ArtifactSet
-    from densemoe.runtime.manifest import LARGEST_MANIFEST, MANIFEST_NAME, Manifest
-
-    recheck = importlib.import_module("densemoe.compile.recheck").recheck  # needs the standard library only
-    artifacts = ArtifactSet(args.artifacts)
-    good, faults = 0, []
-    for arch in artifacts.architectures:
-        listed = set()
-        artifacts.manifest(arch)  # compares its hash with the index's
-        path = artifacts.root / arch / MANIFEST_NAME
-        manifest = Manifest.from_bytes(read_file(path, LARGEST_MANIFEST), str(path))
-        for entry in manifest.variants.values():
-            listed.add(entry.file)
-            try:
-                found = recheck(entry, artifacts.image(entry), manifest.toolchain["ptxas"])
-            except ArtifactError as error:
-                found = [str(error)]
-            faults += found
-            good += not found
-        for cubin in sorted((artifacts.root / arch).glob("*.cubin")):
-            if cubin.name not in listed:
-                faults.append(f"{cubin} is in no manifest: a stale file; build or install again")
-    return {"root": str(artifacts.root), "verified": good, "faults": faults}
+    verify_cli.refuse_idle_options(args)
+    return _build_side("densemoe.compile.emulate_cli:verify")(args) if args.emulate else verify_cli.verify(args)
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -430,7 +363,9 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    return int(_host_side("densemoe.runtime.quickstart").quickstart(args, _check_files))
+    from densemoe.runtime.loader import ArtifactSet
+
+    return int(_host_side("densemoe.runtime.quickstart").quickstart(args, lambda args: verify_cli.check_files(ArtifactSet(args.artifacts))))
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@
     │   ├── ArtifactNotFound      no root, no manifest, no file
     │   ├── ManifestError         a manifest that is not the schema it claims to be
     │   ├── ArtifactCorrupt       a file whose size or hash is not the manifest's
+    │   ├── SignatureError        a signature that is missing, or that does not show who made the bytes
     │   └── ArchitectureMismatch  a file or set for another device
     ├── DriverError               a CUDA driver call failed: the call, the code, what to do
     │   ├── DriverUnavailable     no driver or no device
@@ -51,6 +52,7 @@ __all__ = [
     "ProofError",
     "RecipeError",
     "SelectionError",
+    "SignatureError",
     "ToolchainError",
     "VariantError",
 ]
@@ -93,6 +95,10 @@ class ManifestError(ArtifactError, ValueError):
 
 class ArtifactCorrupt(ArtifactError):
     """A file whose size or sha256 differs from its manifest's."""
+
+
+class SignatureError(ArtifactError):
+    """A signature that is missing or no signature, of other bytes, by another signer, or not vouched for by the trusted root."""
 
 
 class ArchitectureMismatch(ArtifactError):

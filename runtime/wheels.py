@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -10,16 +11,21 @@ from typing import Final
 from densemoe.runtime.errors import ArtifactNotFound, ManifestError
 from densemoe.runtime.manifest import INDEX_NAME, LARGEST_CUBIN
 
-__all__ = ["extract"]
+__all__ = ["LARGEST_WHEEL", "extract"]
 
+#: Bytes of a wheel that is read into memory; ours has a budget of 15 MB (artifacts/size_budget.json).
+LARGEST_WHEEL: Final = 256 << 20
 #: Files of one wheel; a full set has some hundred.
 _MOST_FILES: Final = 20_000
 #: Bytes of all of them, unpacked: some hundred cubins of some 40 KB each, with room; a zip bomb has more.
 _MOST_BYTES: Final = 1 << 30
 
 
-def extract(wheel: Path, folder: Path) -> Path:
+def extract(wheel: Path, folder: Path, data: bytes | None = None) -> Path:
     """Takes artifacts, selection tables and lock out of ``wheel`` into ``folder``, which is created.
+
+    Args:
+        data: bytes of the wheel where the caller has read, and checked, them; ``wheel`` then only names it.
 
     Returns:
         The artifact root in ``folder``: ``built``, with ``selection`` and ``manifest.lock`` beside it where the wheel has them.
@@ -28,10 +34,10 @@ def extract(wheel: Path, folder: Path) -> Path:
         ArtifactNotFound: the wheel does not exist, or carries no artifacts.
         ManifestError: it is no wheel, or has a member that escapes, is a link, stands twice or is too large.
     """
-    if not wheel.is_file():
+    if data is None and not wheel.is_file():
         raise ArtifactNotFound(f"{wheel} does not exist: give a .whl file")
     try:
-        with zipfile.ZipFile(wheel) as archive:
+        with zipfile.ZipFile(wheel if data is None else io.BytesIO(data)) as archive:
             members = archive.infolist()
             base = _base(wheel, members)
             chosen = [each for each in members if _wanted(PurePosixPath(each.filename), base) and not each.is_dir()]

@@ -41,7 +41,7 @@ def test_every_page_that_is_mentioned_exists() -> None:
 
 def test_every_relative_link_leads_somewhere() -> None:
     broken = []
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    for page in [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
             if not re.match(r"[a-z]+:", target) and target.split("#")[0] and not (page.parent / target.split("#")[0]).exists():
                 broken.append(f"{page.name}: {target}")
