@@ -71,19 +71,16 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 def verify(args: argparse.Namespace) -> int:
     """``densemoe verify`` of files; exit codes as the module's docstring says."""
-    found: dict[str, Any]
-    with tempfile.TemporaryDirectory(prefix="densemoe-verify-") as folder:
-        if args.wheel:
-            found = _check_wheel(args, Path(folder))
-        else:
-            from densemoe.runtime.loader import ArtifactSet
+    if args.wheel:
+        found = _check_wheel(args)
+    else:
+        from densemoe.runtime.loader import ArtifactSet
 
-            artifacts = ArtifactSet(args.artifacts)
-            signed = [_signed_root(args, each) for each in _roots(artifacts)] if args.signature else []
-            found = {**check_files(artifacts), "signatures": signed}
+        artifacts = ArtifactSet(args.artifacts)
+        signed = [_signed_root(args, each) for each in _roots(artifacts)] if args.signature else []
+        found = {**check_files(artifacts), "signatures": signed}
     if args.json:
-        signatures = {"signatures": [vars(each) for each in found.pop("signatures")]} if args.signature else {"signatures": []}
-        print(json.dumps({**found, **signatures}, indent=2, sort_keys=True))
+        print(json.dumps({**found, "signatures": [vars(each) for each in found["signatures"]]}, indent=2, sort_keys=True))
     else:
         for each in found["signatures"]:
             print(each)
@@ -134,7 +131,7 @@ def _signed_root(args: argparse.Namespace, artifacts: ArtifactSet) -> Signed:
     return signed
 
 
-def _check_wheel(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def _check_wheel(args: argparse.Namespace) -> dict[str, Any]:
     """The signature over a wheel where it is asked for, then the files in it, from the same bytes."""
     from densemoe.runtime.canonical import read_file
     from densemoe.runtime.loader import ArtifactSet
@@ -145,7 +142,9 @@ def _check_wheel(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         raise ArtifactNotFound(f"{wheel} does not exist: give a .whl file")
     data = read_file(wheel.resolve(), LARGEST_WHEEL)
     signed = [_signature(args, data, wheel)] if args.signature else []
-    return {**check_files(ArtifactSet(extract(wheel, folder / "wheel", data))), "root": str(wheel), "signatures": signed}
+    with tempfile.TemporaryDirectory(prefix="densemoe-verify-") as folder:
+        found = check_files(ArtifactSet(extract(wheel, Path(folder) / "wheel", data)))
+    return {**found, "root": str(wheel), "signatures": signed}
 
 
 def _roots(artifacts: ArtifactSet) -> list[ArtifactSet]:
