@@ -34,8 +34,7 @@ from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_epilogue import store_fc1_row, store_if
-from densemoe.compile.kernels.sm90_reduction import take_ticket
-from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
+from densemoe.runtime.recipe import Parameter, Recipe, pointer_or_null
 from densemoe.runtime.variant import Variant
 
 OP = "fc1"
@@ -97,8 +96,8 @@ def fc1_kernel(
     all_rings, all_barriers = common.shared_memory(config)
     ring = all_rings.subview(warp * (stages * superblock))
     barriers = all_barriers.subview(warp * stages)
-    partials = cutlass.Array(Uint8, reduction.partial_bytes(config), space=cutlass.AddressSpace.smem, alignment=16).data_ptr().toint(Int32)
-    shared_ticket = cutlass.Array(Int32, 1, space=cutlass.AddressSpace.smem, alignment=4)
+    partials = reduction.shared_partials(config)
+    shared_ticket = reduction.shared_word()
 
     # the CTA's span of all units' K blocks, laid end to end; it takes at least two blocks a warp, to hide latency
     total = Int64(units) * Int64(k_blocks)
@@ -219,7 +218,7 @@ def fc1_kernel(
             cute.arch.fence_acq_rel_gpu()
             pr.barrier_cta_sync(0)
             if tid == 0:
-                shared_ticket[0] = take_ticket(tickets + Int64(first_cta) * 4)
+                shared_ticket[0] = reduction.take_ticket(tickets + Int64(first_cta) * 4)
             pr.barrier_cta_sync(0)
             finish = Int32(shared_ticket[0] == sharing - 1)
             if finish != 0:
@@ -343,19 +342,6 @@ def config_of(variant: Variant) -> common.Config:
     return common.config_of(variant, RESIDENT_CTAS, PREFETCH_UP_TO)
 
 
-def shared_memory_bytes(config: common.Config) -> int:
-    """Bytes of shared memory: the rings, the partial sums, the ticket."""
-    return common.shared_memory_bytes(config) + reduction.partial_bytes(config) + 4
-
-
-def workspaces(config: common.Config) -> tuple[Workspace, ...]:
-    """Slots for the sums of units that several CTAs share, and their tickets."""
-    return (
-        Workspace("workspace.slots", f"ctas * {reduction.SLOTS * reduction.slot_bytes(config)}"),
-        Workspace("workspace.tickets", "ctas * 4", zeroed=True),
-    )
-
-
 def check(variant: Variant) -> None:
     """Raises VariantError where this kernel cannot be ``variant``."""
     common.check_tile(variant)
@@ -393,8 +379,8 @@ def recipe(variant: Variant) -> Recipe:
         ),
         grid=("ctas", 1, 1),
         block=(common.WARPS * 32, 1, 1),
-        dynamic_smem=shared_memory_bytes(config),
-        workspaces=workspaces(config),
+        dynamic_smem=reduction.shared_memory_bytes(config),
+        workspaces=reduction.workspaces(config),
         settings=(("early_list", (0, 1)),),
         programmatic_launch=True,
         smem_carveout=100,

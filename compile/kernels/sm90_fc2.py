@@ -1,17 +1,18 @@
 """FC2 for sm_90a: one GEMM over K = E·I with a scale per token and expert (contract sections 4 and 6), stream-K.
 
-An output tile is 64 columns x ``tile_m`` tokens; its reduction runs over every K 128 of every expert. All tiles' reductions are laid end to
-end and cut into equal spans, one a warp (stream-K): H is short and E·I very long, so whole tiles would leave most of the machine idle.
+A unit is 64 columns x ``tile_m`` tokens; its reduction runs over every K 128 of every expert. All units' reductions are laid end to end and cut into
+equal spans, one a CTA (stream-K): H is short and E·I very long, so whole units would leave most of the machine idle.
 
-    per span:  ring ─ wait ─ decode ─ mma.sync ─ refill      until an expert ends:  sum += alpha[token, e] · accumulators
-               until a tile or the span ends: the only contributor converts and stores;
-                   of several, each adds to the float32 workspace (red.v4), takes a ticket, and the last one converts, stores, and clears both
+    per unit:  each of the CTA's four warps takes a quarter of the unit's blocks in the span:  ring ─ wait ─ decode ─ mma.sync ─ refill
+                   until an expert ends:  sum += alpha[token, e] · accumulators
+               sums over warps (shared memory), and over CTAs where a unit lies in several spans (slots, a ticket; the last CTA goes on)
+               convert ─ store
 
-The workspace and the tickets are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
+One accumulation per expert, scaled once. A term whose alpha is exactly 0 is selected away, not multiplied. Sums have one order (sm90_reduction):
+a launch gives the same bits every time. Tickets are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
+
 ``active_experts`` null means every expert; ``[count, expert, expert, …]`` cuts the spans from listed experts' K blocks alone. An empty list still
 gives zeros: the spans are then those of one expert whose scale is taken as 0.
-
-One accumulation per expert, scaled once. A term whose alpha is exactly 0 is selected away, not multiplied.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import Expected
 from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_epilogue import multiply, store_if, store_row
-from densemoe.compile.kernels.sm90_reduction import take_ticket
-from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
+from densemoe.runtime.recipe import Parameter, Recipe, pointer_or_null
 from densemoe.runtime.variant import Variant
 
 OP = "fc2"
@@ -39,6 +40,7 @@ WEIGHT_LAYOUT = common.WEIGHT_LAYOUT
 #: By tile_m. At 8 tokens 16 warps an SM keep enough weight bytes in flight; two sets of accumulators a warp need more registers beyond.
 RESIDENT_CTAS = {8: 4, 16: 2, 32: 2}
 PREFETCH_UP_TO = 16  # largest tile_m whose activations are loaded one superblock ahead
+SMALLEST_SPAN = 2 * common.WARPS  # K 128 blocks of a CTA
 OUTPUTS = 8  # consecutive output columns that one lane holds of a token
 
 
@@ -97,6 +99,28 @@ def broadcast(value: Any) -> Any:
     return pr.inline_ptx_hl("shfl.sync.idx.b32 {$w0}, {$r0}, 0, 0x1f, 0xffffffff;", write_only_types=[Int32], read_only_args=[value])
 
 
+@cute.jit
+def next_part(rest, unit, inside, length, warp):
+    """The warp's blocks in the next unit that has some, of the ``rest`` blocks of a span that go on at block ``inside`` of ``unit``.
+
+    Returns:
+        rest, unit and inside behind it; the unit, and the warp's first block in it and number of blocks, 0 where none are left.
+    """
+    of = unit
+    at = Int32(0)
+    blocks = Int32(0)
+    while (blocks == 0) & (rest > 0):
+        run = min(rest, length - inside)
+        begin = warp * run // common.WARPS
+        blocks = (warp + 1) * run // common.WARPS - begin
+        at = inside + begin
+        of = unit
+        rest -= run
+        unit += 1
+        inside = Int32(0)
+    return rest, unit, inside, of, at, blocks
+
+
 @cute.kernel
 def fc2_kernel(
     a: cutlass.Pointer,
@@ -104,7 +128,7 @@ def fc2_kernel(
     b: cutlass.Pointer,
     alpha: cutlass.Pointer,
     c: cutlass.Pointer,
-    partials: cutlass.Pointer,
+    slots: cutlass.Pointer,
     tickets: cutlass.Pointer,
     active_experts: cutlass.Pointer,
     tokens_total: Int32,
@@ -134,39 +158,33 @@ def fc2_kernel(
     count_listed = common.load_global_s32_or(active_experts, listed, experts)
     none = Int32(count_listed == 0)
     listed = listed & (none ^ 1)
-    visited = count_listed + none  # experts whose K blocks are laid end to end
-    tile_length = Int64(visited) * Int64(k_blocks)
-    total = tile_length * Int64(row_blocks) * Int64(token_tiles)
+    length = (count_listed + none) * k_blocks  # blocks of a unit: those of the visited experts
+    total = Int64(length) * Int64(row_blocks) * Int64(token_tiles)
 
     all_rings, all_barriers = common.shared_memory(config)
     ring = all_rings.subview(warp * (stages * superblock))
     barriers = all_barriers.subview(warp * stages)
+    partials = reduction.shared_partials(config)
+    shared_ticket = reduction.shared_word()
 
-    workers = min(Int64(ctas * common.WARPS), total)
-    worker = Int64(bid * common.WARPS + warp)
+    # the CTA's span of all units' blocks, laid end to end
+    workers = min(Int64(ctas), (total + (SMALLEST_SPAN - 1)) // SMALLEST_SPAN)
     first = total
     last = total
-    if worker < workers:
-        first = worker * total // workers
-        last = (worker + 1) * total // workers
+    if Int64(bid) < workers:
+        first = Int64(bid) * total // workers
+        last = (Int64(bid) + 1) * total // workers
     remaining = Int32(last - first)
+    unit = Int32(first // Int64(length))
+    inside = Int32(first - Int64(unit) * Int64(length))
 
-    # position of the span's start: tile (64 columns, token tile), place of the expert in the list, K block
-    tile_index = first // tile_length
-    inside = first - tile_index * tile_length
-    row_block = Int32(tile_index // Int64(token_tiles))
-    tile = Int32(tile_index - Int64(row_block) * Int64(token_tiles))
-    place = Int32(inside // Int64(k_blocks))
-    k = Int32(inside - Int64(place) * Int64(k_blocks))
-
-    # what the ring fetches next
-    to_fetch = remaining
-    next_row_block = row_block
-    next_tile = tile
-    next_place = place
-    next_k = k
-    any_work = listed & Int32(remaining > 0)
-    next_source = weights_of(b, active_experts, any_work, place, row_block, row_blocks, k_blocks) + Int64(k) * superblock
+    # what the warp's ring fetches next
+    fetch_rest, fetch_unit, fetch_inside, fetch_of, fetch_at, to_fetch = next_part(remaining, unit, inside, length, warp)
+    fetch_place = fetch_at // k_blocks
+    fetch_k = fetch_at - fetch_place * k_blocks
+    exists = Int32(to_fetch > 0)
+    next_source = weights_of(b, active_experts, listed & exists, fetch_place, fetch_of // token_tiles, row_blocks, k_blocks)
+    next_source = next_source + Int64(fetch_k) * superblock
 
     if lane == 0:
         for i in cutlass.range_constexpr(stages):
@@ -179,50 +197,65 @@ def fc2_kernel(
                 common.start_copy(ring, barriers, i, next_source)
             to_fetch -= 1
             next_source = next_source + superblock
-            next_k += 1
-            if next_k == k_blocks:
-                next_k = Int32(0)
-                next_place += 1
-                if next_place == visited:
-                    next_place = Int32(0)
-                    next_tile += 1
-                    if next_tile == token_tiles:
-                        next_tile = Int32(0)
-                        next_row_block += 1
-                if to_fetch > 0:
-                    next_source = weights_of(b, active_experts, listed, next_place, next_row_block, row_blocks, k_blocks)
+            fetch_k += 1
+            if (fetch_k == k_blocks) | (to_fetch == 0):
+                fetch_place += 1
+                fetch_k = Int32(0)
+                if to_fetch == 0:
+                    fetch_rest, fetch_unit, fetch_inside, fetch_of, fetch_at, to_fetch = next_part(
+                        fetch_rest, fetch_unit, fetch_inside, length, warp
+                    )
+                    fetch_place = fetch_at // k_blocks
+                    fetch_k = fetch_at - fetch_place * k_blocks
+                exists = Int32(to_fetch > 0)
+                next_source = weights_of(b, active_experts, listed & exists, fetch_place, fetch_of // token_tiles, row_blocks, k_blocks)
+                next_source = next_source + Int64(fetch_k) * superblock
 
-    pr.griddepcontrol("wait")  # weights do not depend on the launch before; activations, alpha and the workspace do
+    pr.griddepcontrol("wait")  # weights do not depend on the launch before; activations and alpha do
     pr.griddepcontrol("launch_dependents")
 
     stage = Int32(0)
     phase = Int32(0)
     a_columns = experts * intermediate
     count = config.token_blocks * common.M16_BLOCKS * common.ACCUMULATORS
+    rows_of_warp = reduction.rows_of_warp(config)
+    finishing = config.token_blocks * 2  # warps that have rows to finish, where fewer than all
     while remaining > 0:
-        # ---- the part of one tile that lies in this span
-        tokens, exists = common.lane_tokens(config, tile * config.tile_m, g, tokens_total)
+        # ---- the part of one unit that lies in this span, and of it this warp's quarter
+        run = min(remaining, length - inside)
+        remaining -= run
+        begin = warp * run // common.WARPS
+        part = (warp + 1) * run // common.WARPS - begin
+        place = (inside + begin) // k_blocks
+        k = inside + begin - place * k_blocks
+        row_block = unit // token_tiles
+        first_token = (unit - row_block * token_tiles) * config.tile_m
+        tokens, exist = common.lane_tokens(config, first_token, g, tokens_total)
         sums = common.zero_accumulators(count)
-        part = Int32(min(Int64(remaining), (Int64(visited - place) * Int64(k_blocks)) - Int64(k)))
-        remaining -= part
         while part > 0:
             # ---- the part of one expert
-            run = min(part, k_blocks - k)
-            part -= run
+            steps = min(part, k_blocks - k)
+            part -= steps
             accumulators = common.zero_accumulators(count)
             expert = common.listed_expert(active_experts, listed, place)
             base = expert * intermediate
+            scales = []
+            for block in cutlass.range_constexpr(config.token_blocks):
+                for pair in cutlass.range_constexpr(2):
+                    token = first_token + (block * common.MMA_TOKENS + t * 2 + pair)
+                    at = Int64(token) * Int64(alpha_stride_m) + Int64(expert) * Int64(alpha_stride_e)
+                    scales.append(common.load_global_f32_if(alpha + at * 4, Int32(token < tokens_total) & (none ^ 1)))
             if cutlass.const_expr(config.prefetch):
-                ahead = common.load_superblock_activations(config, a, a_scales, tokens, exists, k, base, intermediate, a_columns, t)
-            for step in cutlass.range(run, unroll=1):
+                ahead = common.load_superblock_activations(config, a, a_scales, tokens, exist, k, base, intermediate, a_columns, t)
+            for step in cutlass.range(steps, unroll=1):
                 if cutlass.const_expr(config.prefetch):
                     loaded = ahead
                     ahead = common.load_superblock_activations(
-                        config, a, a_scales, tokens, exists, k + step + 1, base, intermediate, a_columns, t
+                        config, a, a_scales, tokens, exist, k + step + 1, base, intermediate, a_columns, t
                     )
                 else:
                     loaded = common.load_superblock_activations(
-                        config, a, a_scales, tokens, exists, k + step, base, intermediate, a_columns, t
+                        config, a, a_scales, tokens, exist, k + step, base, intermediate, a_columns, t
                     )
                 wait(barriers.subview(stage), phase)
                 accumulators = common.multiply_superblock(
@@ -234,85 +267,69 @@ def fc2_kernel(
                         common.start_copy(ring, barriers, stage, next_source)
                     to_fetch -= 1
                     next_source = next_source + superblock
-                    next_k += 1
-                    if next_k == k_blocks:
-                        next_k = Int32(0)
-                        next_place += 1
-                        if next_place == visited:
-                            next_place = Int32(0)
-                            next_tile += 1
-                            if next_tile == token_tiles:
-                                next_tile = Int32(0)
-                                next_row_block += 1
-                        if to_fetch > 0:
-                            next_source = weights_of(b, active_experts, listed, next_place, next_row_block, row_blocks, k_blocks)
+                    fetch_k += 1
+                    if (fetch_k == k_blocks) | (to_fetch == 0):
+                        fetch_place += 1
+                        fetch_k = Int32(0)
+                        if to_fetch == 0:
+                            fetch_rest, fetch_unit, fetch_inside, fetch_of, fetch_at, to_fetch = next_part(
+                                fetch_rest, fetch_unit, fetch_inside, length, warp
+                            )
+                            fetch_place = fetch_at // k_blocks
+                            fetch_k = fetch_at - fetch_place * k_blocks
+                        exists = Int32(to_fetch > 0)
+                        next_source = weights_of(
+                            b, active_experts, listed & exists, fetch_place, fetch_of // token_tiles, row_blocks, k_blocks
+                        )
+                        next_source = next_source + Int64(fetch_k) * superblock
                 stage += 1
                 if stage == stages:
                     stage = Int32(0)
                     phase = phase ^ 1
-            scales = []
-            for block in cutlass.range_constexpr(config.token_blocks):
-                for pair in cutlass.range_constexpr(2):
-                    token = tile * config.tile_m + block * common.MMA_TOKENS + t * 2 + pair
-                    at = Int64(token) * Int64(alpha_stride_m) + Int64(expert) * Int64(alpha_stride_e)
-                    scales.append(common.load_global_f32_if(alpha + at * 4, Int32(token < tokens_total) & (none ^ 1)))
             sums = add_scaled(sums, accumulators, config, scales)
-            k += run
+            k += steps
             if k == k_blocks:
                 k = Int32(0)
                 place += 1
 
-        # ---- hand the tile on
-        current = Int64(row_block) * Int64(token_tiles) + Int64(tile)
-        begin = current * tile_length
-        end = begin + tile_length
-        # iteration i belongs to worker ((i + 1) * workers - 1) // total
-        contributors = Int32(((end * workers - 1) // total) - (((begin + 1) * workers - 1) // total)) + 1
-        column = Int64(row_block * common.SUPERBLOCK_ROWS + g * OUTPUTS)
+        # ---- over the warps, and over the CTAs that share the unit
+        reduction.share_accumulators(config, partials, warp, g, t, sums)
+        pr.barrier_cta_sync(0)
+        own_tokens = [first_token + reduction.place_of_row(warp, index, t, config) for index in range(rows_of_warp)]
+        live = [Int32(token < tokens_total) & Int32(warp < finishing) for token in own_tokens]
+        rows = common.zero_accumulators(rows_of_warp * reduction.ROW)
+        if warp < finishing:
+            rows = reduction.shared_rows(config, partials, warp, t, g)
         finish = Int32(1)
-        if contributors > 1:
-            for block in cutlass.range_constexpr(config.token_blocks):
-                for pair in cutlass.range_constexpr(2):
-                    index = block * common.MMA_TOKENS + t * 2 + pair
-                    live = Int32(tile * config.tile_m + index < tokens_total)
-                    values = token_values(sums, block, pair)
-                    address = partials + ((current * config.tile_m + Int64(index)) * common.SUPERBLOCK_ROWS + Int64(g * OUTPUTS)) * 4
-                    add_to_workspace(address, live, values[:4])
-                    add_to_workspace(address + 16, live, values[4:])
+        if run != length:
+            # block i belongs to CTA ((i + 1) * workers - 1) // total
+            unit_begin = Int64(unit) * Int64(length)
+            first_cta = Int32(((unit_begin + 1) * workers - 1) // total)
+            sharing = Int32(((unit_begin + Int64(length)) * workers - 1) // total) - first_cta + 1
+            for index in cutlass.range_constexpr(rows_of_warp):
+                address = reduction.slot_address(config, slots, bid, Int32(bid == first_cta), warp, index, lane)
+                reduction.store_row_to_slot(address, live[index], rows[index * reduction.ROW : (index + 1) * reduction.ROW])
             cute.arch.fence_acq_rel_gpu()
-            cute.arch.sync_warp()
-            ticket = Int32(0)
-            if lane == 0:
-                ticket = take_ticket(tickets + current * 4)
-            ticket = broadcast(ticket)
-            finish = Int32(ticket == contributors - 1)
+            pr.barrier_cta_sync(0)
+            if tid == 0:
+                shared_ticket[0] = reduction.take_ticket(tickets + Int64(first_cta) * 4)
+            pr.barrier_cta_sync(0)
+            finish = Int32(shared_ticket[0] == sharing - 1)
             if finish != 0:
                 cute.arch.fence_acq_rel_gpu()
-                for block in cutlass.range_constexpr(config.token_blocks):
-                    for pair in cutlass.range_constexpr(2):
-                        index = block * common.MMA_TOKENS + t * 2 + pair
-                        token = tile * config.tile_m + index
-                        live = Int32(token < tokens_total)
-                        address = partials + ((current * config.tile_m + Int64(index)) * common.SUPERBLOCK_ROWS + Int64(g * OUTPUTS)) * 4
-                        values = load_workspace_if(address, live) + load_workspace_if(address + 16, live)
-                        zeros = [Float32(0.0) for _ in range(4)]
-                        store_if("v4.f32", address, live, zeros)
-                        store_if("v4.f32", address + 16, live, zeros)
-                        store_row(config.c_dtype, c, Int64(token) * Int64(hidden) + column, live, values)
-                if lane == 0:
-                    store_if("b32", tickets + current * 4, Int32(1), [Uint32(0)])
-        else:
-            for block in cutlass.range_constexpr(config.token_blocks):
-                for pair in cutlass.range_constexpr(2):
-                    token = tile * config.tile_m + block * common.MMA_TOKENS + t * 2 + pair
-                    live = Int32(token < tokens_total)
-                    store_row(config.c_dtype, c, Int64(token) * Int64(hidden) + column, live, token_values(sums, block, pair))
-        if place == visited:
-            place = Int32(0)
-            tile += 1
-            if tile == token_tiles:
-                tile = Int32(0)
-                row_block += 1
+                rows = common.zero_accumulators(rows_of_warp * reduction.ROW)
+                for start in cutlass.range(0, sharing, reduction.BATCH, unroll=1):
+                    rows = reduction.add_slots(config, rows, slots, first_cta, start, sharing, warp, lane, live)
+                if tid == 0:
+                    store_if("b32", tickets + Int64(first_cta) * 4, Int32(1), [Uint32(0)])
+        if (finish != 0) & (warp < finishing):
+            for index in cutlass.range_constexpr(rows_of_warp):
+                even, odd = (rows[index * reduction.ROW + plane * 4 : index * reduction.ROW + plane * 4 + 4] for plane in range(2))
+                element = Int64(own_tokens[index]) * Int64(hidden) + Int64(row_block * common.SUPERBLOCK_ROWS + g * OUTPUTS)
+                store_row(config.c_dtype, c, element, live[index], [value for pair in zip(even, odd, strict=True) for value in pair])
+        pr.barrier_cta_sync(0)  # the partial sums have been read
+        inside = Int32(0)
+        unit += 1
 
 
 def weights_of(b: Any, active_experts: Any, listed: Any, place: Any, row_block: Any, row_blocks: Any, k_blocks: Any) -> Any:
@@ -328,7 +345,7 @@ def fc2_host(
     b: cute.Pointer,
     alpha: cute.Pointer,
     c: cute.Pointer,
-    partials: cute.Pointer,
+    slots: cute.Pointer,
     tickets: cute.Pointer,
     active_experts: cute.Pointer,
     tokens_total: Int32,
@@ -348,14 +365,14 @@ def fc2_host(
     token_tiles = (tokens_total + (config.tile_m - 1)) // config.tile_m
     k_blocks = (intermediate + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K
     blocks = experts * k_blocks * (hidden // common.SUPERBLOCK_ROWS) * token_tiles
-    ctas = min((blocks + (common.WARPS - 1)) // common.WARPS, sm_count * config.resident_ctas)
+    ctas = min((blocks + (SMALLEST_SPAN - 1)) // SMALLEST_SPAN, sm_count * config.resident_ctas)
     fc2_kernel(
         a.raw_ptr(),
         a_scales.raw_ptr(),
         b.raw_ptr(),
         alpha.raw_ptr(),
         c.raw_ptr(),
-        partials.raw_ptr(),
+        slots.raw_ptr(),
         tickets.raw_ptr(),
         active_experts.raw_ptr(),
         tokens_total,
@@ -390,7 +407,6 @@ def check(variant: Variant) -> None:
 def recipe(variant: Variant) -> Recipe:
     """How the kernel of ``variant`` is launched."""
     config = config_of(variant)
-    tile_bytes = config.tile_m * common.SUPERBLOCK_ROWS * 4
     return Recipe(
         parameters=(
             Parameter("a", "pointer", "a.codes" if config.nvfp4_activations else "a"),
@@ -398,7 +414,7 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("b", "pointer", "b"),
             Parameter("alpha", "pointer", "alpha"),
             Parameter("c", "pointer", "c"),
-            Parameter("partials", "pointer", "workspace.partials"),
+            Parameter("slots", "pointer", "workspace.slots"),
             Parameter("tickets", "pointer", "workspace.tickets"),
             Parameter("active_experts", "pointer", "active_experts"),
             Parameter("tokens_total", "u32", "M"),
@@ -413,15 +429,13 @@ def recipe(variant: Variant) -> Recipe:
         let=(
             ("token_tiles", f"ceil_div(M, {config.tile_m})"),
             ("tiles", f"(H // {common.SUPERBLOCK_ROWS}) * token_tiles"),
-            ("superblocks", f"E * ceil_div(I, {common.SUPERBLOCK_K}) * tiles"),
+            ("blocks", f"E * ceil_div(I, {common.SUPERBLOCK_K}) * tiles"),
+            ("ctas", f"min(ceil_div(blocks, {SMALLEST_SPAN}), sm_count * {config.resident_ctas})"),
         ),
-        grid=(f"min(ceil_div(superblocks, {common.WARPS}), sm_count * {config.resident_ctas})", 1, 1),
+        grid=("ctas", 1, 1),
         block=(common.WARPS * 32, 1, 1),
-        dynamic_smem=common.shared_memory_bytes(config),
-        workspaces=(
-            Workspace("workspace.partials", f"tiles * {tile_bytes}", zeroed=True),
-            Workspace("workspace.tickets", "tiles * 4", zeroed=True),
-        ),
+        dynamic_smem=reduction.shared_memory_bytes(config),
+        workspaces=reduction.workspaces(config),
         settings=(("early_list", (0, 1)),),
         programmatic_launch=True,
         smem_carveout=100,
@@ -450,8 +464,6 @@ def expected(variant: Variant) -> Expected:
             "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": steps,
             # one per ring stage before the loop, one to refill inside it
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes": config.stages + 1,
-            # two vectors of four for each of a lane's two tokens in a token block
-            "red.relaxed.gpu.global.add.v4.f32": 4 * config.token_blocks,
         },
         max_registers=65536 // (common.WARPS * 32 * config.resident_ctas),
     )

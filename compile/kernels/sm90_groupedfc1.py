@@ -17,6 +17,7 @@ from cutlass import Int32, Uint8
 
 from densemoe.compile.kernels import Expected, sm90_fc1
 from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_fc1 import OUTPUT_COLUMNS, fc1_kernel
 from densemoe.runtime.recipe import Parameter, Recipe, pointer_or_null
@@ -124,8 +125,8 @@ def recipe(variant: Variant) -> Recipe:
         ),
         grid=("ctas", 1, 1),
         block=(common.WARPS * 32, 1, 1),
-        dynamic_smem=sm90_fc1.shared_memory_bytes(config),
-        workspaces=sm90_fc1.workspaces(config),
+        dynamic_smem=reduction.shared_memory_bytes(config),
+        workspaces=reduction.workspaces(config),
         programmatic_launch=True,
         smem_carveout=100,
     )

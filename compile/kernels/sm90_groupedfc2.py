@@ -12,6 +12,7 @@ The workspace and the tickets are zero between launches: each launch leaves them
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import cuda.bindings.driver as cuda
@@ -333,5 +334,6 @@ def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapp
 
 
 def expected(variant: Variant) -> Expected:
-    """What the audit must find in the PTX of ``variant``: the dense kernel's."""
-    return sm90_fc2.expected(variant)
+    """What the audit must find in the PTX of ``variant``: the dense kernel's, and two vectors of four added for each token of a lane."""
+    dense = sm90_fc2.expected(variant)
+    return replace(dense, ptx_counts={**dense.ptx_counts, "red.relaxed.gpu.global.add.v4.f32": 4 * config_of(variant).token_blocks})

@@ -2,24 +2,29 @@
 
 Every warp of a CTA multiplies other K 128 blocks of the same unit (64 weight rows x ``tile_m`` tokens), so a unit ends with four partial sums:
 
-    accumulators of a warp ──st.shared──► partials[warp] ──barrier──► row of thread (token, g): up 4g…4g+3, gate 4g…4g+3, added in the order of warps
+    accumulators of a warp ──st.shared──► partials[warp] ──barrier──► row of a lane: eight sums of one token, added in the order of warps
     a unit that several CTAs share:  rows ──st.global──► slot of the CTA ─ ticket ─ the last CTA adds all slots in the order of CTAs
 
 Both orders are fixed by the shape and the grid, so that a launch gives the same bits every time. A CTA has two slots: 0 for the unit that its span
 begins inside of, 1 for the one that its span ends inside of.
+
+A row is two planes of four sums: rows g and g + 8 of the four m16 blocks. For FC1 these are up 4g … 4g + 3 and gate 4g … 4g + 3, for FC2 the even and
+the odd ones of outputs 8g … 8g + 7 (docs/weight_layouts.md).
 """
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from cutlass import Float32, Int32, Int64
+import cutlass
+from cutlass import Float32, Int32, Int64, Uint8
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels.sm90_epilogue import OUTPUTS, store_if
+from densemoe.runtime.recipe import Workspace
 
-PLANES: Final = 2  # up, gate
+PLANES: Final = 2  # rows g and g + 8
 LANES_G: Final = 8
 ROW_BYTES: Final = LANES_G * OUTPUTS * 4 + 16  # a token's 32 sums of a plane; 16 bytes apart from the next, so that no two lanes meet in a bank
 SLOTS: Final = 2  # of a CTA
@@ -35,6 +40,29 @@ def rows_of_warp(config: common.Config) -> int:
 def partial_bytes(config: common.Config) -> int:
     """Shared memory of one CTA's partial sums."""
     return common.WARPS * PLANES * config.tile_m * ROW_BYTES
+
+
+def shared_memory_bytes(config: common.Config) -> int:
+    """Bytes of shared memory of a CTA: the rings, the partial sums, the ticket."""
+    return common.shared_memory_bytes(config) + partial_bytes(config) + 4
+
+
+def shared_partials(config: common.Config) -> Any:
+    """Shared-memory address of a CTA's partial sums."""
+    return cutlass.Array(Uint8, partial_bytes(config), space=cutlass.AddressSpace.smem, alignment=16).data_ptr().toint(Int32)
+
+
+def shared_word() -> Any:
+    """A word of shared memory, in which one thread tells the others of the ticket."""
+    return cutlass.Array(Int32, 1, space=cutlass.AddressSpace.smem, alignment=4)
+
+
+def workspaces(config: common.Config) -> tuple[Workspace, ...]:
+    """Slots for the sums of units that several of the recipe's ``ctas`` share, and their tickets."""
+    return (
+        Workspace("workspace.slots", f"ctas * {SLOTS * slot_bytes(config)}"),
+        Workspace("workspace.tickets", "ctas * 4", zeroed=True),
+    )
 
 
 def slot_bytes(config: common.Config) -> int:
@@ -78,7 +106,7 @@ def place_of_row(warp: Any, index: int, t: Any, config: common.Config) -> Any:
 
 
 def share_accumulators(config: common.Config, partials: Any, warp: Any, g: Any, t: Any, accumulators: list[Any]) -> None:
-    """Stores a warp's accumulators ``[token block][m16 block][up 2t, up 2t+1, gate 2t, gate 2t+1]`` where every warp finds them.
+    """Stores a warp's accumulators ``[token block][m16 block][row g: 2t, 2t+1, row g + 8: 2t, 2t+1]`` where every warp finds them.
 
     Args:
         partials: shared-memory address of the CTA's partial sums.
@@ -94,7 +122,7 @@ def share_accumulators(config: common.Config, partials: Any, warp: Any, g: Any, 
 
 
 def shared_rows(config: common.Config, partials: Any, warp: Any, t: Any, g: Any) -> list[Any]:
-    """A lane's rows, each the eight sums of a token over the CTA's warps: up 4g … 4g + 3, gate 4g … 4g + 3."""
+    """A lane's rows, each the eight sums of a token over the CTA's warps."""
     rows: list[Any] = []
     for index in range(rows_of_warp(config)):
         place = place_of_row(warp, index, t, config) * ROW_BYTES + g * (OUTPUTS * 4)
