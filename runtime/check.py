@@ -143,7 +143,7 @@ def profile(name: str, driver: int | None = None) -> Device:
     else:
         raise ProblemError(f"device profile {name!r}: use one of {', '.join(profile_names())}, or the path of a JSON file")
     try:
-        fields = parse_document(read_file(path, _LARGEST_PROFILE), str(path), SCHEMA, _LARGEST_PROFILE)
+        fields = parse_document(read_file(path.resolve(), _LARGEST_PROFILE), str(path), SCHEMA, _LARGEST_PROFILE)
         pair = fields.get("compute_capability", list, _is_capability, "two integers from 0 to 99")
         stated = fields.get("driver", int, lambda v: v >= _FIRST_MAJOR, "a CUDA version as cuDriverGetVersion counts, as in 13000")
         return Device(fields.get("name", str), (pair[0], pair[1]), driver or stated, f"profile {path.stem}")
@@ -194,8 +194,18 @@ def check_device(device: Device, artifacts: str | os.PathLike[str] | None = None
     return verdict
 
 
+def _released(device: Device, kind: str = "") -> list[str]:
+    """Architectures that serve a device and that the lock has cubins of, of one ``kind`` where it is given; without a lock, all that serve it."""
+    serving = [each for each in ARCHITECTURES.values() if device.capability in each.capabilities and kind in ("", each.kind)]
+    try:
+        locked = {Variant.parse(key).arch for key in Lock.read().cubins}
+    except ArtifactError:
+        return [each.name for each in serving]
+    return [each.name for each in serving if each.name in locked]
+
+
 def _build_for(device: Device) -> str:
-    names = [each.name for each in ARCHITECTURES.values() if device.capability in each.capabilities]
+    names = _released(device)
     if not names:
         return f"densemoe has no architecture for compute capability {device.capability[0]}.{device.capability[1]}: use another device"
     return f"install a wheel with artifacts for {' or '.join(names)}, or run `densemoe build --arch {names[-1]}`"
@@ -227,6 +237,10 @@ def _selection(device: Device, manifest: Manifest) -> list[Finding]:
     except DensemoeError as error:
         return [Finding(INVALID, str(error), "install densemoe again")]
     found = []
+    measured_on = table.get("provenance", {}).get("device", device.name)
+    if measured_on != device.name:
+        reason = f"the {manifest.arch} choices were measured on {measured_on}; on {device.name} another may be faster"
+        found.append(Finding(NOT_OPTIMAL, reason, f"results are right; `densemoe tune` on {device.name} chooses by its own times"))
     for op in OPS:
         dtypes = sorted({(each.a_dtype, each.c_dtype) for each in variants if each.op == op})
         if not dtypes:
@@ -245,16 +259,16 @@ def _selection(device: Device, manifest: Manifest) -> list[Finding]:
         modelled = sum(each.provenance == "modelled" for each in choices)
         if modelled:
             reason = f"{modelled} of {len(choices)} choices of the {op} kernel are modelled, not measured (tried M = {TOKENS[0]} to {TOKENS[-1]})"
-            found.append(Finding(NOT_OPTIMAL, reason, f"results are right; measure on {device.name} to choose by its own times"))
+            found.append(Finding(NOT_OPTIMAL, reason, f"results are right; `densemoe tune` on {device.name} chooses by its own times"))
     return found
 
 
 def _exactness(device: Device, manifest: Manifest) -> list[Finding]:
-    if architecture(manifest.arch).kind == "exact":
-        return []
-    exact = [each.name for each in ARCHITECTURES.values() if each.kind == "exact" and device.capability in each.capabilities]
-    reason = f"{device.name} is served by the family set {manifest.arch}; a set for the exact device is not installed"
-    return [Finding(NOT_OPTIMAL, reason, f"install or build {exact[0]}" if exact else "none is known")]
+    exact = _released(device, "exact")
+    if not exact or architecture(manifest.arch).kind == "exact":
+        return []  # where no exact set is released, the family's is the best there is
+    reason = f"{device.name} is served by the family set {manifest.arch}; {exact[0]}, made for the exact device, is not installed"
+    return [Finding(NOT_OPTIMAL, reason, f"install or build {exact[0]}")]
 
 
 def _bytes(manifest: Manifest) -> list[Finding]:

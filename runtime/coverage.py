@@ -15,6 +15,7 @@ from densemoe.runtime.errors import DensemoeError, ProblemError, SelectionError
 from densemoe.runtime.loader import ArtifactSet
 from densemoe.runtime.model_config import MoeLayer
 from densemoe.runtime.problem import Problem
+from densemoe.runtime.rules import can_implement
 from densemoe.runtime.select import bucket, load_table, select
 from densemoe.runtime.variant import OPS, Variant
 
@@ -56,11 +57,15 @@ def cover(
     expert_parallel: int = 1,
     activations: Sequence[str] = ("bf16", "nvfp4"),
     tokens: Sequence[int] = TOKENS,
+    architectures: Sequence[str] = (),
 ) -> list[Cell]:
     """Every (architecture, activations, op, bucket) of ``layer`` on one rank.
 
+    Args:
+        architectures: only these; all that the artifacts have where empty.
+
     Raises:
-        ArtifactError: the artifacts cannot be read.
+        ArtifactError: the artifacts cannot be read, or have no set for an architecture.
         ProblemError: the layer is refused, or does not divide as asked.
     """
     if layer.refused:
@@ -68,7 +73,7 @@ def cover(
     experts, intermediate = layer.shard(tensor_parallel, expert_parallel)
     found = ArtifactSet(artifacts)
     cells = []
-    for arch in found.architectures:
+    for arch in architectures or found.architectures:
         variants = [Variant.parse(key) for key in found.manifest(arch).variants]
         for dtype in activations:
             for op in OPS:
@@ -83,7 +88,17 @@ def _cell(problem: Problem, arch: str, variants: Sequence[Variant]) -> Cell:
     try:
         choice = select(problem, variants, load_table(arch))
     except SelectionError as error:
-        return Cell(arch, problem.a_dtype, problem.op, problem.m, NONE, "", str(error))
+        return Cell(arch, problem.a_dtype, problem.op, problem.m, NONE, "", _why_none(problem, variants) or str(error))
     except DensemoeError as error:
         return Cell(arch, problem.a_dtype, problem.op, problem.m, NONE, "", f"{type(error).__name__}: {error}")
     return Cell(arch, problem.a_dtype, problem.op, problem.m, choice.provenance, choice.variant.key, choice.reason)
+
+
+def _why_none(problem: Problem, variants: Sequence[Variant]) -> str:
+    """Why none of ``variants`` runs ``problem``, in words that do not depend on M; empty where one could, and the selection wants another."""
+    own = [each for each in variants if each.op == problem.op]
+    dtypes = sorted({f"{each.a_dtype} to {each.c_dtype}" for each in own})
+    if f"{problem.a_dtype} to {problem.c_dtype}" not in dtypes:
+        return f"no {problem.op} kernel of the set takes {problem.a_dtype} to {problem.c_dtype}; it has {', '.join(dtypes) or 'none at all'}"
+    fitting = [can_implement(each, problem) for each in own if (each.a_dtype, each.c_dtype) == (problem.a_dtype, problem.c_dtype)]
+    return "" if any(accepted for accepted, _ in fitting) else "; ".join(sorted({reason for _, reason in fitting}))

@@ -103,6 +103,7 @@ def add_commands(add: Add) -> None:
     coverage.add_argument("model", help="config.json of a Hugging Face model, a folder with one, or a known model's name")
     coverage.add_argument("--tp", type=int, default=1, help="tensor parallelism: ranks that share each expert's I (default: 1)")
     coverage.add_argument("--ep", type=int, default=1, help="expert parallelism: ranks that share the experts (default: 1)")
+    coverage.add_argument("--arch", action="append", default=[], help="only this architecture's set; may be repeated (default: all)")
     coverage.add_argument("--a-dtype", choices=("bf16", "nvfp4"), help="only these activations (default: both)")
     coverage.add_argument("--m", type=int, action="append", help="only these numbers of tokens; may be repeated")
     _artifacts(coverage)
@@ -204,6 +205,7 @@ def coverage(args: argparse.Namespace) -> int:
     """``densemoe coverage``; exit codes as ``densemoe.runtime.coverage`` says."""
     from densemoe.runtime import coverage as covering
     from densemoe.runtime.model_config import read_config
+    from densemoe.runtime.variant import architecture
 
     for name, values in (("--tp", [args.tp]), ("--ep", [args.ep]), ("--m", args.m or [])):
         if any(value < 1 for value in values):
@@ -224,6 +226,7 @@ def coverage(args: argparse.Namespace) -> int:
         expert_parallel=args.ep,
         activations=[args.a_dtype] if args.a_dtype else ("bf16", "nvfp4"),
         tokens=args.m or covering.TOKENS,
+        architectures=[architecture(name).name for name in args.arch],
     )
     missing = [cell for cell in cells if cell.state == covering.NONE]
     if args.json:
@@ -244,7 +247,7 @@ def _runs(cells: Sequence[Cell]) -> Iterator[tuple[str, str, str]]:
     """Neighbouring buckets of one kernel with one outcome, as a row: name, state, M and variant or reason."""
 
     def outcome(cell: Cell) -> tuple[str, str, str]:
-        return f"{cell.arch} {cell.activations} {cell.op}", cell.state, cell.key or cell.reason
+        return f"{cell.arch} {cell.activations} {cell.op}", cell.state, cell.key or cell.reason.replace(f" at M = {cell.m}", "")
 
     for (kernel, state, text), group in itertools.groupby(cells, outcome):
         m = [cell.m for cell in group]

@@ -121,7 +121,10 @@ def select(problem: Problem, variants: Iterable[Variant], table: Mapping[str, An
     if forced is not None:
         return _forced(forced, size, runnable, rejected)
     if not runnable:
-        reasons = "; ".join(sorted({f"{each.variant.key}: {each.reason}" for each in rejected})[:4]) or "the set is empty"
+        own = [no for no in rejected if no.variant.op == problem.op]
+        nearest = [no for no in own if _same_dtypes(no.variant, problem)] or own or rejected
+        first = {no.reason: no.variant.key for no in reversed(nearest)}  # one key for each reason
+        reasons = "; ".join([f"{key}: {reason}" for reason, key in sorted(first.items())][:4]) or "the set is empty"
         raise SelectionError(
             f"no variant runs {problem.op} with {problem.a_dtype} activations and {problem.c_dtype} output at M = {problem.m}: {reasons}"
         )

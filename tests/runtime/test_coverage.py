@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from densemoe.compile import matrix
 from densemoe.runtime import cli, coverage
-from densemoe.runtime.errors import ProblemError
+from densemoe.runtime.errors import ProblemError, SelectionError
 from densemoe.runtime.model_config import MoeLayer, model_names, read_config
+from densemoe.runtime.problem import Problem
+from densemoe.runtime.select import bucket, load_table, select
+from densemoe.runtime.variant import Variant
 
 #: (experts, k, H, I) as published.
 SHAPES = {
@@ -108,6 +112,48 @@ def test_every_bucket_is_measured_modelled_or_none(artifacts: Path) -> None:
         assert bool(cell.key) == (cell.state != coverage.NONE)
         if cell.m == 8:
             assert ".t8x64." in cell.key
+
+
+def test_every_listed_model_has_every_bucket_on_an_h200(artifacts: Path) -> None:
+    """With the tiles of the full profile, as they are named before any build; whole models and a rank of eight."""
+    variants = [each.variant for each in matrix.load().profile("full") if each.variant.arch == "sm_90a"]
+    for name in SHAPES:
+        layer = read_config(name)
+        for ranks in (1, 8):
+            if layer.refused or layer.intermediate % (64 * ranks):
+                continue
+            experts, intermediate = layer.shard(ranks, 1)
+            for op in ("fc1", "fc2"):
+                for m in coverage.TOKENS:
+                    problem = Problem(op, bucket(m), experts, layer.hidden, intermediate, "bf16", "bf16")
+                    assert coverage._cell(problem, "sm_90a", variants).state in ("measured", "modelled"), (name, ranks, op, m)
+
+
+def test_why_none_is_said_in_words_that_help(artifacts: Path) -> None:
+    """The reason of the kernels that come nearest, once for all M: not that of some kernel of another op."""
+    layer = MoeLayer("m", "t", 8, 2, 4096, 1408)
+    variants = [Variant.parse("fc2.sm100f.t128x128.c1x1.nvfp4-bf16"), Variant.parse("fc1.sm100f.t128x128.c1x1.nvfp4-nvfp4")]
+
+    def reasons(dtype: str, c_dtype: str) -> set[str]:
+        problems = [Problem("fc2", m, layer.experts, layer.hidden, layer.intermediate, dtype, c_dtype) for m in (8, 512)]
+        return {coverage._cell(each, "sm_100f", variants).reason for each in problems}
+
+    assert reasons("nvfp4", "bf16") == {"I = 1408 on this rank is not a multiple of its K tile 256"}
+    assert reasons("bf16", "bf16") == {"no fc2 kernel of the set takes bf16 to bf16; it has nvfp4 to bf16"}
+    with pytest.raises(SelectionError, match=r"at M = 8: fc2\.sm100f\.t128x128\.c1x1\.nvfp4-bf16: I = 1408"):
+        select(Problem("fc2", 8, 8, 4096, 1408, "nvfp4", "bf16"), variants, load_table("sm_100f"))
+
+
+def test_one_architecture_alone(artifacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["coverage", "qwen3-30b-a3b", "--m", "1", "--artifacts", str(artifacts)]
+    assert cli.main([*command, "--arch", "sm_90a"]) == 0
+    assert cli.main([*command, "--arch", "sm_9"]) == 2
+    assert cli.main([*command, "--arch", "sm_100f"]) == 3
+    capsys.readouterr()
+    assert cli.main(["coverage", "qwen3-30b-a3b", "--artifacts", str(artifacts), "--a-dtype", "bf16"]) == 1
+    rows = [line for line in capsys.readouterr().out.splitlines() if " fc1 " in line]
+    assert len(rows) == 3  # M = 8; 16, whose tile is not in the quick profile; and all above, whose tile is another
+    assert "M = 24 to 512  rule" in rows[2]
 
 
 def test_exit_codes_and_json(artifacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
