@@ -78,6 +78,7 @@ def run(
     *,
     races: bool = True,
     sm_count: int = 132,
+    tensor_fences: bool = True,
 ) -> Report:
     """Executes a kernel; global memory is changed in place.
 
@@ -88,6 +89,8 @@ def run(
         schedule: ``eager``, ``lazy``, ``random:SEED`` or ``pct:SEED:DEPTH``.
         races: detect data races and missing proxy fences.
         sm_count: what ``%nsmid`` says.
+        tensor_fences: accesses of tensor memory without the ``tcgen05.fence`` that the ISA asks for are errors; else, where something orders
+            them at all, remarks among the report's ``lints``, for kernels of others that leave the fences out.
 
     Raises:
         EmulatorError: an instruction that is not modelled (before anything runs), or the first fault that the run meets: out of bounds,
@@ -108,7 +111,8 @@ def run(
         raise EmulatorError(f"cluster {cluster}: {program.kernel.name} demands {program.kernel.cluster}")
     memory.begin_launch()
     machine = Machine(
-        program, grid, block, cluster, launch.dynamic_smem, bytes(launch.parameters), memory, Schedule.parse(schedule), races, sm_count
+        program, grid, block, cluster, launch.dynamic_smem, bytes(launch.parameters), memory, Schedule.parse(schedule), races, sm_count,
+        tensor_fences,
     )
     with np.errstate(all="ignore"):
         machine.run()

@@ -125,6 +125,7 @@ class Machine(Accesses, Synchronisation, WarpgroupUnits):
         schedule: Schedule,
         races: bool,
         sm_count: int,
+        tensor_fences: bool = True,
     ) -> None:
         self.program, self.memory, self.schedule = program, memory, schedule
         self.grid, self.block, self.cluster = grid, block, cluster
@@ -148,6 +149,7 @@ class Machine(Accesses, Synchronisation, WarpgroupUnits):
         self.random = random.Random(schedule.seed)
         self.steps = 0
         self.want_races = races
+        self.tensor_fences = tensor_fences
         self.races: Races | None = None
         self.checked_operands: dict[tuple[int, ...], Any] = {}
         self.ticks = 0
@@ -197,7 +199,8 @@ class Machine(Accesses, Synchronisation, WarpgroupUnits):
                 ctas.append(cta)
         self.races = None
         if self.want_races:
-            self.races = Races(warps, warps_per_cta * self.cluster_size, self.shared.stride, self.shared.ctas, self.lints)
+            window = self.shared.stride
+            self.races = Races(warps, warps_per_cta * self.cluster_size, window, self.shared.ctas, self.lints, self.tensor_fences)
         self._start(ctas)
         self._schedule()
         for cta in ctas:

@@ -111,7 +111,10 @@ class Races:
         ctas: resident.
     """
 
-    def __init__(self, warps: list[Warp], cluster_warps: int, window: int, ctas: int, lints: dict[str, None]) -> None:
+    def __init__(
+        self, warps: list[Warp], cluster_warps: int, window: int, ctas: int, lints: dict[str, None], tensor_fences: bool = True
+    ) -> None:
+        self.tensor_fences = tensor_fences
         self.cluster_warps = cluster_warps
         self.units = cluster_warps + _ASYNC_UNITS
         shape = (len(warps), self.units)
@@ -440,6 +443,11 @@ class Races:
         else:
             return
         reason = "without tcgen05.fence between" if order[unit] >= tick else "without synchronisation between"
+        if order[unit] >= tick and not self.tensor_fences:
+            self.lints["accesses of tensor memory are ordered by an mbarrier or barrier alone, without tcgen05.fence"] = None
+            if known is not order:
+                self._tensor(marks, where, order, order, write, who)
+            return
         raise EmulatorError(
             f"race: {who} {'writes' if write else 'reads'} tensor memory column {int(place) % 512} that {self._name(unit)} {what}, {reason}"
         )

@@ -169,13 +169,17 @@ class TensorUnits(Copies):
 
         All lanes of a warp with the same operands count once, as on the devices.
         """
-        uniform = all(isinstance(each, int) for each in (tensor_map, source, *coordinates))
         lanes = self.lanes_of(g, mask, tensor_map, source, *coordinates)
+        active: dict[Any, list[Any]] = {}
+        for warp, _, values in lanes:
+            active.setdefault(warp, []).append(values)
+        whole = {warp for warp, given in active.items() if len(given) == np.count_nonzero(warp.threads) and all(each == given[0] for each in given)}
         seen: set[Any] = set()
         for warp, lane, (where, of, *at) in lanes:
-            if mask is None and uniform:
-                if warp in seen:
-                    continue
+            if warp in seen:
+                continue
+            self.partial_issue = warp not in whole
+            if warp in whole:
                 seen.add(warp)
             tile = self._tile(warp, where, at)
             nbytes = tile.map.tile_bytes
