@@ -94,11 +94,6 @@ def load_workspace_if(address: Any, valid: Any) -> list[Any]:
     )
 
 
-def broadcast(value: Any) -> Any:
-    """Lane 0's value in every lane."""
-    return pr.inline_ptx_hl("shfl.sync.idx.b32 {$w0}, {$r0}, 0, 0x1f, 0xffffffff;", write_only_types=[Int32], read_only_args=[value])
-
-
 @cute.jit
 def next_part(rest, unit, inside, length, warp):
     """The warp's blocks in the next unit that has some, of the ``rest`` blocks of a span that go on at block ``inside`` of ``unit``.

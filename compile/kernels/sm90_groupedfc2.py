@@ -1,10 +1,11 @@
 """FC2 for sm_90a over gathered tokens: the layer's output from FC1's compact rows, stream-K over the tiles of ``route`` (contract section 5).
 
-An output block is 64 columns of all tokens. Its work is every K 128 of every tile (up to ``tile_m`` rows of one expert); all blocks' work is laid
-end to end and cut into equal spans, one a warp. Each tile has tokens of its own, so its part is scaled and added to the float32 workspace:
+A unit is 64 columns of all tokens. Its work is every K 128 of every tile (up to ``tile_m`` rows of one expert); all units' work is laid end to end
+and cut into equal spans, one a CTA. Each tile has tokens of its own, so its part is scaled and added to the float32 workspace:
 
-    per span:  ring ─ wait ─ decode ─ mma.sync ─ refill      until a tile ends:  workspace[token] += row_alpha · accumulators (red.v4)
-               until a block or the span ends: take a ticket; the last of a block's contributors converts, stores, and clears workspace and ticket
+    per unit:  each of the CTA's four warps takes a quarter of the unit's blocks in the span:  ring ─ wait ─ decode ─ mma.sync ─ refill
+                   until a tile ends:  workspace[token] += row_alpha · accumulators (red.v4)
+               take a ticket; the last of a unit's CTAs converts, stores, and clears workspace and ticket
 
 The workspace and the tickets are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
 """
@@ -23,18 +24,19 @@ from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import Expected, sm90_fc2
 from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_epilogue import store_if, store_row
 from densemoe.compile.kernels.sm90_fc1 import tile_of
-from densemoe.compile.kernels.sm90_fc2 import OUTPUTS, add_scaled, add_to_workspace, broadcast, load_workspace_if, token_values, wait
-from densemoe.compile.kernels.sm90_reduction import take_ticket
+from densemoe.compile.kernels.sm90_fc2 import OUTPUTS, add_scaled, add_to_workspace, load_workspace_if, next_part, token_values, wait
 from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
 from densemoe.runtime.variant import Variant
 
 OP = "groupedfc2"
 ARCHITECTURES = ("sm_90a",)
 WEIGHT_LAYOUT = common.WEIGHT_LAYOUT
-FINISHED_TOKENS = 4  # tokens that a warp converts at a time: eight lanes hold the 64 columns of one
+LANES_A_TOKEN = 8  # of a warp that converts: they hold its 64 columns
+FINISHED_TOKENS = 32  # tokens that a warp converts at a time: sixteen loads a lane in flight
 
 
 @cute.kernel
@@ -62,12 +64,13 @@ def groupedfc2_kernel(
     t = lane % 4
     stages = config.stages
     superblock = common.SUPERBLOCK_BYTES
-    k_blocks = (intermediate + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K  # of one expert
+    k_blocks = (intermediate + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K  # of one tile
     row_blocks = hidden // common.SUPERBLOCK_ROWS
 
     all_rings, all_barriers = common.shared_memory(config)
     ring = all_rings.subview(warp * (stages * superblock))
     barriers = all_barriers.subview(warp * stages)
+    shared_ticket = reduction.shared_word()
     if lane == 0:
         for i in cutlass.range_constexpr(stages):
             pr.mbarrier_init(barriers.subview(i), 1)
@@ -76,63 +79,74 @@ def groupedfc2_kernel(
 
     pr.griddepcontrol("wait")  # the tiles say which weights are read
     pr.griddepcontrol("launch_dependents")
-    tile_count = common.load_global_s32_or(tiles, Int32(1), Int32(0))
-    block_length = Int64(tile_count) * Int64(k_blocks)
-    total = block_length * Int64(row_blocks)
-    workers = min(Int64(ctas * common.WARPS), total)
-    worker = Int64(bid * common.WARPS + warp)
+    length = common.load_global_s32_or(tiles, Int32(1), Int32(0)) * k_blocks  # blocks of a unit
+    total = Int64(length) * Int64(row_blocks)
+    workers = min(Int64(ctas), (total + (sm90_fc2.SMALLEST_SPAN - 1)) // sm90_fc2.SMALLEST_SPAN)
     first = total
     last = total
-    if worker < workers:
-        first = worker * total // workers
-        last = (worker + 1) * total // workers
+    if Int64(bid) < workers:
+        first = Int64(bid) * total // workers
+        last = (Int64(bid) + 1) * total // workers
     remaining = Int32(last - first)
+    unit = Int32(first // Int64(length))
+    inside = Int32(first - Int64(unit) * Int64(length))
 
-    # position of the span's start: block of 64 columns, tile, K block
-    row_block = Int32(first // block_length)
-    inside = first - Int64(row_block) * block_length
-    tile = Int32(inside // Int64(k_blocks))
-    k = Int32(inside - Int64(tile) * Int64(k_blocks))
-
-    # what the ring fetches next
-    to_fetch = remaining
-    next_row_block = row_block
-    next_tile = tile
-    next_k = k
-    next_source = weights_of(b, tiles, Int32(to_fetch > 0), next_tile, next_row_block, row_blocks, k_blocks) + Int64(k) * superblock
+    # what the warp's ring fetches next
+    fetch_rest, fetch_unit, fetch_inside, fetch_of, fetch_at, to_fetch = next_part(remaining, unit, inside, length, warp)
+    fetch_tile = fetch_at // k_blocks
+    fetch_k = fetch_at - fetch_tile * k_blocks
+    next_source = weights_of(b, tiles, Int32(to_fetch > 0), fetch_tile, fetch_of, row_blocks, k_blocks) + Int64(fetch_k) * superblock
     for i in cutlass.range_constexpr(stages):
         if to_fetch > 0:
             if lane == 0:
                 common.start_copy(ring, barriers, i, next_source)
             to_fetch -= 1
             next_source = next_source + superblock
-            next_k += 1
-            if next_k == k_blocks:
-                next_k = Int32(0)
-                next_tile += 1
-                if next_tile == tile_count:
-                    next_tile = Int32(0)
-                    next_row_block += 1
-                next_source = weights_of(b, tiles, Int32(to_fetch > 0), next_tile, next_row_block, row_blocks, k_blocks)
+            fetch_k += 1
+            if (fetch_k == k_blocks) | (to_fetch == 0):
+                fetch_tile += 1
+                fetch_k = Int32(0)
+                if to_fetch == 0:
+                    fetch_rest, fetch_unit, fetch_inside, fetch_of, fetch_at, to_fetch = next_part(
+                        fetch_rest, fetch_unit, fetch_inside, length, warp
+                    )
+                    fetch_tile = fetch_at // k_blocks
+                    fetch_k = fetch_at - fetch_tile * k_blocks
+                next_source = weights_of(b, tiles, Int32(to_fetch > 0), fetch_tile, fetch_of, row_blocks, k_blocks)
+                next_source = next_source + Int64(fetch_k) * superblock
 
     stage = Int32(0)
     phase = Int32(0)
     accumulated = config.token_blocks * common.M16_BLOCKS * common.ACCUMULATORS
     while remaining > 0:
-        # ---- the part of one block that lies in this span
-        part = Int32(min(Int64(remaining), (Int64(tile_count - tile) * Int64(k_blocks)) - Int64(k)))
-        remaining -= part
-        block_at = Int64(row_block) * Int64(tokens_total)
+        # ---- the part of one unit that lies in this span, and of it this warp's quarter
+        run = min(remaining, length - inside)
+        remaining -= run
+        begin = warp * run // common.WARPS
+        part = (warp + 1) * run // common.WARPS - begin
+        tile = (inside + begin) // k_blocks
+        k = inside + begin - tile * k_blocks
+        unit_at = Int64(unit) * Int64(tokens_total)
         while part > 0:
             # ---- the part of one tile
-            run = min(part, k_blocks - k)
-            part -= run
+            steps = min(part, k_blocks - k)
+            part -= steps
             _, first_row, count = tile_of(tiles, tile)
             places, exists = common.lane_tokens(config, first_row, g, first_row + count)
+            scales = []
+            addresses = []
+            for block in cutlass.range_constexpr(config.token_blocks):
+                for pair in cutlass.range_constexpr(2):
+                    place = block * common.MMA_TOKENS + t * 2 + pair
+                    live = Int32(place < count)
+                    at = Int64(first_row + place) * 4
+                    scales.append(common.load_global_f32_if(row_alpha + at, live))
+                    token = common.load_global_s32_or(rows + at, live, Int32(0))
+                    addresses.append((token, live))
             accumulators = common.zero_accumulators(accumulated)
             if cutlass.const_expr(config.prefetch):
                 ahead = common.load_superblock_activations(config, a, a_scales, places, exists, k, Int32(0), intermediate, intermediate, t)
-            for step in cutlass.range(run, unroll=1):
+            for step in cutlass.range(steps, unroll=1):
                 if cutlass.const_expr(config.prefetch):
                     loaded = ahead
                     ahead = common.load_superblock_activations(
@@ -152,69 +166,73 @@ def groupedfc2_kernel(
                         common.start_copy(ring, barriers, stage, next_source)
                     to_fetch -= 1
                     next_source = next_source + superblock
-                    next_k += 1
-                    if next_k == k_blocks:
-                        next_k = Int32(0)
-                        next_tile += 1
-                        if next_tile == tile_count:
-                            next_tile = Int32(0)
-                            next_row_block += 1
-                        next_source = weights_of(b, tiles, Int32(to_fetch > 0), next_tile, next_row_block, row_blocks, k_blocks)
+                    fetch_k += 1
+                    if (fetch_k == k_blocks) | (to_fetch == 0):
+                        fetch_tile += 1
+                        fetch_k = Int32(0)
+                        if to_fetch == 0:
+                            fetch_rest, fetch_unit, fetch_inside, fetch_of, fetch_at, to_fetch = next_part(
+                                fetch_rest, fetch_unit, fetch_inside, length, warp
+                            )
+                            fetch_tile = fetch_at // k_blocks
+                            fetch_k = fetch_at - fetch_tile * k_blocks
+                        next_source = weights_of(b, tiles, Int32(to_fetch > 0), fetch_tile, fetch_of, row_blocks, k_blocks)
+                        next_source = next_source + Int64(fetch_k) * superblock
                 stage += 1
                 if stage == stages:
                     stage = Int32(0)
                     phase = phase ^ 1
-            scales = []
-            addresses = []
-            for block in cutlass.range_constexpr(config.token_blocks):
-                for pair in cutlass.range_constexpr(2):
-                    place = block * common.MMA_TOKENS + t * 2 + pair
-                    live = Int32(place < count)
-                    at = Int64(first_row + place) * 4
-                    scales.append(common.load_global_f32_if(row_alpha + at, live))
-                    token = common.load_global_s32_or(rows + at, live, Int32(0))
-                    addresses.append((partials + ((block_at + Int64(token)) * common.SUPERBLOCK_ROWS + Int64(g * OUTPUTS)) * 4, live))
             sums = add_scaled(common.zero_accumulators(accumulated), accumulators, config, scales)
             for block in cutlass.range_constexpr(config.token_blocks):
                 for pair in cutlass.range_constexpr(2):
-                    address, live = addresses[2 * block + pair]
+                    token, live = addresses[2 * block + pair]
+                    address = partials + ((unit_at + Int64(token)) * common.SUPERBLOCK_ROWS + Int64(g * OUTPUTS)) * 4
                     values = token_values(sums, block, pair)
                     add_to_workspace(address, live, values[:4])
                     add_to_workspace(address + 16, live, values[4:])
-            k += run
+            k += steps
             if k == k_blocks:
                 k = Int32(0)
                 tile += 1
 
-        # ---- hand the block on
-        begin = Int64(row_block) * block_length
-        end = begin + block_length
-        # iteration i belongs to worker ((i + 1) * workers - 1) // total
-        contributors = Int32(((end * workers - 1) // total) - (((begin + 1) * workers - 1) // total)) + 1
+        # ---- hand the unit on
+        unit_begin = Int64(unit) * Int64(length)
+        # block i belongs to CTA ((i + 1) * workers - 1) // total
+        sharing = Int32(((unit_begin + Int64(length)) * workers - 1) // total - ((unit_begin + 1) * workers - 1) // total) + 1
         cute.arch.fence_acq_rel_gpu()
-        cute.arch.sync_warp()
-        ticket = Int32(0)
-        if lane == 0:
-            ticket = take_ticket(tickets + Int64(row_block) * 4)
-        ticket = broadcast(ticket)
-        if ticket == contributors - 1:
+        pr.barrier_cta_sync(0)
+        if tid == 0:
+            shared_ticket[0] = reduction.take_ticket(tickets + Int64(unit) * 4)
+        pr.barrier_cta_sync(0)
+        if shared_ticket[0] == sharing - 1:
             cute.arch.fence_acq_rel_gpu()
-            column = (lane % 8) * OUTPUTS
-            for start in cutlass.range(0, tokens_total, FINISHED_TOKENS, unroll=1):
-                done = start + lane // 8
-                finished = Int32(done < tokens_total)
-                where = partials + ((block_at + Int64(done)) * common.SUPERBLOCK_ROWS + Int64(column)) * 4
-                results = load_workspace_if(where, finished) + load_workspace_if(where + 16, finished)
-                zeros = [Float32(0.0) for _ in range(4)]
-                store_if("v4.f32", where, finished, zeros)
-                store_if("v4.f32", where + 16, finished, zeros)
-                element = Int64(done) * Int64(hidden) + Int64(row_block * common.SUPERBLOCK_ROWS + column)
-                store_row(config.c_dtype, c, element, finished, results)
-            if lane == 0:
-                store_if("b32", tickets + Int64(row_block) * 4, Int32(1), [Uint32(0)])
-        if tile == tile_count:
-            tile = Int32(0)
-            row_block += 1
+            for start in cutlass.range(warp * FINISHED_TOKENS, tokens_total, common.WARPS * FINISHED_TOKENS, unroll=1):
+                finish_tokens(config.c_dtype, c, partials, start, tokens_total, unit, hidden, lane)
+            if tid == 0:
+                store_if("b32", tickets + Int64(unit) * 4, Int32(1), [Uint32(0)])
+        inside = Int32(0)
+        unit += 1
+
+
+def finish_tokens(c_dtype: str, c: Any, partials: Any, start: Any, tokens_total: Any, row_block: Any, hidden: Any, lane: Any) -> None:
+    """One warp converts, stores and clears 64 columns of ``FINISHED_TOKENS`` tokens from ``start`` on; all its loads are in flight together.
+
+    Args:
+        partials: float32 ``[row block][M][64]``.
+    """
+    column = (lane % LANES_A_TOKEN) * OUTPUTS
+    done = []
+    for batch in range(FINISHED_TOKENS * LANES_A_TOKEN // 32):
+        token = start + batch * (32 // LANES_A_TOKEN) + lane // LANES_A_TOKEN
+        exists = Int32(token < tokens_total)
+        where = partials + ((Int64(row_block) * Int64(tokens_total) + Int64(token)) * common.SUPERBLOCK_ROWS + Int64(column)) * 4
+        done.append((token, exists, where, load_workspace_if(where, exists) + load_workspace_if(where + 16, exists)))
+    zeros = [Float32(0.0) for _ in range(4)]
+    for token, exists, where, values in done:
+        store_if("v4.f32", where, exists, zeros)
+        store_if("v4.f32", where + 16, exists, zeros)
+        element = Int64(token) * Int64(hidden) + Int64(row_block * common.SUPERBLOCK_ROWS + column)
+        store_row(c_dtype, c, element, exists, values)
 
 
 def weights_of(b: Any, tiles: Any, exists: Any, tile: Any, row_block: Any, row_blocks: Any, k_blocks: Any) -> Any:
@@ -246,7 +264,7 @@ def groupedfc2_host(
     groupedfc2_kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
     k_blocks = (intermediate + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K
     blocks = tokens_total * top_k * k_blocks * (hidden // common.SUPERBLOCK_ROWS)
-    ctas = min((blocks + (common.WARPS - 1)) // common.WARPS, sm_count * config.resident_ctas)
+    ctas = min((blocks + (sm90_fc2.SMALLEST_SPAN - 1)) // sm90_fc2.SMALLEST_SPAN, sm_count * config.resident_ctas)
     groupedfc2_kernel(
         a.raw_ptr(),
         a_scales.raw_ptr(),
@@ -301,11 +319,11 @@ def recipe(variant: Variant) -> Recipe:
         ),
         let=(
             ("row_blocks", f"H // {common.SUPERBLOCK_ROWS}"),
-            ("superblocks", f"M * top_k * ceil_div(I, {common.SUPERBLOCK_K}) * row_blocks"),
+            ("blocks", f"M * top_k * ceil_div(I, {common.SUPERBLOCK_K}) * row_blocks"),
         ),
-        grid=(f"min(ceil_div(superblocks, {common.WARPS}), sm_count * {config.resident_ctas})", 1, 1),
+        grid=(f"min(ceil_div(blocks, {sm90_fc2.SMALLEST_SPAN}), sm_count * {config.resident_ctas})", 1, 1),
         block=(common.WARPS * 32, 1, 1),
-        dynamic_smem=common.shared_memory_bytes(config),
+        dynamic_smem=common.shared_memory_bytes(config) + 4,  # the rings, the ticket
         workspaces=(
             Workspace("workspace.partials", "M * H * 4", zeroed=True),
             Workspace("workspace.tickets", "row_blocks * 4", zeroed=True),
