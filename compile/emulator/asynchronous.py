@@ -9,7 +9,7 @@ completion. It then reads its source as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,12 +41,24 @@ class AsyncOperation:
         text: for reports.
         done: it was executed.
         clock: for race detection: what it happens after.
+        touches: slots of the CTAs whose shared or tensor memory it reads or writes.
+        signals: slot and window offset of the mbarriers that it arrives on.
     """
 
-    __slots__ = ("action", "after", "clock", "done", "line", "listeners", "priority", "text")
+    __slots__ = ("action", "after", "clock", "done", "line", "listeners", "priority", "signals", "text", "touches")
 
-    def __init__(self, action: Callable[[AsyncOperation], None], text: str, line: int, after: AsyncOperation | None = None) -> None:
+    def __init__(
+        self,
+        action: Callable[[AsyncOperation], None],
+        text: str,
+        line: int,
+        after: AsyncOperation | None = None,
+        touches: Iterable[int] = (),
+        signals: Iterable[tuple[int, int]] = (),
+    ) -> None:
         self.action, self.text, self.line, self.after = action, text, line, after
+        self.signals = tuple(signals)
+        self.touches = frozenset(touches) | {slot for slot, _ in self.signals}
         self.done = False
         self.clock: Any = None
         self.priority = 0.0
@@ -110,6 +122,10 @@ class Copies:
     def barrier_place(self, warp: Warp, address: int, own: bool = False) -> tuple[int, int]:
         raise NotImplementedError
 
+    def check_alive(self, slot: int) -> None:
+        """Raises where a CTA of the cluster has ended: its shared memory is no longer there."""
+        raise NotImplementedError
+
     # --- addresses
 
     def generic_shared(self, address: Any) -> Any:
@@ -132,6 +148,7 @@ class Copies:
                 raise EmulatorError(f"shared address {address:#x}: the cluster has {self.cluster_size} CTAs")
             slot += rank - warp.cta.rank
             address &= _OFFSET
+            self.check_alive(slot)
         self.check_window(address, nbytes, alignment)
         return slot, address
 
@@ -149,7 +166,10 @@ class Copies:
         if ctas >> self.cluster_size:
             raise EmulatorError(f"multicast mask {ctas:#x}: the cluster has {self.cluster_size} CTAs")
         first = warp.cta.slot - warp.cta.rank
-        return [first + rank for rank in range(self.cluster_size) if ctas >> rank & 1]
+        slots = [first + rank for rank in range(self.cluster_size) if ctas >> rank & 1]
+        for each in slots:
+            self.check_alive(each)
+        return slots
 
     def write_shared(self, slot: int, offset: int, data: Any, operation: AsyncOperation) -> None:
         """Bytes that an asynchronous operation puts into shared memory."""
@@ -178,9 +198,18 @@ class Copies:
             found.append((g.warps[lane // LANES], lane % LANES, values))
         return found
 
-    def new_operation(self, g: Gang, warp: Warp, action: Callable[[AsyncOperation], None], text: str, after: Any = None) -> AsyncOperation:
+    def new_operation(
+        self,
+        g: Gang,
+        warp: Warp,
+        action: Callable[[AsyncOperation], None],
+        text: str,
+        after: Any = None,
+        touches: Iterable[int] = (),
+        signals: Iterable[tuple[int, int]] = (),
+    ) -> AsyncOperation:
         """An operation that happens after everything its warp did so far."""
-        operation = AsyncOperation(action, f"{text} of {warp}", g.current_line(), after)
+        operation = AsyncOperation(action, f"{text} of {warp}", g.current_line(), after, touches, signals)
         if self.races is not None:
             operation.clock = self.races.fork(warp, self.partial_issue)
         return operation
@@ -212,7 +241,8 @@ class Copies:
                     self.signal_bytes((each, bar), n, operation.clock)
 
             self.moved["bulk global to shared"] += nbytes
-            self.submit(self.new_operation(g, warp, action, f"bulk copy of {nbytes} bytes"))
+            signals = [(each, bar_offset) for each in slots]
+            self.submit(self.new_operation(g, warp, action, f"bulk copy of {nbytes} bytes", touches=slots, signals=signals))
 
     def _shared_to_shared(self, g: Gang, warp: Warp, slot: int, offset: int, source: int, nbytes: int, bar: tuple[int, int]) -> None:
         from_slot, from_offset = self.window_range(warp, source, nbytes, 16)
@@ -223,7 +253,7 @@ class Copies:
             self.signal_bytes(bar, nbytes, operation.clock)
 
         self.moved["bulk shared to shared"] += nbytes
-        self.submit(self.new_operation(g, warp, action, f"bulk copy of {nbytes} bytes"))
+        self.submit(self.new_operation(g, warp, action, f"bulk copy of {nbytes} bytes", touches=(slot, from_slot), signals=(bar,)))
 
     def bulk_store(self, g: Gang, mask: Any, target: Any, source: Any, size: Any, reduction: str, kind: str) -> None:
         """``cp.async.bulk`` and ``cp.reduce.async.bulk`` from shared to global memory, in a bulk group."""
@@ -244,7 +274,7 @@ class Copies:
                 cells[:] = reduce_elements(reduction, kind, cells, data.view(_ELEMENTS[kind])).view(cells.dtype)
 
             self.moved["bulk shared to global"] += nbytes
-            operation = self.new_operation(g, warp, action, f"bulk store of {nbytes} bytes")
+            operation = self.new_operation(g, warp, action, f"bulk store of {nbytes} bytes", touches=(slot,))
             warp.bulk.setdefault(lane, Groups()).open.append(operation)
             self.submit(operation)
 
@@ -300,7 +330,7 @@ class Copies:
                 self.signal_bytes(place, data.size, operation.clock)
 
             self.moved["st.async"] += data.size
-            self.submit(self.new_operation(g, warp, action, "st.async"))
+            self.submit(self.new_operation(g, warp, action, "st.async", touches=(slot,), signals=(place,)))
 
     # --- cp.async
 
@@ -329,7 +359,7 @@ class Copies:
                     self.write_shared(slot, offset, data, operation)
 
             self.moved["cp.async"] += size * len(pieces)
-            operation = self.new_operation(g, warp, action, "cp.async")
+            operation = self.new_operation(g, warp, action, "cp.async", touches=(warp.cta.slot,))
             warp.copies.setdefault(-1, Groups()).open.append(operation)
             self.submit(operation)
 

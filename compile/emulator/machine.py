@@ -142,6 +142,7 @@ class Machine(Accesses, Synchronisation, WarpgroupUnits):
         self.lints: dict[str, None] = dict.fromkeys(program.lints)
         self.conflicts = BankConflicts()
         self.mbarriers: dict[tuple[int, int], MBarrier] = {}
+        self.resident: dict[int, Cta] = {}
         self.runnable: deque[Gang] = deque()
         self.gangs: set[Gang] = set()
         self.pending: list[AsyncOperation] = []
@@ -197,6 +198,7 @@ class Machine(Accesses, Synchronisation, WarpgroupUnits):
                 cluster.ctas.append(cta)
                 self.shared.clear(cta.slot)
                 ctas.append(cta)
+        self.resident = {cta.slot: cta for cta in ctas}
         self.races = None
         if self.want_races:
             window = self.shared.stride
@@ -258,10 +260,30 @@ class Machine(Accesses, Synchronisation, WarpgroupUnits):
         self.gangs.discard(gang)
         for warp in gang.warps:
             warp.cta.alive -= 1
+            if not warp.cta.alive:
+                self._ended(warp.cta)
         for meeting in gang.meetings:
             meeting.outstanding -= 1
             if meeting.arrived and len(meeting.arrived) >= meeting.outstanding:
                 self._release(meeting)
+
+    def _ended(self, cta: Cta) -> None:
+        """The last warp of a CTA ended: nothing may be under way that needs its memory.
+
+        An arrival of a ``tcgen05.commit`` of its own is a remark: kernels with one CTA a cluster are seen to leave it behind.
+        """
+        for each in self.pending:
+            if cta.slot not in each.touches:
+                continue
+            if self.cluster_size == 1 and each.text.startswith("arrival of"):
+                self.lints["a CTA ends before the arrival of a tcgen05.commit on its mbarrier"] = None
+            else:
+                raise EmulatorError(f"CTA {cta.ctaid} ended before the {each.text} (PTX line {each.line}), which needs its memory")
+
+    def check_alive(self, slot: int) -> None:
+        cta = self.resident[slot]
+        if not cta.alive:
+            raise EmulatorError(f"shared memory of CTA {cta.ctaid}, which has ended")
 
     def _arrived(self, gang: Gang) -> None:
         meeting = gang.meeting
@@ -333,12 +355,23 @@ class Machine(Accesses, Synchronisation, WarpgroupUnits):
             raise EmulatorError(self._deadlock())
 
     def _execute_one(self) -> bool:
+        """Executes the oldest operation that somebody may be waiting for; one that arrives on mbarriers without waiters stays as long as it can."""
+        spare = None
         for i, operation in enumerate(self.pending):
             if operation.eligible:
-                del self.pending[i]
-                operation.execute()
-                return True
-        return False
+                if operation.signals and not self._awaited(operation):
+                    spare = i if spare is None else spare
+                    continue
+                spare = i
+                break
+        if spare is None:
+            return False
+        operation = self.pending.pop(spare)
+        operation.execute()
+        return True
+
+    def _awaited(self, operation: AsyncOperation) -> bool:
+        return any(barrier is None or barrier.condition.waiters for barrier in map(self.mbarriers.get, operation.signals))
 
     def _explore(self, kind: str) -> bool:
         """One step of a random or priority schedule; False where nothing can run."""

@@ -215,6 +215,10 @@ class Synchronisation:
 
     # --- mbarriers
 
+    def check_alive(self, slot: int) -> None:
+        """Raises where the CTA of a slot has ended."""
+        raise NotImplementedError
+
     def barrier_place(self, warp: Warp, address: int, own: bool = False) -> tuple[int, int]:
         """Slot and window offset of an mbarrier's shared address."""
         slot = warp.cta.slot
@@ -224,6 +228,7 @@ class Synchronisation:
                 raise EmulatorError(f"mbarrier address {address:#x}: CTA rank {rank}, this is rank {warp.cta.rank} of {self.cluster_size}")
             slot += rank - warp.cta.rank
             address &= _OFFSET
+            self.check_alive(slot)
         if address % 8 or not self.shared.start <= address <= self.shared.end - 8:
             raise EmulatorError(f"mbarrier address {address:#x}: 8-byte aligned, in shared memory")
         return slot, address

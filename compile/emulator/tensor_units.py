@@ -162,7 +162,7 @@ class TensorUnits(Copies):
                     self.signal_bytes(place, size, operation.clock)
 
             self.moved["tensor global to shared"] += nbytes
-            self.submit(self.new_operation(g, warp, action, f"tensor copy of {nbytes} bytes"))
+            self.submit(self.new_operation(g, warp, action, f"tensor copy of {nbytes} bytes", touches=slots, signals=signals))
 
     def tensor_store(self, g: Gang, mask: Any, tensor_map: Any, coordinates: tuple[Any, ...], source: Any, reduction: str) -> None:
         """``cp.async.bulk.tensor`` and ``cp.reduce.async.bulk.tensor`` from shared to global memory.
@@ -200,7 +200,7 @@ class TensorUnits(Copies):
                     tile.store(buffer.data, buffer.address, data)
 
             self.moved["tensor shared to global"] += nbytes
-            operation = self.new_operation(g, warp, action, f"tensor store of {nbytes} bytes")
+            operation = self.new_operation(g, warp, action, f"tensor store of {nbytes} bytes", touches=(slot,))
             warp.bulk.setdefault(lane, Groups()).open.append(operation)
             self.submit(operation)
 
@@ -354,7 +354,8 @@ class TensorUnits(Copies):
 
     def _to_pipe(self, g: Gang, warp: Warp, ctas: list[Any], action: Any, text: str) -> None:
         state = self._state(ctas[0])
-        operation = self.new_operation(g, warp, action, text, state.last if state.last is not None and not state.last.done else None)
+        before = state.last if state.last is not None and not state.last.done else None
+        operation = self.new_operation(g, warp, action, text, before, [cta.slot for cta in ctas])
         if self.races is not None:
             self.races.in_pipe(operation, state)
         state.last = operation
@@ -500,14 +501,20 @@ class TensorUnits(Copies):
                 state.written[lanes[~job.disabled[lanes]], column : column + width] = True
 
     def tmem_commit(self, g: Gang, mask: Any, group: int, barrier: Any, ctas: Any) -> None:
-        """``tcgen05.commit``: an arrival when everything before it in the pipe is done."""
+        """``tcgen05.commit``: an arrival when everything before it in the pipe is done.
+
+        The arrival is no part of the pipe: those of different commits come in any order.
+        """
         for warp, _, (where, chosen) in self.lanes_of(g, mask, barrier, ctas):
             slot, offset = self.barrier_place(warp, where)
             slots = self.destinations(warp, slot, chosen)
 
             def action(operation: AsyncOperation, slots: list[int] = slots, offset: int = offset) -> None:
+                def arrive(arrival: AsyncOperation) -> None:
+                    self.signal_arrival(arrival.signals[0], 1, operation.clock)
+
                 for each in slots:
-                    self.signal_arrival((each, offset), 1, operation.clock)
+                    self.submit(AsyncOperation(arrive, f"arrival of {operation.text}", operation.line, signals=((each, offset),)))
 
             self._to_pipe(g, warp, self._pair(warp.cta, group), action, "tcgen05.commit")
 
