@@ -32,6 +32,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default=OUT, metavar="DIR", help=f"folder for JSON, Markdown and SVG (default: {OUT})")
 
 
+def refuse_foreign(args: argparse.Namespace) -> None:
+    """Raises ProblemError for an option that ``startup`` has no use for: it would be ignored in silence."""
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    for action in parser._actions:
+        if action.dest not in ("help", "device") and getattr(args, action.dest) != action.default:
+            raise ProblemError(f"bench startup has no {action.option_strings[0]}: leave it out, or name another benchmark")
+
+
 def bench(args: argparse.Namespace) -> int:
     """Every subject but ``startup``; exit codes as the module's docstring says."""
     from densemoe.runtime import bench_report

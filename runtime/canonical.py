@@ -10,15 +10,15 @@ import json
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+import densemoe.artifacts
 from densemoe.runtime.errors import ArtifactNotFound, ManifestError
 
-__all__ = ["Lines", "canonical", "parse_line", "read_file", "split_lines", "write_atomically"]
+__all__ = ["Lines", "canonical", "installed_file", "parse_line", "read_file", "split_lines", "write_atomically"]
 
 
 def canonical(document: Mapping[str, Any]) -> bytes:
@@ -130,6 +130,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written; the old file stays.
     """
+    import tempfile  # not needed to load a kernel
+
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -180,3 +182,10 @@ def read_file(path: str | os.PathLike[str], largest: int, size: int | None = Non
         raise ManifestError(f"{path} cannot be read: {error.strerror}") from None
     finally:
         os.close(handle)
+
+
+def installed_file(*parts: str) -> str:
+    """Path of a file of the package densemoe.artifacts, in the first of its directories that has it: an editable install may join several. Without
+    importlib.resources, whose first call alone takes six times as long as loading a kernel."""
+    paths = [os.path.join(folder, *parts) for folder in densemoe.artifacts.__path__]
+    return next((path for path in paths if os.path.isfile(path)), paths[0])

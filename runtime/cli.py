@@ -371,13 +371,16 @@ def _quickstart(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if args.what != "startup":
         return bench_cli.bench(args)
-    from densemoe.runtime.startup import measure
+    from densemoe.runtime import startup
 
-    rows = measure(args.artifacts)
+    bench_cli.refuse_foreign(args)
+    document = startup.measure(args.artifacts, args.device)
     if args.json:
-        _print_json(rows)
+        _print_json(document)
     else:
-        _table([["what", "value", "bar"], *[[row["what"], row["value"], row["bar"]] for row in rows]])
+        _table(startup.lines(document))
+        machine = f"{document['device']}, driver for CUDA {document['driver']}, " if document["device"] else ""
+        print(f"{machine}Python {document['python']}; medians over {document['processes']} fresh processes")
     return OK
 
 

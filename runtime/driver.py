@@ -39,6 +39,11 @@ def version_text(version: int) -> str:
 
 _PARAMETER_INFO_SINCE: Final = 12040
 _LIBRARIES_SINCE: Final = 12000
+_POINTER: Final = ctypes.c_void_p
+_PARAMETER_INFO: Final = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, ctypes.c_size_t, _POINTER, _POINTER)
+_LOAD_DATA: Final = ctypes.CFUNCTYPE(
+    ctypes.c_int, _POINTER, ctypes.c_char_p, _POINTER, _POINTER, ctypes.c_uint, _POINTER, _POINTER, ctypes.c_uint
+)
 
 
 class LaunchConfig:
@@ -216,21 +221,17 @@ class Driver:
                 f"the driver supports CUDA {version_text(self.version())} and has no cuKernelGetParamInfo: a kernel's parameters cannot be compared"
                 " with the manifest's; update NVIDIA's driver to one for CUDA 12.4 or later"
             )
-        return self._function("cuKernelGetParamInfo", _PARAMETER_INFO_SINCE, (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p))
+        return self._function("cuKernelGetParamInfo", _PARAMETER_INFO_SINCE, _PARAMETER_INFO)
 
     @cached_property
     def _load_data(self) -> Callable[..., int]:
         """``cuLibraryLoadData``, likewise."""
-        pointer = ctypes.c_void_p
-        return self._function(
-            "cuLibraryLoadData",
-            _LIBRARIES_SINCE,
-            (pointer, ctypes.c_char_p, pointer, pointer, ctypes.c_uint, pointer, pointer, ctypes.c_uint),
-        )
+        return self._function("cuLibraryLoadData", _LIBRARIES_SINCE, _LOAD_DATA)
 
-    def _function(self, name: str, since: int, arguments: tuple[Any, ...]) -> Callable[..., int]:
+    def _function(self, name: str, since: int, kind: Any) -> Callable[..., int]:
         address, _ = self._call("cuGetProcAddress", name.encode(), since, 0)
-        return ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(int(address))
+        function: Callable[..., int] = kind(int(address))
+        return function
 
     def prepare(self, kernel: Any, ordinal: int, dynamic_smem: int, carveout: int) -> None:
         """Allows a kernel its dynamic shared memory on a device, and states the preferred carveout (percent, -1: the driver's choice)."""

@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import densemoe.artifacts
-from densemoe.runtime.canonical import read_file
+from densemoe.runtime import driver as cuda_driver
+from densemoe.runtime.canonical import installed_file, read_file
 from densemoe.runtime.errors import AbiMismatch, ArchitectureMismatch, ArtifactCorrupt, ArtifactNotFound, DriverTooOld, SelectionError
 from densemoe.runtime.manifest import INDEX_NAME, LARGEST_CUBIN, LARGEST_MANIFEST, SCHEMA, Index, Manifest, ManifestVariant
 from densemoe.runtime.plan import Plan
@@ -26,7 +26,6 @@ from densemoe.runtime.select import Choice, load_table, select
 from densemoe.runtime.variant import Architecture, Variant, architecture, symbol_of
 
 if TYPE_CHECKING:
-    from densemoe.runtime.driver import Driver
     from densemoe.runtime.problem import Problem
 
 __all__ = ["ENVIRONMENT", "ArtifactSet", "LoadedKernel", "Loader", "artifact_root"]
@@ -63,11 +62,7 @@ def _root(path: str | os.PathLike[str] | None) -> str:
     elif given := os.environ.get("DENSEMOE_ARTIFACTS", ""):
         said = "DENSEMOE_ARTIFACTS"
     else:
-        said = "the installed package"
-        for folder in densemoe.artifacts.__path__:  # an editable install may join several directories
-            given = os.path.join(folder, "built")
-            if os.path.isfile(os.path.join(given, INDEX_NAME)):
-                break
+        given, said = os.path.dirname(installed_file("built", INDEX_NAME)), "the installed package"
     if not os.path.isfile(index := os.path.join(given, INDEX_NAME)):
         raise ArtifactNotFound(
             f"{said} has no artifacts: {index} does not exist. Run `densemoe build`, install a wheel with artifacts, or set DENSEMOE_ARTIFACTS"
@@ -226,13 +221,9 @@ class Loader:
         DriverUnavailable: there is no driver.
     """
 
-    def __init__(self, artifacts: ArtifactSet | str | os.PathLike[str] | None = None, driver: Driver | None = None) -> None:
+    def __init__(self, artifacts: ArtifactSet | str | os.PathLike[str] | None = None, driver: cuda_driver.Driver | None = None) -> None:
         self.artifacts = artifacts if isinstance(artifacts, ArtifactSet) else ArtifactSet(artifacts)
-        if driver is None:
-            from densemoe.runtime.driver import Driver as RealDriver
-
-            driver = RealDriver()
-        self.driver: Driver = driver
+        self.driver = driver or cuda_driver.Driver()
         self._lock = threading.Lock()
         self._kernels: dict[str, LoadedKernel] = {}
         self._prepared: set[tuple[str, int]] = set()

@@ -14,10 +14,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib import resources
 from typing import Any, Final
 
-from densemoe.runtime.errors import ManifestError, SelectionError
+from densemoe.runtime.canonical import installed_file, read_file
+from densemoe.runtime.errors import ArtifactNotFound, ManifestError, SelectionError
 from densemoe.runtime.problem import LARGEST_DIMENSION, Problem
 from densemoe.runtime.rules import can_implement
 from densemoe.runtime.variant import GROUPED_OPS, Variant, architecture
@@ -28,6 +28,7 @@ SMALL_STEP: Final = 8
 SMALL_LIMIT: Final = 128
 LARGE_STEP: Final = 128
 SCHEMA: Final = 1
+LARGEST_TABLE: Final = 16 << 20  # bytes; a table of some hundred shapes is a thousandth of it
 _COEFFICIENTS: Final = ("launch", "stream", "decode", "move", "slots_per_sm", "gathered")
 
 
@@ -85,10 +86,10 @@ def load_table(arch: str, capability: tuple[int, int] | None = None) -> Mapping[
 
 def _read_table(arch: str) -> Mapping[str, Any]:
     """The file."""
-    path = resources.files("densemoe.artifacts").joinpath("selection").joinpath(f"{architecture(arch).name}.json")
+    path = installed_file("selection", f"{architecture(arch).name}.json")
     try:
-        document = json.loads(path.read_text())
-    except FileNotFoundError:
+        document = json.loads(read_file(path, LARGEST_TABLE))
+    except ArtifactNotFound:
         raise SelectionError(f"there is no selection table for {arch}: name a variant, or add artifacts/selection/{arch}.json") from None
     except ValueError as error:
         raise ManifestError(f"selection table of {arch}: not JSON: {error}") from None

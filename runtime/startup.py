@@ -1,118 +1,147 @@
-"""``densemoe bench startup``: what a cold start costs, each figure from a fresh interpreter or a first call, beside its bar (README.md)."""
+"""``densemoe bench startup``: what a cold start costs, every figure the median over fresh processes, beside its bar (README.md)."""
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from densemoe.runtime.driver import version_text
-from densemoe.runtime.errors import DensemoeError
+from densemoe.runtime.errors import ArtifactError, DensemoeError
+from densemoe.runtime.loader import ArtifactSet
 
-__all__ = ["measure"]
+__all__ = ["lines", "measure"]
 
-RUNS: Final = 7
-BATCHES: Final = 60
-LAUNCHES: Final = 200  # fewer than the device's queue holds
-
-_FIRST_KERNEL: Final = """
-import time, ctypes, sys
-from cuda.bindings import driver as cuda
-cuda.cuInit(0); device = cuda.cuDeviceGet(0)[1]; context = cuda.cuDevicePrimaryCtxRetain(device)[1]; cuda.cuCtxSetCurrent(context)
-from densemoe.runtime.driver import Driver
-from densemoe.runtime.loader import Loader
-import densemoe.runtime.select
-driver = Driver()
-start = time.perf_counter()
-loader = Loader(ARTIFACTS, driver)
-key = KEY
-loader.kernel(key, 0)
-first = time.perf_counter()
-loader.kernel(OTHER, 0)
-second = time.perf_counter()
-print((first - start) * 1e6, (second - first) * 1e6)
-"""
+SCHEMA: Final = 1
+PROCESSES: Final = 7
+LATER: Final = 12  # kernels that each process loads after its first
+MICRO, MILLI = "us", "ms"
+_IMPORT: Final = "import time; start = time.perf_counter(); from densemoe.runtime import Loader, Problem; print(time.perf_counter() - start)"
 
 
-def _interpreter(code: str) -> list[float]:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def _run(arguments: Sequence[str], bytecode: str) -> str:
+    """Output of a fresh interpreter, whose bytecode lies cached in the folder ``bytecode``, as it does where pip installed densemoe."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = bytecode
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
-        raise DensemoeError(f"the measured interpreter failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
-    return [float(part) for part in done.stdout.split()]
+        said = done.stderr.strip().splitlines()
+        raise DensemoeError(f"a measured process failed: {said[-1] if said else f'exit code {done.returncode}'}")
+    return done.stdout
 
 
-def _import_seconds() -> float:
-    """What importing the runtime adds to a bare interpreter: the two in turn, so that a machine's drift cancels; median of the differences."""
+def _row(what: str, values: Iterable[float], unit: str, bar: float | None = None) -> dict[str, Any]:
+    """One figure: median, least and most of ``values``; ``met`` is None where there is no bar."""
+    measured = sorted(values)
+    median = statistics.median(measured)
+    return {
+        "what": what,
+        "median": round(median, 3),
+        "least": round(measured[0], 3),
+        "most": round(measured[-1], 3),
+        "values": len(measured),
+        "unit": unit,
+        "bar": bar,
+        "met": None if bar is None else median <= bar,
+    }
 
-    def wall(code: str) -> float:
-        start = time.perf_counter()
-        _interpreter(code)
-        return time.perf_counter() - start
 
-    pairs = [(wall("print(0)"), wall("from densemoe.runtime import Loader, Problem; print(0)")) for _ in range(RUNS)]
-    return statistics.median(imported - bare for bare, imported in pairs)
+def measure(artifacts: str | None = None, device: int = 0, processes: int = PROCESSES) -> dict[str, Any]:
+    """The figures, as ``--json`` prints them.
+
+    Args:
+        artifacts: an artifact root; None for the default one, whose look-up is then measured too.
+        device: ordinal.
+        processes: fresh processes behind each median.
+
+    Returns:
+        ``processes``, ``device``, ``driver``, ``rows``, and ``not_measured``: why the GPU's rows are absent, None where they are there.
+    """
+    with tempfile.TemporaryDirectory() as bytecode:
+        return _measure(artifacts, device, processes, bytecode)
 
 
-def measure(artifacts: str | None = None) -> list[dict[str, Any]]:
-    """Rows of ``what``, ``value``, ``bar``. The GPU's rows say so where there is none."""
-    rows = [
-        {"what": "import densemoe.runtime with its Loader, over a bare interpreter", "value": f"{_import_seconds() * 1e3:.1f} ms", "bar": "< 100 ms"},
-    ]
-    from densemoe.runtime.loader import ArtifactSet, Loader
-
+def _measure(artifacts: str | None, device: int, processes: int, bytecode: str) -> dict[str, Any]:
+    imports = [float(_run(["-c", _IMPORT], bytecode)) * 1e3 for _ in range(processes + 1)][1:]  # the first one writes the bytecode
+    rows = [_row("import densemoe.runtime with its Loader", imports, MILLI, 100.0)]
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "what": "startup",
+        "processes": processes,
+        "python": platform.python_version(),
+        "device": None,
+        "driver": None,
+        "not_measured": None,
+        "rows": rows,
+    }
     try:
         from densemoe.runtime.driver import Driver
 
         driver = Driver()
-        loader = Loader(ArtifactSet(artifacts), driver)
-        keys = sorted(loader.manifest(0).variants)
+        root = ArtifactSet(artifacts)
+        manifest = root.for_capability(driver.capability(device))
     except DensemoeError as error:
-        rows.append({"what": "first kernel, launch", "value": f"not measured: {error}", "bar": "< 1 ms, <= 4 us"})
-        return rows
-    code = _FIRST_KERNEL.replace("ARTIFACTS", repr(str(loader.artifacts.root))).replace("KEY", repr(keys[0])).replace("OTHER", repr(keys[1]))
-    pairs = [_interpreter(code) for _ in range(RUNS)]
-    rows.append(
-        {
-            "what": "first kernel once a context exists, opening the artifact set included",
-            "value": f"{statistics.median(pair[0] for pair in pairs):.0f} us",
-            "bar": "< 1000 us",
-        }
-    )
-    rows.append(
-        {
-            "what": "a later kernel, with hash and ABI check",
-            "value": f"{statistics.median(pair[1] for pair in pairs):.0f} us",
-            "bar": "<= 150 us",
-        }
-    )
-    rows.append({"what": "launch of a prepared Plan from Python", "value": f"{_launch(loader):.2f} us", "bar": "<= 4 us"})
-    rows.append({"what": "device", "value": f"{driver.device_name(0)}, driver for CUDA {version_text(driver.version())}", "bar": ""})
-    return rows
+        document["not_measured"] = str(error)
+        return document
+    document["device"], document["driver"] = driver.device_name(device), version_text(driver.version())
+    keys = sorted(manifest.variants)
+    chosen = keys[:: max(1, len(keys) // (LATER + 1))][: LATER + 1]
+    fc1 = next((entry.variant for entry in manifest.variants.values() if entry.variant.op == "fc1"), None)
+    if fc1 is None or len(chosen) < 2:
+        document["not_measured"] = f"the {manifest.arch} set of {root.root} has no FC1 kernel, or one kernel alone: build a profile"
+        return document
+    task = json.dumps({"artifacts": artifacts, "device": device, "keys": chosen, "dtypes": (fc1.a_dtype, fc1.c_dtype)})
+    runs = [json.loads(_run(["-m", "densemoe.runtime.cold", task], bytecode)) for _ in range(processes + 1)][1:]  # likewise
+
+    def each(name: str, scale: float = 1.0) -> list[float]:
+        return [run[name] / scale for run in runs]
+
+    def medians(name: str) -> list[float]:
+        return [statistics.median(run[name]) for run in runs]
+
+    rows += [
+        _row("cuda-bindings, cuInit and a context: before densemoe", each("context", 1e3), MILLI),
+        _row("first kernel once a context exists, opening the artifact set included", each("first_kernel"), MICRO, 1000.0),
+        _row("  of it cuLibraryLoadData, the process's first", each("first_load"), MICRO),
+        _row("a later kernel, with hash and ABI check", medians("later_kernels"), MICRO, 150.0),
+        _row("  of it cuLibraryLoadData", medians("later_loads"), MICRO, 50.0),
+        _row("the first Plan, with the selection's table", each("plan"), MICRO),
+        _row("its first launch", each("first_launch"), MICRO),
+        _row("launch of a prepared Plan from Python", medians("launches"), MICRO, 4.0),
+    ]
+    seconds = _compile_seconds(root.root / manifest.arch, chosen)
+    if seconds:
+        rows.append(_row("beside it: compiling one of these kernels, on the machine that built them", (s * 1e3 for s in seconds), MILLI, 1000.0))
+    return document
 
 
-def _launch(loader: Any) -> float:
-    """Microseconds of host time a launch of a prepared Plan, in batches that the device keeps up with."""
-    from densemoe.runtime.problem import Problem
+def _compile_seconds(folder: Path, keys: Sequence[str]) -> list[float]:
+    """Compile seconds of ``keys`` by the build's log, which wheels leave out."""
+    from densemoe.runtime.canonical import read_file
+    from densemoe.runtime.manifest import LARGEST_MANIFEST
 
-    driver = loader.driver
-    driver.use_device(0)
-    problem = Problem("fc1", 1, 1, 64, 64, "bf16", "bf16")
-    sizes = {role: spec.nbytes for role, spec in problem.tensors().items()}
-    pointers = {role: driver.allocate(size) for role, size in {**sizes, "b": 2 * 4608}.items()}
     try:
-        with loader.plan(problem, pointers, 0) as plan:
-            stream = driver.stream()
-            times = []
-            for _ in range(BATCHES):
-                driver.synchronize()
-                start = time.perf_counter()
-                for _ in range(LAUNCHES):
-                    plan.launch(stream)
-                times.append((time.perf_counter() - start) * 1e6 / LAUNCHES)
-            driver.synchronize()
-            return statistics.median(times[BATCHES // 2 :])  # the first half warms clocks and caches
-    finally:
-        for pointer in pointers.values():
-            driver.free(pointer)
+        log = json.loads(read_file(folder / "build_log.json", LARGEST_MANIFEST))
+        return [float(log["compile_seconds"][key]) for key in keys if key in log["compile_seconds"]]
+    except (ArtifactError, ValueError, KeyError, TypeError):
+        return []
+
+
+def lines(document: dict[str, Any]) -> list[list[str]]:
+    """The document as rows of a table, its header first."""
+    table = [["what", "median", "least..most", "bar", "met"]]
+    for row in document["rows"]:
+        digits = 2 if row["median"] < 10 else 1 if row["unit"] == MILLI else 0
+        median, least, most = (f"{row[name]:.{digits}f}" for name in ("median", "least", "most"))
+        bar = "" if row["bar"] is None else f"<= {row['bar']:g} {row['unit']}"
+        table.append([row["what"], f"{median} {row['unit']}", f"{least}..{most}", bar, {None: "", True: "yes", False: "NO"}[row["met"]]])
+    if document["not_measured"] is not None:
+        table.append(["first kernel, later kernel, launch", f"not measured: {document['not_measured']}", "", "", ""])
+    return table

@@ -108,6 +108,8 @@ def test_tune_says_what_failed(command: Run, capsys: pytest.CaptureFixture[str])
         (("tune", "--models", "nosuch"), "no known model"),
         (("tune", "--device", "1"), "there is no device 1"),
         (("bench", "ops", "--sustained", "-1"), "--sustained -1.0"),
+        (("bench", "startup", "--tokens", "8"), "bench startup has no --tokens"),
+        (("bench", "startup", "--no-competitors"), "bench startup has no --competitors"),
         (("bench", "ops", "--from", "missing.json"), "no benchmark document"),
     ],
 )

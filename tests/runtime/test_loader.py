@@ -205,10 +205,12 @@ def test_workspaces_are_zeroed_and_freed(artifacts: Path) -> None:
     problem = Problem("fc2", 5, 2, 256, 128)
     given = tensors(driver, problem)
     before = set(driver.memory)
-    with loader.plan(problem, given, 0):
-        owned = set(driver.memory) - before
-        assert len(owned) == 2
-        assert {pointer for pointer, _ in driver.zeroed} == owned
+    with loader.plan(problem, given, 0) as plan:
+        owned = {pointer: driver.memory[pointer] for pointer in set(driver.memory) - before}
+        stated = plan.entry.recipe.workspaces
+        assert len(owned) == len(stated) == 2
+        assert len(driver.zeroed) == sum(each.zeroed for each in stated) >= 1
+        assert all(owned[pointer] == nbytes for pointer, nbytes in driver.zeroed)  # the whole of each
     assert set(driver.memory) == before
 
 
