@@ -76,12 +76,8 @@ def weight_parts(layout: str, problem: Problem) -> Mapping[str, int]:
     return {} if layout == "none" else {"b": 0}
 
 
-_POINTER: Final = struct.Struct("<Q")
-
-
-def _pointer_offsets(recipe: Recipe) -> dict[str, int]:
-    """Where each role's address stands in the parameter block."""
-    return {each.value: offset for each, (offset, _) in zip(recipe.parameters, recipe.offsets(), strict=True) if each.kind == "pointer"}
+_WORD: Final = 8  # bytes of an address
+_KEPT_MAPS: Final = 64  # encoded tensor maps of one parameter; torch's allocator gives the same few addresses again and again
 
 
 @dataclass(frozen=True)
@@ -177,7 +173,8 @@ class Plan:
         self._closed = False
         self._update = threading.Lock()
         self._prepared: LaunchConfig | None = None
-        self._pointers: dict[str, int] | None = None
+        self._movable: list[tuple[Parameter, int, int]] | None = None
+        self._maps: dict[int, dict[int, bytes]] = {}  # parameter's offset → address → encoded
         self._launch: Callable[[int], None] = self._launch_nothing
         self._tensors = self._check(tensors)
         if problem.m == 0:
@@ -312,6 +309,19 @@ class Plan:
             packed = pack(self.entry.recipe, self._names, self._addresses, self._driver.encode_tensor_map)
             self._packed.parameters[:] = packed.parameters
 
+    def words(self) -> tuple[memoryview, dict[str, tuple[tuple[int, int], ...]]] | None:
+        """The parameter block as 64-bit words, and (index, offset from its address) of each role's words: for callers that write addresses
+        themselves, unchecked, under a lock that no launch passes. None where addresses stand in tensor maps, which ``rebind`` encodes."""
+        if self._prepared is None or any(each.kind == "tensor_map" for each in self.entry.recipe.parameters):
+            return None
+        parts = weight_parts(self.entry.layout, self.problem)
+        found: dict[str, list[tuple[int, int]]] = {}
+        for each, (offset, _) in zip(self.entry.recipe.parameters, self.entry.recipe.offsets(), strict=True):
+            if each.kind == "pointer":
+                found.setdefault("b" if each.value in parts else each.value, []).append((offset // _WORD, parts.get(each.value, 0)))
+        block = memoryview(self._packed.parameters)
+        return block[: len(block) // _WORD * _WORD].cast("Q"), {role: tuple(places) for role, places in found.items()}
+
     def rebind(self, addresses: Mapping[str, int]) -> None:
         """Points roles to other memory, unchecked: for callers that have checked shapes, dtypes, alignment and device themselves, on every call.
 
@@ -320,21 +330,32 @@ class Plan:
         """
         if self._closed:
             raise PlanError(f"the Plan of {self.key} is closed: make a new one")
-        if self._pointers is None:
-            recipe = self.entry.recipe
-            encoded = any(each.kind == "tensor_map" for each in recipe.parameters)
-            self._pointers = {} if encoded else _pointer_offsets(recipe)
-        if not self._pointers:
-            self._addresses.update(addresses)
-            if "b" in addresses:
-                for role, offset in weight_parts(self.entry.layout, self.problem).items():
-                    self._addresses[role] = addresses["b"] + offset
-            self._packed.parameters[:] = pack(self.entry.recipe, self._names, self._addresses, self._driver.encode_tensor_map).parameters
+        moved = {role: address for role, address in addresses.items() if self._addresses.get(role) != address}
+        if "b" in moved:
+            moved.update({role: moved["b"] + offset for role, offset in weight_parts(self.entry.layout, self.problem).items()})
+        if not moved:
             return
-        block, known = self._packed.parameters, self._pointers
-        for role, address in addresses.items():
-            if role in known:
-                _POINTER.pack_into(block, known[role], address)
+        if self._movable is None:
+            recipe = self.entry.recipe
+            places = zip(recipe.parameters, self._packed.offsets, strict=True)
+            self._movable = [(each, offset, size) for each, (offset, size) in places if each.kind in ("pointer", "tensor_map")]
+        self._addresses.update(moved)
+        for parameter, offset, size in self._movable:
+            if parameter.value in moved:
+                self._packed.parameters[offset : offset + size] = self._address_bytes(parameter, offset, size)
+
+    def _address_bytes(self, parameter: Parameter, offset: int, size: int) -> bytes:
+        """A pointer or tensor map for the role's present address."""
+        address = self._addresses[parameter.value]
+        if parameter.kind == "pointer":
+            return address.to_bytes(size, "little")
+        known = self._maps.setdefault(offset, {})
+        if address not in known:
+            if len(known) >= _KEPT_MAPS:
+                known.clear()
+            bound = self.entry.recipe.bind(self._names)
+            known[address] = _parameter_bytes(parameter, bound, self._addresses, size, self._driver.encode_tensor_map)
+        return known[address]
 
     def feeds(self, second: Plan) -> None:
         """Checks that this FC1 Plan may feed the FC2 Plan ``second``: it reads this one's output, and where this one skips idle experts it skips

@@ -21,9 +21,9 @@ import torch
 
 from densemoe.runtime.problem import GROUP, SCALE_ROWS
 from densemoe.runtime.torch import cpu, device
-from densemoe.runtime.torch.checks import C_DTYPES
+from densemoe.runtime.torch.checks import C_DTYPES, require
 
-__all__ = ["fc1_swiglu", "fc2", "moe", "quantize_nvfp4"]
+__all__ = ["SCHEMAS", "fc1_swiglu", "fc2", "moe", "quantize_nvfp4"]
 
 Tensor = Any
 
@@ -37,7 +37,7 @@ _MOE: Final = (
 )
 
 #: op → (arguments, outputs)
-_SCHEMAS: Final = {
+SCHEMAS: Final = {
     "quantize_nvfp4": ("Tensor x, Tensor multiplier", ("codes", "scales")),
     "fc1_swiglu": (_FC1, ("c", "c_scales")),
     "fc2": (_FC2, ("c",)),
@@ -91,7 +91,7 @@ def _copying(function: Callable[..., Any], outputs: tuple[str, ...]) -> Callable
         targets = [named.pop(name) for name in outputs]
         results = function(*arguments, **named)
         for name, target, result in zip(outputs, targets, results if isinstance(results, tuple) else (results,), strict=True):
-            device.check_output(name, target, result)
+            require(name, target, result.dtype, tuple(result.shape), result.device)
             target.copy_(result)
 
     return out
@@ -112,7 +112,7 @@ def _register() -> None:
     }
     fakes: dict[str, Callable[..., Any]] = {"quantize_nvfp4": _fake_quantize, "fc1_swiglu": _fake_fc1, "fc2": _fake_fc2, "moe": _fake_moe}
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-    for name, (arguments, outputs) in _SCHEMAS.items():
+    for name, (arguments, outputs) in SCHEMAS.items():
         result = "Tensor" if len(outputs) == 1 else f"({', '.join('Tensor' for _ in outputs)})"
         written = ", ".join(f"Tensor({chr(ord('a') + i)}!) {each}" for i, each in enumerate(outputs))
         _library.define(f"{name}({arguments}) -> {result}", tags=tags)

@@ -110,5 +110,5 @@ def test_layers_that_gather_equal_the_cpu_op(form: str, m: int, experts: int, to
     arguments = Layer(experts, top_k, 512, 256, m).arguments(form)
     ours = ops.moe(*on_gpu(arguments))
     torch.testing.assert_close(ours.cpu(), ops.moe(*arguments), **TOLERANCE)
-    newest = list(device.runtime()._entries.values())[-1]
+    newest = list(device.runtime().entries.values())[-1]
     assert [plan.problem.op for plan in newest.plans[-3:]] == ["route", "groupedfc1", "groupedfc2"]

@@ -27,6 +27,9 @@ class FakeDriver:
         self.next_pointer = 1 << 20
         self.change_parameters: Callable[[tuple[tuple[int, int], ...]], tuple[tuple[int, int], ...]] = lambda found: found
         self.owners: dict[int, int] = {}
+        self.contents: dict[int, bytes] = {}
+        self.context: int | None = 0
+        self.capture = 1
 
     def check_process(self) -> None:
         if os.getpid() != self.process:
@@ -86,6 +89,20 @@ class FakeDriver:
         self.next_pointer += -(-nbytes // 256) * 256 + 256
         self.memory[pointer] = nbytes
         return pointer
+
+    def allocate_apart(self, nbytes: int, content: bytes = b"") -> int:
+        pointer = self.allocate(nbytes)
+        self.contents[pointer] = content
+        return pointer
+
+    def use_device(self, ordinal: int) -> None:
+        self.context = ordinal
+
+    def current_device(self) -> int | None:
+        return self.context
+
+    def capture_id(self, stream: int) -> int:
+        return self.capture
 
     def free(self, pointer: int) -> None:
         del self.memory[pointer]

@@ -6,7 +6,7 @@ import shutil
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,28 @@ import torch
 from fake_driver import FakeDriver
 
 from densemoe.runtime import packing
-from densemoe.runtime.errors import PlanError, ProblemError
+from densemoe.runtime.errors import DriverError, PlanError, ProblemError
 from densemoe.runtime.loader import Loader
-from densemoe.runtime.torch import device
+from densemoe.runtime.torch import device, launching
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 4, 128, 64, 2
 
 
 class Fake:
-    """A Runtime over the fake driver; ``stream`` and ``capturing`` may be changed."""
+    """A Runtime over the fake driver; ``stream``, ``capturing`` and ``device`` may be changed."""
 
     def __init__(self, root: Path) -> None:
-        self.driver, self.stream, self.capturing = FakeDriver(), 77, False
+        self.driver, self.stream, self.capturing, self.device = FakeDriver(), 77, False, 0
         self.loader = Loader(root, self.driver)  # type: ignore[arg-type]
-        self.runtime = device.Runtime(self.loader, lambda ordinal: self.stream, lambda: self.capturing, lambda ordinal: nullcontext())
+        self.runtime = device.Runtime(self.loader, lambda ordinal: self.stream, lambda: self.capturing, lambda: self.device, self.guard)
+        self.guarded: list[int] = []
+
+    @contextmanager
+    def guard(self, ordinal: int) -> Iterator[None]:
+        self.guarded.append(ordinal)
+        before, self.device = self.device, ordinal
+        yield
+        self.device = before
 
     def launches(self) -> list[tuple[str, int, dict[str, int]]]:
         """(op, stream, addresses by role) of every launch since the last call."""
@@ -117,8 +125,8 @@ def test_a_bf16_layer_is_three_launches_that_hand_memory_on(fake: Fake) -> None:
 
 def test_the_first_call_may_open_the_loader(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """Making an entry opens the loader of the process, under the lock that making an entry holds."""
-    lazy = device.Runtime(None, lambda ordinal: 77, lambda: False, lambda ordinal: nullcontext())
-    monkeypatch.setattr(device, "Loader", lambda: fake.loader)
+    lazy = device.Runtime(None, lambda ordinal: 77, lambda: False, lambda: 0)
+    monkeypatch.setattr(launching, "Loader", lambda: fake.loader)
     device.use_runtime(lazy)
     call = threading.Thread(target=device.moe, args=arguments(), daemon=True)
     call.start()
@@ -155,7 +163,7 @@ def test_many_tokens_are_gathered_by_expert(fake: Fake, quantise: bool) -> None:
     assert fc1[2][given] == (quantised[0][2]["c.codes"] if quantise else a[0].data_ptr())
     assert fc2[2][end] == fc1[2][between]
     assert fc2[2]["c"] == out.data_ptr()
-    assert {plan.problem.group_tile for entry in fake.runtime._entries.values() for plan in entry.plans[-3:]} == {16}
+    assert {plan.problem.group_tile for entry in fake.runtime.entries.values() for plan in entry.plans[-3:]} == {16}
 
 
 def test_the_fused_form_is_not_gathered(fake: Fake) -> None:
@@ -173,40 +181,153 @@ def test_a_second_call_makes_nothing_and_uses_the_new_tensors(fake: Fake) -> Non
     prepare, fc1, fc2 = fake.launches()
     assert (prepare[2]["ids"], fc1[2]["a"], fc2[2]["c"]) == (a[2].data_ptr(), a[0].data_ptr(), out.data_ptr())
     assert (fake.driver.loads, fake.driver.memory) == (loaded, allocated)
-    assert allocated == {}  # workspaces are torch's
 
 
-def test_streams_and_layers_share_no_plan(fake: Fake) -> None:
+def workspaces(launch: tuple[str, int, dict[str, int]]) -> dict[str, int]:
+    """A launch's workspaces by role."""
+    return {role: value for role, value in launch[2].items() if role.startswith("workspace")}
+
+
+def shared(launch: tuple[str, int, dict[str, int]]) -> dict[str, int]:
+    """What a launch of FC2 does not share with other streams: workspaces, and what was written before it."""
+    return {**workspaces(launch), **{role: launch[2][role] for role in ("a", "alpha", "active_experts")}}
+
+
+def test_no_two_streams_share_scratch_and_layers_of_one_stream_do(fake: Fake) -> None:
     first, second = arguments(), arguments()
     device.moe(*first)
+    device.moe(*second)
     fake.stream = 78
     device.moe(*first)
     device.moe(*second)
     seen = fake.launches()
-    assert [each[1] for each in seen] == [77] * 3 + [78] * 6
-    workspaces = [tuple(v for k, v in each[2].items() if k.startswith("workspace")) for each in seen if each[0] == "fc2"]
-    assert len(set(workspaces)) == 3 or workspaces[0] == ()
-    assert len(fake.runtime._entries) == 3
+    assert [each[1] for each in seen] == [77] * 6 + [78] * 6
+    scratch = [shared(each) for each in seen if each[0] == "fc2"]
+    assert len(scratch[0]) > 3
+    assert scratch[0] == scratch[1] != scratch[2] == scratch[3]
+    assert not set(scratch[0].values()) & set(scratch[2].values())
+    assert len(fake.runtime.entries) == 4
 
 
-def test_plans_of_a_captured_graph_are_kept(fake: Fake) -> None:
+def test_a_longer_call_grows_what_the_stream_keeps_and_earlier_plans_keep_theirs(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "SMALLEST_WORKSPACE", 1)
+    device.moe(*(short := arguments(1)))
+    device.moe(*arguments(8))
+    device.moe(*short)
+    sizes = fake.driver.memory
+    for launch in (each for each in fake.launches() if each[0] == "fc2"):
+        assert workspaces(launch)
+        assert set(workspaces(launch).values()) <= sizes.keys()
+    assert all(content in (b"", struct.pack("<f", 1)) for content in fake.driver.contents.values())
+    fake.runtime.clear()
+    assert list(sizes.values()) == [4]  # the divisor 1.0
+    device.moe(*short)
+    assert len(fake.launches()) == 3
+
+
+def test_what_is_too_large_to_be_kept_is_torch_s_for_one_call(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "KEPT_SCRATCH", 0)
+    made: list[torch.Tensor] = []
+
+    def empty(*shape: Any, **named: Any) -> torch.Tensor:
+        made.append(torch.empty(*shape, **named))
+        return made[-1]
+
+    monkeypatch.setattr(device, "_empty", empty)
+    a = arguments()
+    for _ in range(2):
+        made.clear()
+        out = device.moe(*a)
+        assert made[0] is out
+        (scratch,) = made[-1:]
+        prepare, fc1, fc2 = fake.launches()
+        for pointer in (prepare[2]["alpha"], prepare[2]["active_list"], fc1[2]["c"], fc2[2]["a"]):
+            assert scratch.data_ptr() <= pointer < scratch.data_ptr() + scratch.numel()
+
+
+def test_each_capture_has_plans_and_workspaces_of_its_own_which_are_kept(fake: Fake) -> None:
     a = arguments()
     device.moe(*a)
-    fake.runtime.clear()
-    assert len(fake.runtime._entries) == 0
+    (eager,) = [each for each in fake.launches() if each[0] == "fc2"]
     fake.capturing = True
-    device.moe(*a)
-    assert len(fake.runtime._entries) == 0  # made during the capture: the graph's alone
-    fake.capturing = False
-    device.moe(*a)
-    fake.capturing = True
-    device.moe(*a)
+    for capture in (5, 5, 6):
+        fake.driver.capture = capture
+        device.moe(*a)
+    first, again, second = (each for each in fake.launches() if each[0] == "fc2")
+    assert workspaces(first) == workspaces(again)
+    for one, other in ((eager, first), (eager, second), (first, second)):
+        assert not {*workspaces(one).values()} & {*workspaces(other).values()}
+    # what lies between the launches is torch's, in the graph's pool
+    assert not {first[2]["a"], second[2]["a"]} & fake.driver.memory.keys()
     fake.capturing = False
     fake.runtime.clear()
-    assert len(fake.runtime._entries) == 1
-    fake.launches()
+    assert len(fake.runtime.entries) == 0
+    assert {*workspaces(first).values(), *workspaces(second).values()} <= fake.driver.memory.keys()
     device.moe(*a)
     assert len(fake.launches()) == 3
+
+
+def test_old_entries_are_dropped_but_not_those_in_use(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "KEPT_ENTRIES", 3)
+    used, one = arguments(1), torch.ones(1)
+    device.moe(*used)
+    (kept,) = fake.runtime.entries.values()
+    for m in range(1, 6):
+        device.moe(*used)
+        device.quantize_nvfp4(torch.zeros(m, HIDDEN, dtype=torch.bfloat16), one)
+    assert len(fake.runtime.entries) == 3
+    assert kept in fake.runtime.entries.values()
+    fake.launches()
+    device.moe(*used)
+    assert len(fake.launches()) == 3
+
+
+def test_another_device_than_the_current_one_is_made_current_for_the_launches(fake: Fake) -> None:
+    a = arguments()
+    device.moe(*a)
+    assert fake.guarded == []
+    fake.device = 1
+    device.moe(*a)
+    assert (fake.guarded, fake.device) == ([0], 1)
+    assert len(fake.launches()) == 6
+
+
+def test_a_thread_without_a_context_gets_the_device_s(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = fake.driver.launches
+
+    def launcher(prepared: Any) -> Any:
+        def launch(stream: int) -> None:
+            if fake.driver.context is None:
+                raise DriverError("cuLaunchKernelEx: CUDA_ERROR_INVALID_CONTEXT", call="cuLaunchKernelEx", code=201)
+            launches.append(((prepared.function, prepared.config), stream, bytes(prepared.keep[0])))  # type: ignore[arg-type]
+
+        return launch
+
+    monkeypatch.setattr(fake.driver, "launcher", launcher)
+    a = arguments()
+    for _ in range(2):  # one that makes its Plans, one that finds them
+        fake.driver.context = None
+        device.moe(*a)
+        assert fake.driver.context == 0
+        assert [each[0] for each in fake.launches()] == ["prepare", "fc1", "fc2"]
+
+
+def test_calls_of_several_threads_on_one_stream_do_not_mix(fake: Fake) -> None:
+    layers = [arguments(m) for m in (1, 2, 3, 4)]
+    for each in layers:
+        device.moe(*each)
+    fake.launches()
+    threads = [threading.Thread(target=lambda each=each: [device.moe(*each) for _ in range(30)]) for each in layers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seen = fake.launches()
+    assert len(seen) == 4 * 30 * 3
+    inputs = {each[0].data_ptr(): each[2].data_ptr() for each in layers}
+    for prepare, fc1, fc2 in zip(seen[::3], seen[1::3], seen[2::3], strict=True):
+        assert (prepare[0], fc1[0], fc2[0]) == ("prepare", "fc1", "fc2")
+        assert prepare[2]["ids"] == inputs[fc1[2]["a"]]
 
 
 @pytest.mark.parametrize(
@@ -220,16 +341,21 @@ def test_plans_of_a_captured_graph_are_kept(fake: Fake) -> None:
         (lambda a: a.__setitem__(4, a[4][:-128]), ProblemError, "packed weights of"),
         (lambda a: a.__setitem__(12, 100), ProblemError, "multiple of 64"),
         (lambda a: a.__setitem__(14, "f64"), ProblemError, "c_dtype"),
+        (lambda a: a.__setitem__(11, -1), ProblemError, "hidden"),
+        (lambda a: a.__setitem__(0, a[0][0, 0]), ProblemError, "two dimensions"),
+        (lambda a: a.__setitem__(0, torch.zeros(5 * HIDDEN + 1, dtype=torch.bfloat16)[1:].reshape(5, HIDDEN)), ProblemError, "align it to 16"),
+        (lambda a: a.__setitem__(10, torch.ones(2)), ProblemError, "has shape"),
     ],
 )
 def test_wrong_inputs_launch_nothing_even_after_a_good_call(fake: Fake, change: Any, error: type[Exception], said: str) -> None:
-    device.moe(*arguments())
-    fake.launches()
     a = arguments()
+    device.moe(*a)
+    fake.launches()
     change(a)
-    with pytest.raises(error, match=said):
-        device.moe(*a)
-    assert fake.launches() == []
+    for _ in range(2):
+        with pytest.raises(error, match=said):
+            device.moe(*a)
+        assert fake.launches() == []
 
 
 def test_no_tokens_launch_nothing(fake: Fake) -> None:
@@ -249,6 +375,13 @@ def test_single_ops_launch_one_kernel_each(fake: Fake) -> None:
     fc1, fc2 = fake.launches()
     assert (fc1[2]["a"], fc1[2]["c"]) == (x.data_ptr(), c.data_ptr())
     assert (fc2[2]["a"], fc2[2]["alpha"], fc2[2]["c"]) == (c.data_ptr(), alpha.data_ptr(), y.data_ptr())
-    with pytest.raises(ProblemError, match="has shape"):
-        device.fc2_out(c, None, a[6], alpha, EXPERTS, HIDDEN, packing.LAYOUT, "bf16", c=y[:2])
-    assert fake.launches() == []
+    over = torch.empty(3 * HIDDEN * 2, dtype=torch.bfloat16)
+    overlapping = {"c": over[: 3 * HIDDEN].view(3, HIDDEN), "x": over[HIDDEN : 4 * HIDDEN].view(3, HIDDEN)}
+    for _ in range(2):  # after a call that was good, too
+        with pytest.raises(ProblemError, match="has shape"):
+            device.fc2_out(c, None, a[6], alpha, EXPERTS, HIDDEN, packing.LAYOUT, "bf16", c=y[:2])
+        with pytest.raises(ProblemError, match=r"c \(output\) overlaps x"):
+            device.moe_out(overlapping["x"], *a[1:], c=overlapping["c"])
+        assert fake.launches() == []
+        device.moe_out(y, *a[1:], c=overlapping["c"])
+        assert len(fake.launches()) == 3

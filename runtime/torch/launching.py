@@ -1,0 +1,362 @@
+"""How the ops launch: Plans made once for everything that their checks depend on, then pointed to each call's tensors.
+
+A call whose key is known writes the addresses that moved into the parameter blocks and launches; nothing else is done twice.
+
+Memory. Workspaces (zero between launches) belong to one stream, or to one capture of a CUDA graph: no two streams and no two graphs share any.
+Layers of one stream run one after another, each kernel after all before it has ended (``griddepcontrol.wait``), and a lock keeps the launches of
+a call together: they share theirs. So they do with what lies between the launches of a call, up to 16 MB; more, and what a graph captures, is
+an allocation of torch's for that call alone. What is shared comes from the driver, not from torch's allocator: a graph's private pool stays what
+torch believes it to be.
+
+Plans and workspaces that a graph captured are kept for the life of the process, since nothing says when the graph ends. The other Plans are
+dropped when there are many: those first that have not been used for the longest time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from densemoe.runtime.errors import DriverError, PlanError, ProblemError
+from densemoe.runtime.loader import Loader
+from densemoe.runtime.plan import Plan, packed_weight_bytes
+from densemoe.runtime.problem import Problem
+from densemoe.runtime.recipe import evaluate
+from densemoe.runtime.variant import GROUPED_OPS
+
+__all__ = ["Entry", "Launch", "Runtime", "Source", "check_aligned", "runtime", "use_runtime"]
+
+Tensor = Any
+Owner = tuple[str, int, int]  # (stream or capture, device, which)
+
+KEPT_ENTRIES: Final = 4096  # some 10 KB of host memory each; a served model has layers x token counts of them
+KEPT_SCRATCH: Final = 16 << 20  # bytes between the launches of a call that a stream keeps
+SMALLEST_WORKSPACE: Final = 1 << 16  # bytes; a larger one is made where a call needs more
+_OUT_OF_MEMORY: Final = 2  # CUresult
+_INVALID_CONTEXT: Final = 201
+_ONE: Final = b"\x00\x00\x80\x3f"  # float32 1.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of a call, or its scratch.
+
+    Attributes:
+        name: in messages.
+        alignment: of its address, in bytes.
+        nbytes: its size.
+        uses: (launch, role there, offset in bytes) of each kernel that is pointed to it.
+    """
+
+    name: str
+    alignment: int = 1
+    nbytes: int = 0
+    uses: tuple[tuple[int, str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a call, before there is a Plan.
+
+    Attributes:
+        layout, weight_bytes: of the packed weights, where the op has some.
+        settings: run-time switches besides the selection's.
+        fixed: addresses by role that no call changes.
+    """
+
+    problem: Problem
+    layout: str | None = None
+    weight_bytes: int = 0
+    settings: Mapping[str, int] | None = None
+    fixed: Mapping[str, int] | None = None
+
+
+def check_aligned(source: Source, pointer: int) -> None:
+    """ProblemError where an address is not aligned."""
+    if pointer % source.alignment:
+        raise ProblemError(f"{source.name} begins at {pointer:#x}: align it to {source.alignment} bytes")
+
+
+class Entry:
+    """The Plans of one key, and where in their parameter blocks each address of a call belongs.
+
+    Attributes:
+        plans: in launch order; none for M = 0.
+        scratch: bytes that a call allocates for what lies between its launches; 0 where the stream keeps them.
+        used: how many entries had been made when it was launched last.
+    """
+
+    def __init__(self, runtime: Runtime, owner: Owner, plans: tuple[Plan, ...], sources: Sequence[Source], scratch: int = 0) -> None:
+        self.plans, self.sources, self.scratch, self.used = plans, tuple(sources), scratch, runtime.made
+        self.launches = tuple(plan.launch for plan in plans)
+        self._runtime, self._ordinal = runtime, owner[1]
+        self._lock = runtime.lock(owner)
+        self._alignments = tuple(each.alignment for each in sources)
+        self._bound: tuple[int, ...] = (-1,) * len(self.sources)
+        self._nowhere = self._bound
+        words = [plan.words() for plan in plans]
+        #: (parameter block as 64-bit words, index, offset) by source
+        self._slots: list[list[tuple[memoryview, int, int]]] = [[] for _ in sources]
+        #: (Plan, role, offset) by source, of Plans whose addresses stand in tensor maps
+        self._encoded: list[list[tuple[Plan, str, int]]] = [[] for _ in sources]
+        for position, each in enumerate(self.sources):
+            for launch, role, offset in each.uses if plans else ():
+                found = words[launch]
+                if found is None:
+                    self._encoded[position].append((plans[launch], role, offset))
+                else:
+                    self._slots[position] += [(found[0], index, offset + inner) for index, inner in found[1].get(role, ())]
+
+    def launch(self, pointers: tuple[int, ...], stream: int) -> None:
+        """Launches every Plan on ``stream``, pointed to ``pointers``: an address for each source, 0 for an absent one.
+
+        Raises:
+            ProblemError: an address is not aligned; nothing was launched.
+        """
+        self.used = self._runtime.made
+        if not self.launches:
+            return
+        with self._lock:
+            if pointers != self._bound:
+                self._point(pointers)
+            if self._runtime.current_device() == self._ordinal:
+                try:
+                    for launch in self.launches:
+                        launch(stream)
+                except DriverError as error:
+                    if error.code != _INVALID_CONTEXT:
+                        raise
+                    self._launch_guarded(stream)  # the thread had no context, so the first launch failed
+            else:
+                self._launch_guarded(stream)
+
+    def _launch_guarded(self, stream: int) -> None:
+        with self._runtime.on_device(self._ordinal):
+            for launch in self.launches:
+                launch(stream)
+
+    def _point(self, pointers: tuple[int, ...]) -> None:
+        before, self._bound = self._bound, self._nowhere  # until everything is written
+        again: dict[Plan, dict[str, int]] = {}
+        for position, pointer in enumerate(pointers):
+            if pointer != before[position]:
+                if pointer % self._alignments[position]:
+                    check_aligned(self.sources[position], pointer)
+                for block, index, offset in self._slots[position]:
+                    block[index] = pointer + offset
+                for plan, role, offset in self._encoded[position]:
+                    again.setdefault(plan, {})[role] = pointer + offset
+        for plan, addresses in again.items():
+            plan.rebind(addresses)
+        self._bound = pointers
+
+    def check_apart(self, pointers: tuple[int, ...], output: int) -> None:
+        """ProblemError where the caller's output at position ``output`` lies over another tensor of the call."""
+        start = pointers[output]
+        end = start + self.sources[output].nbytes
+        for position, (pointer, source) in enumerate(zip(pointers, self.sources, strict=True)):
+            if position != output and pointer < end and start < pointer + source.nbytes:
+                raise ProblemError(f"{self.sources[output].name} (output) overlaps {source.name}: give each memory of its own")
+
+    def close(self) -> None:
+        """Closes the Plans."""
+        for plan in self.plans:
+            plan.close()
+
+
+class Runtime:
+    """What the ops launch through. One serves a process; tests give their own loader and callables.
+
+    Args:
+        loader: made on first use where absent.
+        stream: current stream of a device as an address.
+        capturing: whether that stream is being captured.
+        current_device: of this thread.
+        guard: makes a device current, a context manager.
+    """
+
+    def __init__(
+        self,
+        loader: Loader | None = None,
+        stream: Callable[[int], int] | None = None,
+        capturing: Callable[[], bool] | None = None,
+        current_device: Callable[[], int] | None = None,
+        guard: Callable[[int], AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        self._loader = loader
+        # torch's own functions behind torch.cuda.current_stream (which makes an object at 2 us) and their like
+        self.stream: Callable[[int], int] = stream or _torch("_cuda_getCurrentRawStream", lambda ordinal: 0)
+        self.capturing: Callable[[], bool] = capturing or _torch("_cuda_isCurrentStreamCapturing", lambda: False)
+        self.current_device: Callable[[], int] = current_device or _torch("_cuda_getDevice", lambda: 0)
+        self._guard = guard or torch.cuda.device
+        self._lock = threading.RLock()  # making an entry may make the loader
+        self.entries: dict[Any, Entry] = {}
+        self.made = 0  # entries, so far
+        self._captured: dict[Any, Entry] = {}
+        self._workspaces: dict[tuple[Owner, str, bool], tuple[int, int]] = {}  # → (address, bytes)
+        self._outgrown: list[int] = []
+        self._locks: dict[Owner, Any] = {}
+        self._ones: dict[int, int] = {}
+        self._groups: dict[int, bool] = {}
+
+    @property
+    def loader(self) -> Loader:
+        """The loader of this process.
+
+        Raises:
+            ArtifactError, DriverUnavailable: there are no kernels, or no driver.
+        """
+        if self._loader is None:
+            with self._lock:
+                if self._loader is None:
+                    self._loader = Loader()
+        return self._loader
+
+    def on_device(self, ordinal: int) -> AbstractContextManager[Any]:
+        """Makes a device current, its context too: a thread that never called CUDA has none."""
+        guard = nullcontext() if self.current_device() == ordinal else self._guard(ordinal)
+        return _WithContext(guard, self.loader, ordinal)
+
+    def clear(self) -> None:
+        """Forgets every Plan and workspace that no captured graph uses. The caller makes sure that none of them still runs."""
+        with self._lock:
+            for entry in self.entries.values():
+                entry.close()
+            self.entries.clear()
+            free = [key for key in self._workspaces if key[0][0] == "stream"]
+            for pointer in (*self._outgrown, *(self._workspaces.pop(key)[0] for key in free)):
+                self.loader.driver.free(pointer)
+            self._outgrown.clear()
+
+    def entry(self, key: Any, ordinal: int, stream: int, make: Callable[[Owner], Entry]) -> Entry:
+        """The entry of ``key``, made where it is not there yet. While a graph is captured, the one of that capture.
+
+        Args:
+            make: is told whose workspaces the entry uses.
+        """
+        with self._lock, self.on_device(ordinal):
+            if self.capturing():
+                capture = self.loader.driver.capture_id(stream)
+                found = self._captured.get((capture, key))
+                if found is None:
+                    found = self._captured[capture, key] = make(("capture", ordinal, capture))
+                return found
+            found = self.entries.get(key)
+            if found is None:
+                if len(self.entries) >= KEPT_ENTRIES:
+                    self._drop()
+                self.made += 1
+                found = self.entries[key] = make(("stream", ordinal, stream))
+            return found
+
+    def _drop(self) -> None:
+        for key, entry in heapq.nsmallest(max(1, KEPT_ENTRIES // 64), self.entries.items(), key=lambda each: each[1].used):
+            entry.close()
+            del self.entries[key]
+
+    def plans(self, launches: Sequence[Launch], addresses: Sequence[Mapping[str, int]], owner: Owner) -> tuple[Plan, ...]:
+        """The Plans of a call's launches.
+
+        Raises:
+            PlanError: weights in another layout than the kernel's.
+            ProblemError: weights of another size than the layout gives.
+        """
+        return tuple(self._plan(launch, own, owner) for launch, own in zip(launches, addresses, strict=True))
+
+    def _plan(self, launch: Launch, addresses: Mapping[str, int], owner: Owner) -> Plan:
+        problem, ordinal = launch.problem, owner[1]
+        choice = self.loader.select(problem, ordinal)
+        entry = self.loader.kernel(choice.variant.key, ordinal).entry
+        if launch.layout is not None and entry.layout != launch.layout:
+            raise PlanError(f"the weights are packed as {launch.layout}, {entry.key} reads {entry.layout}: pack them for this device")
+        needed = packed_weight_bytes(entry.layout, problem)
+        if launch.weight_bytes != needed:
+            raise ProblemError(f"{problem.op}: packed weights of {launch.weight_bytes} bytes: {entry.layout} of this problem has {needed}")
+        names = entry.recipe.bind({**problem.names(), "sm_count": self.loader.driver.sm_count(ordinal)})
+        workspace = {
+            each.role: self._workspace(owner, each.role, each.zeroed, evaluate(each.nbytes, names), ordinal) for each in entry.recipe.workspaces
+        }
+        given = {**dict.fromkeys(problem.tensors(), 0), **addresses, **(launch.fixed or {})}
+        return self.loader.plan(problem, given, ordinal, choice.variant.key, workspace, launch.settings)
+
+    def _workspace(self, owner: Owner, role: str, zeroed: bool, nbytes: int, ordinal: int) -> int:
+        """Memory of ``owner``; kernels leave a zeroed one zero, so one that is large enough serves every size."""
+        pointer, size = self._workspaces.get((owner, role, zeroed), (0, 0))
+        if size < nbytes or not pointer:
+            if pointer:
+                self._outgrown.append(pointer)  # earlier Plans use it
+            size = max(SMALLEST_WORKSPACE, 1 << (nbytes - 1).bit_length())
+            pointer = self._allocate(size, b"", ordinal)
+            self._workspaces[owner, role, zeroed] = (pointer, size)
+        return pointer
+
+    def kept_scratch(self, owner: Owner, nbytes: int) -> int:
+        """Address of what lies between the launches of a stream's calls, or 0 where a call allocates it."""
+        return 0 if owner[0] == "capture" or nbytes > KEPT_SCRATCH else self._workspace(owner, "scratch", False, nbytes, owner[1])
+
+    def lock(self, owner: Owner) -> Any:
+        """What keeps the launches of a call together on their stream."""
+        return self._locks.setdefault(owner, threading.Lock())
+
+    def _allocate(self, nbytes: int, content: bytes, ordinal: int) -> int:
+        try:
+            return self.loader.driver.allocate_apart(nbytes, content)
+        except DriverError as error:
+            if error.code != _OUT_OF_MEMORY or self.capturing():
+                raise
+            torch.cuda.empty_cache()  # torch may hold memory that it does not use
+            return self.loader.driver.allocate_apart(nbytes, content)
+
+    def one(self, ordinal: int) -> int:
+        """Address of a float32 1 on a device: the default form's divisor of alpha."""
+        if ordinal not in self._ones:
+            self._ones[ordinal] = self._allocate(len(_ONE), _ONE, ordinal)
+        return self._ones[ordinal]
+
+    def groups(self, ordinal: int) -> bool:
+        """Whether the device's set has the kernels over gathered tokens."""
+        found = self._groups.get(ordinal)
+        if found is None:
+            ops = {key.split(".", 1)[0] for key in self.loader.manifest(ordinal).variants}
+            found = self._groups[ordinal] = {"route", *GROUPED_OPS} <= ops
+        return found
+
+
+class _WithContext(AbstractContextManager[None]):
+    def __init__(self, guard: AbstractContextManager[Any], loader: Loader, ordinal: int) -> None:
+        self._guard, self._loader, self._ordinal = guard, loader, ordinal
+
+    def __enter__(self) -> None:
+        self._guard.__enter__()
+        if self._loader.driver.current_device() != self._ordinal:
+            self._loader.driver.use_device(self._ordinal)
+
+    def __exit__(self, *error: Any) -> None:
+        self._guard.__exit__(*error)
+
+
+def _torch(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of torch's that builds without CUDA lack."""
+    return getattr(torch._C, name, otherwise)
+
+
+#: The Runtime that the ops use; ``use_runtime`` changes it.
+current: Runtime = Runtime()
+
+
+def runtime() -> Runtime:
+    """The Runtime that the ops use."""
+    return current
+
+
+def use_runtime(given: Runtime) -> Runtime:
+    """Makes the ops use ``given``: another artifact root, or a test's driver. Returns the one used until now."""
+    global current
+    before, current = current, given
+    return before

@@ -1,0 +1,248 @@
+"""Single ops on a GPU: one launch each. A call computes its key (everything that its checks depend on: shapes, dtypes, contiguity and devices of
+all tensors, the stream, the weights' address), and launches the entry of that key (``launching``); one that is new is checked and planned first.
+
+These functions are what a call costs beyond its launch, so they are written out: no loops, no dictionaries, no allocations but the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+import torch
+
+from densemoe.runtime.plan import WEIGHT_ALIGNMENT
+from densemoe.runtime.problem import GROUP, Problem
+from densemoe.runtime.torch import launching
+from densemoe.runtime.torch.checks import C_DTYPES, check_quantize, fc1_problem, fc2_problem, require
+from densemoe.runtime.torch.launching import Entry, Launch, Owner, Runtime, Source, check_aligned
+
+__all__ = ["check_given", "fc1_swiglu", "fc1_swiglu_out", "fc2", "fc2_out", "quantize_nvfp4", "quantize_nvfp4_out", "signature"]
+
+Tensor = Any
+
+_U8: Final = torch.uint8
+_empty: Final = torch.empty
+
+
+def signature(tensor: Tensor | None) -> Any:
+    """Everything that a tensor's checks depend on, its address apart."""
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.is_contiguous(), tensor.get_device())
+
+
+def _entry(rt: Runtime, key: Any, ordinal: int, stream: int, launch: Launch, roles: Iterable[str], pointers: tuple[int, ...]) -> Entry:
+    """The entry of a single kernel; ``roles`` stand in the order of ``pointers``. Outside the ops, whose variables would be slower to reach were they
+    shared with a function inside."""
+    ordinal = max(ordinal, 0)  # a CPU tensor stands for device 0 where tests have no GPU
+    return rt.entry(key, ordinal, stream, lambda owner: _make(rt, owner, launch, roles, pointers))
+
+
+def _make(rt: Runtime, owner: Owner, launch: Launch, roles: Iterable[str], pointers: tuple[int, ...]) -> Entry:
+    problem = launch.problem
+    specs = problem.tensors()
+    sources = []
+    for role in roles:
+        spec = specs.get(role)
+        if spec is not None:
+            sources.append(Source(role, spec.alignment, spec.nbytes, ((0, role, 0),)))
+        else:
+            sources.append(Source("b", WEIGHT_ALIGNMENT, launch.weight_bytes, ((0, "b", 0),)) if role == "b" else Source(role))
+    addresses = {source.name: pointer for source, pointer in zip(sources, pointers, strict=True) if source.uses}
+    for source, pointer in zip(sources, pointers, strict=True):
+        check_aligned(source, pointer)
+    plans = rt.plans([launch], [addresses], owner) if problem.m else ()
+    return Entry(rt, owner, plans, sources)
+
+
+# ---- quantize_nvfp4
+
+_QUANTIZE: Final = ("a", "output_multiplier", "c.codes", "c.scales")
+
+
+def quantize_nvfp4(x: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``ops``."""
+    device = x.device
+    try:
+        m, k = x.shape
+        codes = _empty(m, k // 2, dtype=_U8, device=device)
+        scales = _empty((m + 127) // 128 * 128, k // GROUP, dtype=_U8, device=device)
+    except (ValueError, RuntimeError):  # what the checks refuse, or no memory
+        check_quantize(x, multiplier)
+        raise
+    _quantize(x, multiplier, codes, scales)
+    return codes, scales
+
+
+def quantize_nvfp4_out(x: Tensor, multiplier: Tensor, *, codes: Tensor, scales: Tensor) -> None:
+    """See ``ops``."""
+    _quantize(x, multiplier, codes, scales, own=False)
+
+
+def _quantize(x: Tensor, multiplier: Tensor, codes: Tensor, scales: Tensor, own: bool = True) -> None:
+    rt, ordinal = launching.current, x.get_device()
+    stream = rt.stream(ordinal)
+    key = (
+        "quantize", stream, ordinal, x.shape, x.dtype, x.is_contiguous(),
+        multiplier.shape, multiplier.dtype, multiplier.is_contiguous(), multiplier.get_device(),
+    )  # fmt: skip
+    pointers = (x.data_ptr(), multiplier.data_ptr(), codes.data_ptr(), scales.data_ptr())
+    entry = None if rt.capturing() else rt.entries.get(key)
+    if entry is None:
+        problem = Problem("quantize", int(x.shape[0]), 0, int(x.shape[1]), 0, check_quantize(x, multiplier), "nvfp4")
+        entry = _entry(rt, key, ordinal, stream, Launch(problem), _QUANTIZE, pointers)
+    if not own:
+        m, k = x.shape
+        check_given("codes", codes, _U8, (m, k // 2), x)
+        check_given("scales", scales, _U8, ((m + 127) // 128 * 128, k // GROUP), x)
+        entry.check_apart(pointers, 2)
+        entry.check_apart(pointers, 3)
+    entry.launch(pointers, stream)
+
+
+def check_given(name: str, target: Tensor, dtype: Any, shape: tuple[int, ...], beside: Tensor) -> None:
+    """ProblemError unless an output that the caller gave is what the op would make beside its input; alignment is looked at when it is launched."""
+    if target.shape != shape or target.dtype is not dtype or target.get_device() != beside.get_device() or not target.is_contiguous():
+        require(name, target, dtype, shape, beside.device)
+
+
+# ---- fc1_swiglu
+
+_FC1_BF16: Final = ("a", "-", "b", "alpha", "alpha_post", "output_multiplier")
+_FC1_NVFP4: Final = ("a.codes", "a.scales", "b", "alpha", "alpha_post", "output_multiplier")
+
+
+def fc1_swiglu(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    alpha: Tensor,
+    alpha_post: Tensor | None,
+    output_multiplier: Tensor | None,
+    intermediate: int,
+    layout: str,
+    c_dtype: str,
+) -> tuple[Tensor, Tensor]:
+    """See ``ops``."""
+    device = a.device
+    try:
+        m, n = a.shape[0], alpha.shape[0] * intermediate
+        if c_dtype == "nvfp4":
+            c = _empty(m, n // 2, dtype=_U8, device=device)
+            c_scales = _empty((m + 127) // 128 * 128, n // GROUP, dtype=_U8, device=device)
+        else:
+            c, c_scales = _empty(m, n, dtype=C_DTYPES[c_dtype], device=device), _empty(0, 0, dtype=_U8, device=device)
+    except (IndexError, KeyError, RuntimeError):  # what the checks refuse, or no memory
+        fc1_problem(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, c_dtype)
+        raise
+    _fc1(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, layout, c_dtype, c, c_scales)
+    return c, c_scales
+
+
+def fc1_swiglu_out(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    alpha: Tensor,
+    alpha_post: Tensor | None,
+    output_multiplier: Tensor | None,
+    intermediate: int,
+    layout: str,
+    c_dtype: str,
+    *,
+    c: Tensor,
+    c_scales: Tensor,
+) -> None:
+    """See ``ops``."""
+    _fc1(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, layout, c_dtype, c, c_scales, own=False)
+
+
+def _fc1(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    alpha: Tensor,
+    alpha_post: Tensor | None,
+    output_multiplier: Tensor | None,
+    intermediate: int,
+    layout: str,
+    c_dtype: str,
+    c: Tensor,
+    c_scales: Tensor,
+    own: bool = True,
+) -> None:
+    rt, ordinal = launching.current, a.get_device()
+    stream, b_pointer = rt.stream(ordinal), b.data_ptr()
+    key = (
+        "fc1", stream, ordinal, intermediate, layout, c_dtype, b_pointer, a.shape, a.dtype, a.is_contiguous(),
+        b.shape, b.dtype, b.is_contiguous(), b.get_device(), alpha.shape, alpha.dtype, alpha.is_contiguous(), alpha.get_device(),
+        None if a_scales is None else signature(a_scales),
+        None if alpha_post is None else signature(alpha_post),
+        None if output_multiplier is None else signature(output_multiplier),
+    )  # fmt: skip
+    quantised = c_dtype == "nvfp4"
+    pointers = (
+        a.data_ptr(),
+        0 if a_scales is None else a_scales.data_ptr(),
+        b_pointer,
+        alpha.data_ptr(),
+        0 if alpha_post is None else alpha_post.data_ptr(),
+        0 if output_multiplier is None else output_multiplier.data_ptr(),
+        c.data_ptr(),
+        c_scales.data_ptr() if quantised else 0,
+    )
+    entry = None if rt.capturing() else rt.entries.get(key)
+    if entry is None:
+        problem = fc1_problem(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, c_dtype)
+        roles = (*(_FC1_BF16 if a_scales is None else _FC1_NVFP4), *(("c.codes", "c.scales") if quantised else ("c", "-")))
+        entry = _entry(rt, key, ordinal, stream, Launch(problem, layout, b.numel()), roles, pointers)
+    if not own:
+        m, n = a.shape[0], alpha.shape[0] * intermediate
+        check_given("c", c, _U8 if quantised else C_DTYPES[c_dtype], (m, n // 2 if quantised else n), a)
+        check_given("c_scales", c_scales, _U8, ((m + 127) // 128 * 128, n // GROUP) if quantised else (0, 0), a)
+        entry.check_apart(pointers, 6)
+        if quantised:
+            entry.check_apart(pointers, 7)
+    entry.launch(pointers, stream)
+
+
+# ---- fc2
+
+
+def fc2(a: Tensor, a_scales: Tensor | None, b: Tensor, alpha: Tensor, experts: int, hidden: int, layout: str, c_dtype: str) -> Tensor:
+    """See ``ops``."""
+    try:
+        c = _empty(a.shape[0], hidden, dtype=C_DTYPES[c_dtype], device=a.device)
+    except (IndexError, KeyError, RuntimeError):  # what the checks refuse, or no memory
+        fc2_problem(a, a_scales, b, alpha, experts, hidden, c_dtype)
+        raise
+    _fc2(a, a_scales, b, alpha, experts, hidden, layout, c_dtype, c)
+    return c
+
+
+def fc2_out(
+    a: Tensor, a_scales: Tensor | None, b: Tensor, alpha: Tensor, experts: int, hidden: int, layout: str, c_dtype: str, *, c: Tensor
+) -> None:
+    """See ``ops``."""
+    _fc2(a, a_scales, b, alpha, experts, hidden, layout, c_dtype, c, own=False)
+
+
+def _fc2(
+    a: Tensor, a_scales: Tensor | None, b: Tensor, alpha: Tensor, experts: int, hidden: int, layout: str, c_dtype: str, c: Tensor, own: bool = True
+) -> None:
+    rt, ordinal = launching.current, a.get_device()
+    stream, b_pointer = rt.stream(ordinal), b.data_ptr()
+    key = (
+        "fc2", stream, ordinal, experts, hidden, layout, c_dtype, b_pointer, a.shape, a.dtype, a.is_contiguous(),
+        b.shape, b.dtype, b.is_contiguous(), b.get_device(), alpha.shape, alpha.dtype, alpha.is_contiguous(), alpha.get_device(),
+        None if a_scales is None else signature(a_scales),
+    )  # fmt: skip
+    pointers = (a.data_ptr(), 0 if a_scales is None else a_scales.data_ptr(), b_pointer, alpha.data_ptr(), c.data_ptr())
+    entry = None if rt.capturing() else rt.entries.get(key)
+    if entry is None:
+        problem = fc2_problem(a, a_scales, b, alpha, experts, hidden, c_dtype)
+        roles = ("a", "-", "b", "alpha", "c") if a_scales is None else ("a.codes", "a.scales", "b", "alpha", "c")
+        entry = _entry(rt, key, ordinal, stream, Launch(problem, layout, b.numel()), roles, pointers)
+    if not own:
+        check_given("c", c, C_DTYPES[c_dtype], (a.shape[0], hidden), a)
+        entry.check_apart(pointers, 4)
+    entry.launch(pointers, stream)
