@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from densemoe.compile.elf import warpgroup_products_and_waits
 from densemoe.compile.kernels import KernelModule
 from densemoe.compile.toolchain import Compiled
 from densemoe.runtime.errors import AuditError
@@ -56,6 +57,7 @@ def audit(variant: Variant, kernel: KernelModule, compiled: Compiled, allowance:
     for opcode in counts:
         if opcode.startswith(("ld.local", "st.local")):
             faults.append(f"{counts[opcode]} {opcode} in the PTX: an array with a run-time index went to local memory")
+    faults += serialised(counts, compiled.cubin)
     block = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?", compiled.ptx)
     threads = tuple(int(part or 1) for part in block.groups()) if block else None
     if threads != recipe.block:
@@ -71,6 +73,29 @@ def audit(variant: Variant, kernel: KernelModule, compiled: Compiled, allowance:
     if expected.design:
         found["design"] = dict(expected.design)
     return found
+
+
+def serialised(counts: Mapping[str, int], cubin: bytes) -> list[str]:
+    """Faults of a kernel whose WGMMA ptxas serialised: correct, and a multiple slower. ptxas warns of it (C7510 and others), but CuTe DSL drops
+    its warnings; what shows in the machine code is a wait after every product.
+
+    Args:
+        counts: opcodes of the PTX.
+    """
+    asked = sum(count for opcode, count in counts.items() if opcode.startswith("wgmma.mma_async"))
+    if not asked:
+        return []
+    waited = sum(count for opcode, count in counts.items() if opcode.startswith("wgmma.wait_group"))
+    products, waits = warpgroup_products_and_waits(cubin)
+    faults = []
+    if products < asked:
+        faults.append(f"{products} HGMMA in the machine code, {asked} wgmma.mma_async in the PTX: products are missing")
+    if waits * asked > waited * products:
+        faults.append(
+            f"{waits} waits for {products} products in the machine code, {waited} for {asked} in the PTX: ptxas serialised WGMMA. Keep accumulators"
+            " in place: nothing may touch them, and no branch may part lanes, between wgmma.fence and wgmma.wait_group"
+        )
+    return faults
 
 
 _INSTRUCTION = re.compile(r"(?:@!?%?\w+\s+)?([a-z][\w.:]*)\b")

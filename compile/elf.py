@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from densemoe.runtime.errors import AuditError
 
-__all__ = ["Cubin", "read_cubin", "read_sections"]
+__all__ = ["Cubin", "read_cubin", "read_sections", "warpgroup_products_and_waits"]
 
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
@@ -23,6 +23,9 @@ _SHT_SYMTAB, _SHT_NOBITS = 2, 8
 _FORMAT_NO_VALUE, _FORMAT_BYTE, _FORMAT_HALF, _FORMAT_SIZED = 1, 2, 3, 4
 _REGISTERS, _FRAME, _MINIMUM_STACK = 0x2F, 0x11, 0x12
 _PARAMETER, _PARAMETER_BLOCK = 0x17, 0x19
+_INSTRUCTION = struct.Struct("<QQ")
+_OPCODE = 0xFFF  # bits of an instruction's first word, sm_90
+_HGMMA, _WARPGROUP, _WAITS = 0xDF0, 0x9C5, 1 << 47  # found by comparing with nvdisasm -hex; WARPGROUP.DEPBAR has the bit, WARPGROUP.ARRIVE has not
 _GLOBAL_FUNCTION = 0x12  # symbol binding global, type function
 
 
@@ -99,6 +102,17 @@ def read_sections(data: bytes) -> dict[str, bytes]:
         return {name: content(header) for name, header in headers.items()}
     except (struct.error, IndexError, ValueError, OverflowError) as error:
         raise AuditError(f"not a cubin that can be read ({len(data)} bytes): {error}") from None
+
+
+def warpgroup_products_and_waits(data: bytes) -> tuple[int, int]:
+    """How many warpgroup products (HGMMA) and waits for them (WARPGROUP.DEPBAR) stand in the machine code of an sm_90 cubin."""
+    products = waits = 0
+    for name, code in read_sections(data).items():
+        if name.startswith(".text."):
+            for first, _ in _INSTRUCTION.iter_unpack(code):
+                products += (first & _OPCODE) == _HGMMA
+                waits += (first & _OPCODE) == _WARPGROUP and bool(first & _WAITS)
+    return products, waits
 
 
 _Header = tuple[int, ...]

@@ -1,0 +1,446 @@
+"""The kernel of ``sm90_wgmma_groupedfc1`` and ``sm90_wgmma_groupedfc2``: 256 weight rows x up to ``tile_m`` gathered tokens, stream-K.
+
+A unit is a tile of ``route`` (up to ``tile_m`` rows of one expert) x 256 weight rows. All units' K 128 blocks are laid end to end and cut into equal
+spans, one a CTA: FC1 takes a tile's rows of units one after another, FC2 all tiles of the same 256 output columns. A K 128 block at a time:
+
+    tokens of the next block ─ st.shared, barrier │ weights of the block after next ─ bulk copy │ tokens of the block after ─ load
+    superblock ─ wait ─ decode ─ wgmma
+
+Three pieces of code run at their own distance along the span: weights, ``weight_stages`` blocks ahead; tokens, one block ahead; and the products.
+What a tile's rows are (``rows``, and FC2's ``row_alpha``) stands in shared memory a tile before it is needed.
+
+    FC1:  a unit in one span: epilogue.  In several: sums to the CTA's slot, ticket; the last CTA adds all, in the order of CTAs, then the epilogue.
+    FC2:  workspace[token] += row_alpha · accumulators (red.v4); ticket at the end of 256 columns; the last converts, stores and clears.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint32
+from cutlass.experimental import primitives as pr
+
+from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels import sm90_wgmma as wgmma
+from densemoe.compile.kernels.sm90_epilogue import multiply, select, store_fc1_outputs, store_if, store_row
+from densemoe.compile.kernels.sm90_fc2 import add_to_workspace, load_workspace_if, wait
+from densemoe.compile.kernels.sm90_reduction import load_shared_v4, store_shared_v4, take_ticket
+
+TILE_BYTES = 16  # of a tile of ``route``, and of the list's head
+SMALLEST_SPAN = 4  # K 128 blocks of a CTA
+SLOTS = 2  # of a CTA: for the unit that its span begins inside of, and for the one that it ends inside of
+VECTOR = 4  # float32 of one access to a slot
+FC2_OUTPUTS = 8  # consecutive output columns that the four m16 blocks of a superblock give one lane
+FINISHED_TOKENS = 4  # tokens that a warp converts at a time: eight lanes hold 64 columns of one
+
+
+@cute.kernel
+def wgmma_kernel(
+    a: cutlass.Pointer,
+    a_scales: cutlass.Pointer,
+    b: cutlass.Pointer,
+    scales: cutlass.Pointer,
+    output_multiplier: cutlass.Pointer,
+    c: cutlass.Pointer,
+    c_scales: cutlass.Pointer,
+    partials: cutlass.Pointer,
+    tickets: cutlass.Pointer,
+    tiles: cutlass.Pointer,
+    rows: cutlass.Pointer,
+    tokens_total: Int32,
+    hidden: Int32,
+    intermediate: Int32,
+    config: cutlass.Constexpr,
+):
+    tid, _, _ = cute.arch.thread_idx()
+    bid, _, _ = cute.arch.block_idx()
+    ctas, _, _ = cute.arch.grid_dim()
+    warp = cute.arch.make_warp_uniform(tid // 32)
+    lane = tid % 32
+    g = lane // 4
+    t = lane % 4
+    fc2 = config.op == "groupedfc2"
+    owner = warp % wgmma.WARPGROUP_WARPS  # the superblock row of the unit that this warp multiplies
+    first_block = (warp // wgmma.WARPGROUP_WARPS) * config.blocks
+    row_blocks = hidden // common.SUPERBLOCK_ROWS if fc2 else intermediate // (common.SUPERBLOCK_ROWS // 2)
+    k_length = intermediate if fc2 else hidden
+    k_blocks = (k_length + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K
+    groups = (row_blocks + (wgmma.WARPGROUP_WARPS - 1)) // wgmma.WARPGROUP_WARPS
+    stages = config.shape.weight_stages
+
+    shared = wgmma.shared_memory(config)
+    ring = shared.ring.subview(owner * (stages * common.SUPERBLOCK_BYTES))
+    barriers = shared.barriers.subview(owner * stages)
+    activations = shared.activations.data_ptr().toint(Int32)
+    table = shared.table.data_ptr().toint(Int32)
+    flag = shared.flag
+    copies = Int32(lane == 0) & Int32(warp < wgmma.WARPGROUP_WARPS)  # the lane that starts this superblock row's copies
+    if copies != 0:
+        for i in cutlass.range_constexpr(stages):
+            pr.mbarrier_init(barriers.subview(i), 1)
+        pr.fence_mbarrier_init()
+
+    pr.griddepcontrol("wait")  # the tiles say which weights are read
+    pr.griddepcontrol("launch_dependents")
+    tile_count = common.load_global_s32_or(tiles, Int32(1), Int32(0))
+    units = tile_count * groups
+    total = Int64(units) * Int64(k_blocks)
+    workers = min(Int64(ctas), (total + (SMALLEST_SPAN - 1)) // SMALLEST_SPAN)
+    first = total
+    last = total
+    if Int64(bid) < workers:
+        first = Int64(bid) * total // workers
+        last = (Int64(bid) + 1) * total // workers
+    remaining = Int32(last - first)
+    unit = Int32(first // Int64(k_blocks))
+    k = Int32(first - Int64(unit) * Int64(k_blocks))
+
+    # ---- weights: `to_fetch` blocks from (weight_unit, weight_k) on, whose first superblock is at `source`
+    to_fetch = remaining
+    weight_unit = unit
+    weight_k = k
+    expert = expert_of(config, tiles, unit, units, groups, tile_count)
+    source = superblock_row(config, expert, unit, groups, tile_count, row_blocks, owner, k_blocks) + Int64(k) * common.SUPERBLOCK_BYTES
+    next_expert = expert_of(config, tiles, unit + 1, units, groups, tile_count)
+    for i in cutlass.range_constexpr(stages):
+        if to_fetch > 0:
+            if copies != 0:
+                common.start_copy(ring, barriers, i, b + source)
+            to_fetch -= 1
+            source = source + common.SUPERBLOCK_BYTES
+            weight_k += 1
+            if weight_k == k_blocks:
+                weight_k = Int32(0)
+                weight_unit += 1
+                source = superblock_row(config, next_expert, weight_unit, groups, tile_count, row_blocks, owner, k_blocks)
+                next_expert = expert_of(config, tiles, weight_unit + 1, units, groups, tile_count)
+
+    # ---- tokens: `to_load` blocks from (token_unit, token_k) on; tiles of this unit and the next two; the table of this one and the next
+    to_load = remaining
+    token_unit = unit
+    token_k = k
+    tile = tile_of_unit(config, tiles, unit, units, groups, tile_count)
+    next_tile = tile_of_unit(config, tiles, unit + 1, units, groups, tile_count)
+    later_tile = tile_of_unit(config, tiles, unit + 2, units, groups, tile_count)
+    row, row_step, piece = wgmma.thread_place(config, tid)
+    held = Int32(tid < config.tile_m)
+    slot = Int32(0)  # of the table, of token_unit
+    store_entry(config, table, Int32(0), tid, held, load_entry(config, rows, scales, tile, tid))
+    store_entry(config, table, Int32(1), tid, held, load_entry(config, rows, scales, next_tile, tid))
+    pr.barrier_cta_sync(0)  # the table stands, the mbarriers are made
+    k_here = wgmma_k(k_length, to_load)
+    first_pieces = wgmma.load_pieces(config, a, a_scales, tokens_of(config, table, slot, tile, row, row_step), token_k, k_here, piece)
+    wgmma.store_pieces(config, activations, row, row_step, piece, first_pieces)
+
+    stage = Int32(0)
+    phase = Int32(0)
+    activation_stage = Int32(0)
+    refilled = Int32(stages - 1)  # the stage that the block before has read
+    started = Int32(0)
+    while remaining > 0:
+        # ---- the part of one unit that lies in this span
+        run = min(remaining, k_blocks - k)
+        remaining -= run
+        own_expert, own_first, own_count = tile
+        own_slot = slot
+        sums = common.zero_accumulators(config.accumulators)
+        for _ in cutlass.range(run, unroll=1):
+            wgmma.fence_to_async_proxy()
+            pr.barrier_cta_sync(0)
+            if (started != 0) & (to_fetch > 0):
+                if copies != 0:
+                    common.start_copy(ring, barriers, refilled, b + source)
+                to_fetch -= 1
+                source = source + common.SUPERBLOCK_BYTES
+                weight_k += 1
+                if weight_k == k_blocks:
+                    weight_k = Int32(0)
+                    weight_unit += 1
+                    source = superblock_row(config, next_expert, weight_unit, groups, tile_count, row_blocks, owner, k_blocks)
+                    next_expert = expert_of(config, tiles, weight_unit + 1, units, groups, tile_count)
+            started = Int32(1)
+            refilled = stage
+            to_load -= 1
+            token_k += 1
+            entering = Int32(0)  # a unit whose follower's rows are to be brought into the table
+            if token_k == k_blocks:
+                token_k = Int32(0)
+                token_unit += 1
+                tile = next_tile
+                next_tile = later_tile
+                slot = next_slot(slot)
+                entering = Int32(1)
+                later_tile = tile_of_unit(config, tiles, token_unit + 2, units, groups, tile_count)
+            entry = load_entry(config, rows, scales, [next_tile[0], next_tile[1], next_tile[2] * entering], tid)
+            tokens = tokens_of(config, table, slot, tile, row, row_step)
+            staged = wgmma.load_pieces(config, a, a_scales, tokens, token_k, wgmma_k(k_length, to_load), piece)
+            wait(barriers.subview(stage), phase)
+            superblock = ring.subview(stage * common.SUPERBLOCK_BYTES + lane * 16).data_ptr()
+            at = activations + activation_stage * config.stage_bytes
+            sums = wgmma.multiply_superblock(config, sums, superblock, first_block, wgmma.descriptor_low(at), config.tile_m)
+            stage += 1
+            if stage == stages:
+                stage = Int32(0)
+                phase = phase ^ 1
+            activation_stage += 1
+            if activation_stage == wgmma.ACTIVATION_STAGES:
+                activation_stage = Int32(0)
+            wgmma.store_pieces(config, activations + activation_stage * config.stage_bytes, row, row_step, piece, staged)
+            if entering != 0:
+                store_entry(config, table, next_slot(slot), tid, held, entry)
+        sums = wgmma.wait_for_products(sums)
+        row_block = group_of(config, unit, groups, tile_count) * wgmma.WARPGROUP_WARPS + owner
+
+        if cutlass.const_expr(fc2):
+            # ---- add the tile's part to the workspace; where 256 columns or the span end, hand them on
+            exists = Int32(row_block < row_blocks)
+            add_tile(config, sums, partials, table, own_slot, own_count * exists, row_block, tokens_total, first_block, g, t)
+            if (remaining == 0) | ((unit + 1) % tile_count == 0):
+                group = unit // tile_count
+                length = Int64(tile_count) * Int64(k_blocks)
+                begin = Int64(group) * length
+                # block i belongs to CTA ((i + 1) * workers - 1) // total
+                contributors = Int32(((begin + length) * workers - 1) // total - ((begin + 1) * workers - 1) // total) + 1
+                cute.arch.fence_acq_rel_gpu()
+                pr.barrier_cta_sync(0)
+                if tid == 0:
+                    flag[0] = take_ticket(tickets + Int64(group) * 4)
+                pr.barrier_cta_sync(0)
+                if flag[0] == contributors - 1:
+                    cute.arch.fence_acq_rel_gpu()
+                    if exists != 0:
+                        begin_token = (warp // wgmma.WARPGROUP_WARPS) * FINISHED_TOKENS
+                        for start in cutlass.range(begin_token, tokens_total, FINISHED_TOKENS * config.shape.warpgroups, unroll=1):
+                            finish_tokens(config, c, partials, start, tokens_total, row_block, hidden, lane)
+                    if tid == 0:
+                        store_if("b32", tickets + Int64(group) * 4, Int32(1), [Uint32(0)])
+        else:
+            # ---- over the CTAs that share the unit
+            finish = Int32(1)
+            if run != k_blocks:
+                begin = Int64(unit) * Int64(k_blocks)
+                first_cta = Int32(((begin + 1) * workers - 1) // total)
+                sharing = Int32(((begin + Int64(k_blocks)) * workers - 1) // total) - first_cta + 1
+                ticket = tickets + Int64(first_cta) * 4
+                if tid == 0:
+                    flag[0] = load_acquire(ticket)
+                pr.barrier_cta_sync(0)
+                # the first CTA comes last as a rule, since the unit ends its span and begins the others': its sums stay in registers
+                alone = Int32(bid == first_cta) & Int32(flag[0] == sharing - 1)
+                finish = alone
+                if alone == 0:
+                    store_slot(config, slot_address(config, partials, bid, Int32(bid == first_cta), tid), sums)
+                    cute.arch.fence_acq_rel_gpu()
+                    pr.barrier_cta_sync(0)
+                    if tid == 0:
+                        flag[0] = take_ticket(ticket)
+                    pr.barrier_cta_sync(0)
+                    finish = Int32(flag[0] == sharing - 1)
+                sums = [select(alone, each, Float32(0.0)) for each in sums]
+                if finish != 0:
+                    cute.arch.fence_acq_rel_gpu()
+                    for other in cutlass.range(first_cta + alone, first_cta + sharing, unroll=1):
+                        sums = add_slot(config, sums, slot_address(config, partials, other, Int32(other == first_cta), tid))
+                    if tid == 0:
+                        store_if("b32", ticket, Int32(1), [Uint32(0)])
+            if finish != 0:
+                live = own_count * Int32(row_block < row_blocks)
+                column = row_block * (common.SUPERBLOCK_ROWS // 2)
+                outputs = wgmma.by_token_block(config, sums, config.tile_m)
+                if cutlass.const_expr(config.shape.warpgroups > 1):
+                    outputs = exchange(config, shared.exchange.data_ptr().toint(Int32), outputs, tid)
+                half = dataclasses.replace(config, tile_m=config.tile_m // config.shape.warpgroups)
+                store_fc1_outputs(
+                    half, outputs, scales, None, output_multiplier, c, c_scales,
+                    own_first + (warp // wgmma.WARPGROUP_WARPS) * half.tile_m, own_first + live, own_expert, Int32(0), column, intermediate, g, t,
+                )  # fmt: skip
+        k += run
+        if k == k_blocks:
+            k = Int32(0)
+            unit += 1
+
+
+# ---- units and tiles
+
+
+def wgmma_k(k_length: Any, left: Any) -> Any:
+    """The length of the reduction, or 0 where the span has no block left: nothing is loaded then."""
+    return k_length * Int32(left > 0)
+
+
+def group_of(config: wgmma.Config, unit: Any, groups: Any, tile_count: Any) -> Any:
+    """Which 256 weight rows of an expert a unit has."""
+    return unit // tile_count if config.op == "groupedfc2" else unit % groups
+
+
+def tile_index(config: wgmma.Config, unit: Any, groups: Any, tile_count: Any) -> Any:
+    """Which tile of ``route`` a unit has."""
+    return unit % tile_count if config.op == "groupedfc2" else unit // groups
+
+
+def expert_of(config: wgmma.Config, tiles: Any, unit: Any, units: Any, groups: Any, tile_count: Any) -> Any:
+    """The expert of a unit; 0 where there is no such unit."""
+    index = tile_index(config, unit, groups, tile_count)
+    return common.load_global_s32_or(tiles + (Int64(index) + 1) * TILE_BYTES, Int32(unit < units), Int32(0))
+
+
+def tile_of_unit(config: wgmma.Config, tiles: Any, unit: Any, units: Any, groups: Any, tile_count: Any) -> list[Any]:
+    """[expert, first row, rows] of a unit's tile; zeros where there is no such unit."""
+    index = tile_index(config, unit, groups, tile_count)
+    words = common.load_global_v4_if(tiles + (Int64(index) + 1) * TILE_BYTES, Int32(unit < units))
+    return [Int32(words[0]), Int32(words[1]), Int32(words[2])]
+
+
+def superblock_row(
+    config: wgmma.Config, expert: Any, unit: Any, groups: Any, tile_count: Any, row_blocks: Any, owner: Any, k_blocks: Any
+) -> Any:
+    """Offset of the superblock row that a warp multiplies; the expert's last where the unit has fewer than four."""
+    row = smaller(group_of(config, unit, groups, tile_count) * wgmma.WARPGROUP_WARPS + owner, row_blocks - 1)
+    return (Int64(expert) * Int64(row_blocks) + Int64(row)) * Int64(k_blocks) * common.SUPERBLOCK_BYTES
+
+
+def smaller(x: Any, y: Any) -> Any:
+    """The smaller of two 32-bit integers."""
+    return pr.inline_ptx_hl("min.s32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[x, y])
+
+
+# ---- the table of rows
+
+
+def next_slot(slot: Any) -> Any:
+    """The slot after ``slot``, of three."""
+    return (slot + 1) * Int32(slot != wgmma.TABLE_SLOTS - 1)
+
+
+def load_entry(config: wgmma.Config, rows: Any, scales: Any, tile: list[Any], tid: Any) -> list[Any]:
+    """A thread's row of a tile: its token, or −1 where there is none; for FC2 its alpha too."""
+    live = Int32(tid < tile[2])
+    at = Int64(tile[1] + tid) * 4
+    entry = [common.load_global_s32_or(rows + at, live, Int32(-1))]
+    if config.op == "groupedfc2":
+        entry.append(common.load_global_f32_if(scales + at, live))
+    return entry
+
+
+def store_entry(config: wgmma.Config, table: Any, slot: Any, tid: Any, held: Any, entry: list[Any]) -> None:
+    """Stores a thread's row where it has one: first the tokens of all rows, then their alphas."""
+    at = table + slot * (config.table_words * config.tile_m * 4) + tid * 4
+    for index, word in enumerate(entry):
+        wgmma.store_shared_if(at + index * (config.tile_m * 4), held, word)
+
+
+def tokens_of(config: wgmma.Config, table: Any, slot: Any, tile: list[Any], row: Any, step: int) -> list[Any]:
+    """Activation rows of a thread's pieces, −1 where there is none: FC1 reads tokens, FC2 the compact rows of the tile themselves."""
+    places = [row + index * step for index in range(config.rows_a_thread)]
+    if config.op == "groupedfc2":
+        return [(tile[1] + place + 1) * Int32(place < tile[2]) - 1 for place in places]
+    at = table + slot * (config.table_words * config.tile_m * 4)
+    return [wgmma.load_shared(at + place * 4) for place in places]
+
+
+# ---- FC1: sums over CTAs
+
+
+def slot_address(config: wgmma.Config, slots: Any, cta: Any, which: Any, tid: Any) -> Any:
+    """Where a thread's sums begin in a slot: sixteen bytes a thread, then the next sixteen of every thread."""
+    return slots + Int64(cta * SLOTS + which) * slot_bytes(config) + Int64(tid * (VECTOR * 4))
+
+
+def slot_bytes(config: wgmma.Config) -> int:
+    """Bytes of one slot."""
+    return config.tile_m * wgmma.GROUP_ROWS * 4
+
+
+def store_slot(config: wgmma.Config, address: Any, sums: list[Any]) -> None:
+    """Stores a thread's sums."""
+    for index in range(config.accumulators // VECTOR):
+        store_if("v4.f32", address + index * (config.threads * VECTOR * 4), Int32(1), sums[index * VECTOR : (index + 1) * VECTOR])
+
+
+def add_slot(config: wgmma.Config, sums: list[Any], address: Any) -> list[Any]:
+    """``sums`` with those of a slot added."""
+    result = []
+    for index in range(config.accumulators // VECTOR):
+        values = load_workspace_if(address + index * (config.threads * VECTOR * 4), Int32(1))
+        result += [total + value for total, value in zip(sums[index * VECTOR : (index + 1) * VECTOR], values, strict=True)]
+    return result
+
+
+def load_acquire(address: Any) -> Any:
+    """A counter, with acquire at device scope."""
+    return pr.inline_ptx_hl("ld.acquire.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
+
+
+# ---- FC2: sums over tiles
+
+
+def add_tile(
+    config: wgmma.Config, sums: list[Any], partials: Any, table: Any, slot: Any, count: Any, row_block: Any, tokens_total: Any, first_block: Any,
+    g: Any, t: Any,
+) -> None:  # fmt: skip
+    """Adds row_alpha · sums of every row of the tile to its token's sums in the workspace; a row whose alpha is 0 adds nothing."""
+    own = config.token_blocks * common.ACCUMULATORS
+    at = table + slot * (config.table_words * config.tile_m * 4)
+    column = g * FC2_OUTPUTS + first_block * 2
+    for block in range(config.token_blocks):
+        for pair in range(2):
+            place = block * common.MMA_TOKENS + t * 2 + pair
+            token = wgmma.load_shared(at + place * 4)
+            alpha = wgmma.load_shared(at + (config.tile_m + place) * 4, Float32)
+            live = Int32(place < count) & Int32(alpha != Float32(0.0))
+            address = partials + ((Int64(row_block) * Int64(tokens_total) + Int64(token)) * common.SUPERBLOCK_ROWS + Int64(column)) * 4
+            values = []
+            for m16 in range(config.blocks):
+                for i in range(2):
+                    value = multiply(sums[m16 * own + block * common.ACCUMULATORS + pair + 2 * i], Float32(config.product_scale))
+                    values.append(multiply(value, alpha))
+            for first in range(0, len(values), VECTOR):
+                add_to_workspace(address + first * 4, live, values[first : first + VECTOR])
+
+
+def finish_tokens(
+    config: wgmma.Config, c: Any, partials: Any, start: Any, tokens_total: Any, row_block: Any, hidden: Any, lane: Any
+) -> None:
+    """Converts and stores 64 columns of ``FINISHED_TOKENS`` tokens and clears their sums."""
+    token = start + lane // 8
+    valid = Int32(token < tokens_total)
+    column = (lane % 8) * FC2_OUTPUTS
+    where = partials + ((Int64(row_block) * Int64(tokens_total) + Int64(token)) * common.SUPERBLOCK_ROWS + Int64(column)) * 4
+    results = load_workspace_if(where, valid) + load_workspace_if(where + VECTOR * 4, valid)
+    zeros = [Float32(0.0) for _ in range(VECTOR)]
+    store_if("v4.f32", where, valid, zeros)
+    store_if("v4.f32", where + VECTOR * 4, valid, zeros)
+    store_row(config.c_dtype, c, Int64(token) * Int64(hidden) + Int64(row_block * common.SUPERBLOCK_ROWS + column), valid, results)
+
+
+# ---- FC1 with two warpgroups
+
+
+def exchange(config: wgmma.Config, space: Any, sums: list[Any], tid: Any) -> list[Any]:
+    """Both warpgroups' accumulators ``[token block][two m16 blocks][4]`` made into ``[half of the token blocks][four m16 blocks][4]`` of each.
+
+    The first warpgroup gets the first half of the token blocks. All threads of the CTA come here together.
+    """
+    own = config.blocks * common.ACCUMULATORS
+    half = len(sums) // 2
+    second = tid // 128
+    # the half that the other warpgroup finishes goes through shared memory, the other stays
+    given = [select(second, sums[i], sums[half + i]) for i in range(half)]
+    kept = [select(second, sums[half + i], sums[i]) for i in range(half)]
+    for index in range(half // VECTOR):
+        store_shared_v4(space + index * (config.threads * VECTOR * 4) + tid * (VECTOR * 4), given[index * VECTOR : (index + 1) * VECTOR])
+    pr.barrier_cta_sync(0)
+    other = (tid + 128) % 256
+    taken: list[Any] = []
+    for index in range(half // VECTOR):
+        taken += load_shared_v4(space + index * (config.threads * VECTOR * 4) + other * (VECTOR * 4))
+    pr.barrier_cta_sync(0)  # the space may be used again
+    result: list[Any] = []
+    for column in range(half // own):
+        mine, theirs = kept[column * own : (column + 1) * own], taken[column * own : (column + 1) * own]
+        result += [select(second, theirs[i], mine[i]) for i in range(own)] + [select(second, mine[i], theirs[i]) for i in range(own)]
+    return result
+

@@ -1,0 +1,158 @@
+"""Host side of the sm_90a WGMMA kernels: recipe, host function and example arguments that both ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Uint8
+
+from densemoe.compile.kernels import Expected
+from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels import sm90_wgmma as wgmma
+from densemoe.compile.kernels.host import pointer
+from densemoe.compile.kernels.sm90_wgmma_kernel import SLOTS, SMALLEST_SPAN, slot_bytes, wgmma_kernel
+from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
+from densemoe.runtime.variant import Variant
+
+POINTERS = 11
+
+
+@cute.jit
+def wgmma_host(
+    a: cute.Pointer,
+    a_scales: cute.Pointer,
+    b: cute.Pointer,
+    scales: cute.Pointer,
+    output_multiplier: cute.Pointer,
+    c: cute.Pointer,
+    c_scales: cute.Pointer,
+    partials: cute.Pointer,
+    tickets: cute.Pointer,
+    tiles: cute.Pointer,
+    rows: cute.Pointer,
+    tokens_total: Int32,
+    top_k: Int32,
+    hidden: Int32,
+    intermediate: Int32,
+    sm_count: Int32,
+    symbol: cutlass.Constexpr[str],
+    config: cutlass.Constexpr,
+    stream: cuda.CUstream,
+):
+    wgmma_kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
+    weight_rows, k_length = 2 * intermediate, hidden
+    if cutlass.const_expr(config.op == "groupedfc2"):
+        weight_rows, k_length = hidden, intermediate
+    groups = (weight_rows + (wgmma.GROUP_ROWS - 1)) // wgmma.GROUP_ROWS
+    blocks = tokens_total * top_k * groups * ((k_length + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K)
+    ctas = min((blocks + (SMALLEST_SPAN - 1)) // SMALLEST_SPAN, sm_count * config.shape.resident_ctas)
+    wgmma_kernel(
+        a.raw_ptr(),
+        a_scales.raw_ptr(),
+        b.raw_ptr(),
+        scales.raw_ptr(),
+        output_multiplier.raw_ptr(),
+        c.raw_ptr(),
+        c_scales.raw_ptr(),
+        partials.raw_ptr(),
+        tickets.raw_ptr(),
+        tiles.raw_ptr(),
+        rows.raw_ptr(),
+        tokens_total,
+        hidden,
+        intermediate,
+        config,
+    ).launch(
+        grid=(ctas, 1, 1),
+        block=[config.threads, 1, 1],
+        min_blocks_per_mp=config.shape.resident_ctas,
+        preferred_smem_carveout=100,
+        stream=stream,
+        use_pdl=True,
+    )
+
+
+def recipe(variant: Variant) -> Recipe:
+    """How the kernel of ``variant`` is launched."""
+    config = wgmma.config_of(variant)
+    fc2 = variant.op == "groupedfc2"
+    nvfp4_output = config.c_dtype == "nvfp4"
+    if fc2:
+        weight_rows, k_length, scales = "H", "I", "row_alpha"
+        workspaces = (
+            Workspace("workspace.partials", "M * H * 4", zeroed=True),
+            Workspace("workspace.tickets", "groups * 4", zeroed=True),
+        )
+    else:
+        weight_rows, k_length, scales = "2 * I", "H", "alpha"
+        workspaces = (
+            Workspace("workspace.partials", f"ctas * {SLOTS * slot_bytes(config)}"),
+            Workspace("workspace.tickets", "ctas * 4", zeroed=True),
+        )
+    return Recipe(
+        parameters=(
+            Parameter("a", "pointer", "a.codes" if config.nvfp4_activations else "a"),
+            pointer_or_null("a_scales", "a.scales", config.nvfp4_activations),
+            Parameter("b", "pointer", "b"),
+            Parameter("scales", "pointer", scales),
+            pointer_or_null("output_multiplier", "output_multiplier", nvfp4_output),
+            Parameter("c", "pointer", "c.codes" if nvfp4_output else "c"),
+            pointer_or_null("c_scales", "c.scales", nvfp4_output),
+            Parameter("partials", "pointer", "workspace.partials"),
+            Parameter("tickets", "pointer", "workspace.tickets"),
+            Parameter("tiles", "pointer", "tiles"),
+            Parameter("rows", "pointer", "rows"),
+            Parameter("tokens_total", "u32", "M"),
+            Parameter("hidden", "u32", "H"),
+            Parameter("intermediate", "u32", "I"),
+        ),
+        let=(
+            ("groups", f"ceil_div({weight_rows}, {wgmma.GROUP_ROWS})"),
+            ("blocks", f"M * top_k * groups * ceil_div({k_length}, {common.SUPERBLOCK_K})"),
+            ("ctas", f"min(ceil_div(blocks, {SMALLEST_SPAN}), sm_count * {config.shape.resident_ctas})"),
+        ),
+        grid=("ctas", 1, 1),
+        block=(config.threads, 1, 1),
+        dynamic_smem=wgmma.shared_memory_bytes(config),
+        workspaces=workspaces,
+        programmatic_launch=True,
+        smem_carveout=100,
+    )
+
+
+def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
+    """The host function and example arguments for ``cute.compile``."""
+    pointers = (
+        *(pointer(Uint8, 16) for _ in range(3)),
+        *(pointer(Uint8, 4) for _ in range(2)),  # float32, addressed in bytes as the rest
+        *(pointer(Uint8, 16) for _ in range(3)),
+        pointer(Uint8, 4),
+        pointer(Uint8, 16),
+        pointer(Uint8, 4),
+    )
+    words = tuple(Int32(value) for value in (8, 2, 256, 128, 132))
+    return wgmma_host, (*pointers, *words, variant.symbol.removesuffix("_0"), wgmma.config_of(variant), cuda.CUstream(0))
+
+
+def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
+    """What the exported host function is called with: eleven pointers and five words (without the stream)."""
+    pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in recipe(variant).parameters[:POINTERS]]
+    return [*pointers, *(names[name] for name in ("M", "top_k", "H", "I", "sm_count"))]
+
+
+def expected(variant: Variant) -> Expected:
+    """What the audit must find in the PTX of ``variant``."""
+    config = wgmma.config_of(variant)
+    steps = common.K64_HALVES * common.K16_STEPS * config.blocks
+    counts = {
+        f"wgmma.mma_async.sync.aligned.m64n{config.tile_m}k16.f32.bf16.bf16": steps,
+        # one per ring stage before the loop, one to refill inside it
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes": config.shape.weight_stages + 1,
+    }
+    if variant.op == "groupedfc2":
+        counts["red.relaxed.gpu.global.add.v4.f32"] = config.accumulators // 4
+    return Expected(ptx_counts=counts, max_registers=min(255, 65536 // (config.threads * config.shape.resident_ctas)))
