@@ -13,7 +13,6 @@ from typing import Any, Final
 import torch
 
 from densemoe.runtime.errors import ProblemError
-from densemoe.runtime.grouping import group_tile
 from densemoe.runtime.plan import WEIGHT_ALIGNMENT
 from densemoe.runtime.problem import CODES_ALIGNMENT, Problem
 from densemoe.runtime.torch import launching
@@ -193,12 +192,14 @@ def _moe_problems(
     elsewhere: bool,
 ) -> tuple[Problem, ...]:
     """[quantise], prepare or route, FC1, FC2 of checked arguments."""
-    x, _, ids, _, _, _, _, _, input_multiplier, _, alpha_max = tensors
-    first, second = check_moe(*tensors, hidden, intermediate, c_dtype)
+    x, x_scales, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, alpha_max = tensors
+    first, second = check_moe(
+        x, x_scales, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, alpha_max, hidden, intermediate, c_dtype
+    )
     m, experts = first.m, first.experts
     id_dtype, top_k = "i32" if ids.dtype == torch.int32 else "i64", int(ids.shape[1])
     quantise = () if input_multiplier is None else (Problem("quantize", m, 0, hidden, 0, check_quantize(x, input_multiplier), "nvfp4"),)
-    tile = group_tile(m, top_k, experts) if alpha_max is None and rt.groups(ordinal) else 0
+    tile = rt.group_tile(ordinal, first, second, top_k) if alpha_max is None else 0
     choice = Problem(
         "route" if tile else "prepare", m, experts, 0, 0, id_dtype, "f32",
         top_k=top_k, first_expert=first_expert, elsewhere=elsewhere, group_tile=tile,
