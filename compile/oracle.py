@@ -32,7 +32,19 @@ from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.variant import GROUPED_OPS, Variant
 
-__all__ = ["Comparison", "Observed", "addresses", "compare", "differences", "observe", "pack", "recorded_tensor_map", "shapes"]
+__all__ = [
+    "Comparison",
+    "HostCode",
+    "Observed",
+    "addresses",
+    "compare",
+    "differences",
+    "host_code",
+    "observe",
+    "pack",
+    "recorded_tensor_map",
+    "shapes",
+]
 
 LARGEST_PARAMETERS: Final = 64
 LARGEST_PARAMETER: Final = 128
@@ -159,15 +171,56 @@ def observe(variant: Variant, kernel: str, options: str = "") -> Iterator[Any]:
     Raises:
         ToolchainError: there is no C compiler to link the host code with.
     """
+    host, arguments = kernels.load(kernel).compile_arguments(variant)
+    with host_code(host, arguments, variant.arch, options) as code:
+
+        def run(values: Sequence[int], recipe: Recipe, device_attribute: int) -> Observed:
+            return code.run([ctypes.c_int64(value) for value in values], [size for _, size in recipe.offsets()], device_attribute)
+
+        yield run
+
+
+@dataclass(frozen=True)
+class HostCode:
+    """A host function of the DSL, compiled and linked with the shim.
+
+    Attributes:
+        compiled: what the compiler gave; ``__ptx__`` and ``__cubin__`` are its kernel's.
+    """
+
+    compiled: Any
+    library: Any
+    entry: str
+
+    def run(self, values: Sequence[Any], sizes: Sequence[int], device_attribute: int) -> Observed:
+        """What one call launches.
+
+        Args:
+            values: the arguments as ctypes objects, without the stream.
+            sizes: bytes of each parameter of the kernel.
+            device_attribute: what every query of a device attribute answers.
+
+        Raises:
+            AuditError: the host code launched no kernel, or several, or returned an error.
+        """
+        return _run(self.library, self.entry, values, sizes, device_attribute)
+
+
+@contextmanager
+def host_code(host: Any, arguments: Sequence[Any], arch: str, options: str = "") -> Iterator[HostCode]:
+    """Compiles a host function of the DSL, whoever wrote it, for ``arch``.
+
+    Raises:
+        ToolchainError: there is no C compiler to link the host code with, or it does not link.
+    """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise ToolchainError("the launch oracle links the compiler's host code: install a C compiler (cc), or set CC")
-    host, arguments = kernels.load(kernel).compile_arguments(variant)
     import cutlass.cute as cute
 
-    with tempfile.TemporaryDirectory(prefix="densemoe-oracle-") as name, _exportable(variant.arch):
+    with tempfile.TemporaryDirectory(prefix="densemoe-oracle-") as name, _exportable(arch):
         folder = Path(name)
-        flags = f"--gpu-arch={variant.arch} --keep-cubin --keep-ptx --dump-dir={folder} {options}".rstrip()
+        flags = f"--gpu-arch={arch} --keep-cubin --keep-ptx --dump-dir={folder} {options}".rstrip()
         compiled = cute.compile(host, *arguments, options=flags)
         compiled.export_to_c(str(folder), "oracle")
         (folder / "shim.c").write_text(_SHIM)
@@ -175,14 +228,8 @@ def observe(variant: Variant, kernel: str, options: str = "") -> Iterator[Any]:
         command = [compiler, "-shared", "-fPIC", "-Wl,-Bsymbolic", "-o", str(library), str(folder / "oracle.o"), str(folder / "shim.c")]
         linked = subprocess.run(command, capture_output=True, text=True, check=False)
         if linked.returncode:
-            raise ToolchainError(f"{variant.key}: its host code does not link: {linked.stderr.strip()}")
-        entry = _entry_name((folder / "oracle.h").read_text())
-        loaded = ctypes.CDLL(str(library))
-
-        def run(values: Sequence[int], recipe: Recipe, device_attribute: int) -> Observed:
-            return _run(loaded, entry, values, recipe, device_attribute)
-
-        yield run
+            raise ToolchainError(f"the host code does not link: {linked.stderr.strip()}")
+        yield HostCode(compiled, ctypes.CDLL(str(library)), _entry_name((folder / "oracle.h").read_text()))
 
 
 @contextmanager
@@ -206,12 +253,13 @@ def _entry_name(header: str) -> str:
     return match[1]
 
 
-def _run(library: ctypes.CDLL, entry: str, values: Sequence[int], recipe: Recipe, device_attribute: int) -> Observed:
-    sizes = [size for _, size in recipe.offsets()]
+def _run(library: ctypes.CDLL, entry: str, values: Sequence[Any], sizes: Sequence[int], device_attribute: int) -> Observed:
+    if len(sizes) > LARGEST_PARAMETERS or max(sizes, default=0) > LARGEST_PARAMETER:
+        raise AuditError(f"{len(sizes)} parameters of up to {max(sizes)} bytes: the shim takes {LARGEST_PARAMETERS} of {LARGEST_PARAMETER}")
     library.oracle_begin.restype = ctypes.POINTER(_Seen)
     seen = library.oracle_begin(len(sizes), (ctypes.c_int * len(sizes))(*sizes), device_attribute).contents
     # host arguments, a stream of 0, and the status that the entry returns
-    cells = [ctypes.c_int64(value) for value in (*values, 0, 0)]
+    cells = [*values, ctypes.c_int64(0), ctypes.c_int64(0)]
     pointers = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
     getattr(library, entry)(pointers, len(cells))
     if seen.launches != 1 or cells[-1].value:

@@ -107,7 +107,7 @@ def _div(e: Emitter, i: Instruction) -> None:
         e.assign(i.operands[0], e.integer(bits, f"{i.parts[0]}_int({e.form(a, kind)}, {e.form(b, kind)}) & {low_mask(bits)}"))
         return
     remainder = i.parts[0] == "rem"
-    e.assign(i.operands[0], e.array(bits, kind, f"div({e.form(a, kind)}, {e.form(b, kind)}, {e.mask}, {remainder})"))
+    e.assign(i.operands[0], e.array(bits, kind, f"div({e.form(a, kind)}, {e.form(b, kind)}, {remainder})"))
 
 
 @operation("{min|max}.{u|s}{16|32|64}", operands=3)

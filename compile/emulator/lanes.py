@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densemoe.compile.emulator.conversions import make_converter
-from densemoe.runtime.errors import EmulatorError
 
 Lanes = NDArray[Any]
 
@@ -79,31 +78,31 @@ def _quotient(a: int, b: int) -> int:
     return -q if (a < 0) != (b < 0) else q
 
 
+_BY_ZERO = 0x5A5A  # "an unspecified, machine-specific value": one that compilers' speculative divisions never use, and an address never is
+
+
 def div_int(a: int, b: int) -> int:
     """Quotient towards zero."""
-    if b == 0:
-        raise EmulatorError("division by zero: the result is unspecified")
-    return _quotient(a, b)
+    return _quotient(a, b) if b else _BY_ZERO
 
 
 def rem_int(a: int, b: int) -> int:
     """Remainder with the sign of the dividend."""
-    if b == 0:
-        raise EmulatorError("remainder by zero: the result is unspecified")
-    return a - b * _quotient(a, b)
+    return a - b * _quotient(a, b) if b else _BY_ZERO
 
 
-def div(a: Any, b: Any, mask: Any, remainder: bool) -> Lanes:
-    """Quotient or remainder of arrays (one of them may be an int); inactive lanes may hold any divisor."""
+def div(a: Any, b: Any, remainder: bool) -> Lanes:
+    """Quotient or remainder of arrays (one of them may be an int)."""
     a, b = np.broadcast_arrays(*(np.asarray(x, (a if isinstance(a, np.ndarray) else b).dtype) for x in (a, b)))
     zero = b == 0
-    if zero.any():
-        if mask is None or (zero & mask).any():
-            raise EmulatorError("division by zero: the result is unspecified")
+    some = bool(zero.any())
+    if some:
         b = np.where(zero, b.dtype.type(1), b)
     if a.dtype.kind == "u":
-        return np.remainder(a, b) if remainder else np.floor_divide(a, b)
-    return np.fmod(a, b) if remainder else (a - np.fmod(a, b)) // b
+        result = np.remainder(a, b) if remainder else np.floor_divide(a, b)
+    else:
+        result = np.fmod(a, b) if remainder else (a - np.fmod(a, b)) // b
+    return np.where(zero, b.dtype.type(_BY_ZERO), result) if some else result
 
 
 def mul_hi_u64(a: Any, b: Any) -> Lanes:

@@ -16,11 +16,10 @@ MN            span      start + (b / span)·LBO + b % span + (k / 8)·SBO + (k %
 MN            128/32    start + (b / 128)·LBO + b % 128 + (k / 4)·SBO + (k % 4)·128   (128 B swizzle with 32 B atoms)
 ============  ========  ==========================================================================================
 
-The XOR acts on the absolute shared address, as it does for tensor copies (`tensor_map.swizzle_address`). The start address need not be
-that of a
-swizzle atom: a K step advances it by 32 bytes within the atom's lines. The base offset must then name the line of the pattern at which
-    the matrix starts, ``(start >> 7) & 7`` for the 128 B swizzle; anything else is an error, as the operand would be read with the wrong
-    pattern.
+The XOR acts on the absolute shared address, as it does for tensor copies (`tensor_map.swizzle_address`). The start address need not be that of a
+swizzle atom: a K step advances it by 32 bytes within the atom's lines. The ISA asks for a base offset that names the line of the pattern at which the
+matrix starts, ``(start >> 7) & 7`` for the 128 B swizzle; NVIDIA's own kernels align such matrices to 128 bytes and give 0, and work. Both are taken,
+with the same addresses; another base offset is an error.
 """
 
 from __future__ import annotations
@@ -171,10 +170,10 @@ def _layout(
 def _relative_granules(descriptor: SmemDescriptor, start: int, rows: int, k_bytes: int, element_bytes: int) -> tuple[NDArray[np.intp], int]:
     swizzle = descriptor.swizzle
     line = (start >> 7) % _PATTERN_LINES[swizzle]
-    if swizzle is not Swizzle.NONE and descriptor.base_offset % _PATTERN_LINES[swizzle] != line:
+    if swizzle is not Swizzle.NONE and descriptor.base_offset and descriptor.base_offset % _PATTERN_LINES[swizzle] != line:
         raise EmulatorError(
             f"matrix descriptor: start {descriptor.start:#x} lies on line {line} of the {swizzle.name} pattern, "
-            f"base offset is {descriptor.base_offset}: align the matrix to {128 * _PATTERN_LINES[swizzle]} bytes or give that base offset"
+            f"base offset is {descriptor.base_offset}: give {line} or 0"
         )
     if swizzle is not Swizzle.NONE and not element_bytes and start % _SPANS[swizzle] + k_bytes > _SPANS[swizzle]:
         raise EmulatorError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from densemoe.compile.emulator.emitter import Emitter
 from densemoe.compile.emulator.operations import operation
-from densemoe.compile.emulator.parser import Immediate, Instruction, Memory, Operand, Vector
+from densemoe.compile.emulator.parser import Immediate, Instruction, Memory, Operand, Register, Vector
 from densemoe.compile.emulator.tensor_memory import copy_shape, register_map
 from densemoe.compile.emulator.wgmma import make_wgmma
 from densemoe.runtime.errors import EmulatorError
@@ -51,7 +51,7 @@ def _without_hint(i: Instruction) -> tuple[Operand, ...]:
 
 @operation(
     f"cp.async.bulk.tensor.{_DIMENSIONS}.shared::{{cluster|cta}}.global{{.tile|}}.mbarrier::complete_tx::bytes"
-    "{.multicast::cluster|}{.cta_group::{1|2}|}{.L2::cache_hint|}",
+    "{.multicast::cluster|}{{.cta_group::{1|2}|}{.L2::cache_hint|}|.L2::cache_hint.cta_group::{1|2}}",  # compilers print both orders
     operands=(3, 4, 5),
     destinations=0,
 )
@@ -196,8 +196,6 @@ def _mma(e: Emitter, i: Instruction) -> None:
         if len(words) != 4 * _group(i):
             raise EmulatorError(f"disable-output-lane has {4 * _group(i)} words")
         disabled = f"({', '.join(_text(e, word) for word in words)},)"
-        if _group(i) == 2:
-            raise EmulatorError("disable-output-lane with cta_group::2 is not modelled")
     if len(rest) == 2:
         scale = rest.pop()
         if not isinstance(scale, Immediate):
@@ -260,6 +258,19 @@ def _wgmma_wait(e: Emitter, i: Instruction) -> None:
     e.emit(f"H.wgmma_wait(g, {e.mask}, {_text(e, i.operands[0])})")
 
 
+def _accumulator(e: Emitter, item: Operand, add: str) -> str:
+    """The old value of a register of D, which may be undefined unless it is added to."""
+    if not isinstance(item, Register):
+        raise EmulatorError(f"{item} of D is not a register")
+    if item.name not in e.values and item.name not in e.kinds:
+        e.emit(f"if np.any({add}): undefined({item.name!r})")
+        return "0"
+    value = e.register(item.name, check=False)
+    if value.defined:
+        e.emit(f"if np.any({add}): check_defined({value.defined}, {e.mask}, {item.name!r})")
+    return e.u(value)
+
+
 _N = "{" + "|".join(str(n) for n in range(8, 257, 8)) + "}"
 
 
@@ -274,6 +285,7 @@ _N = "{" + "|".join(str(n) for n in range(8, 257, 8)) + "}"
     reads_destination=True,
 )
 def _wgmma(e: Emitter, i: Instruction) -> None:
+    """D is read only where scale-d is true."""
     shape, d_type, a_type, b_type = i.parts[4:8]
     n, k = (int(x) for x in shape[4:].split("k"))
     unit = make_wgmma(n, d_type, a_type, b_type, k, "satfinite" in i.parts)
@@ -297,7 +309,7 @@ def _wgmma(e: Emitter, i: Instruction) -> None:
     pair = (False, transposed[0]) if len(transposed) == 1 else tuple(transposed) or (False, False)
     scale_d = e.value(i.operands[3], 1)
     add = str(bool(scale_d.literal)) if scale_d.literal is not None else e.u(scale_d)
-    old = ", ".join(_text(e, item) for item in items)
+    old = ", ".join(_accumulator(e, item, add) for item in items)
     right = _text(e, i.operands[2], 64)
     local = e.let(f"H.wgmma(g, {e.mask}, {e.constant(unit)}, ({old},), {left}, {right}, {add}, ({scale_a}, {scale_b}), {pair})")
     for number, item in enumerate(items):

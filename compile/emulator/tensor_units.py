@@ -433,7 +433,7 @@ class TensorUnits(Copies):
             descriptor = tcgen05.decode_instruction(code, kind, group, stationary)
             if off:
                 words = np.array(off, np.uint32)
-                lanes_off = (words[:, None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)).astype(np.bool_).reshape(-1)
+                lanes_off = (words[:, None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)).astype(np.bool_).reshape(-1) if words.any() else None
             ctas = self._pair(warp.cta, group)
             if group == 2 and warp.cta is not ctas[0]:
                 self.lints["tcgen05.mma.cta_group::2 issued by the odd CTA of a pair"] = None
@@ -461,8 +461,9 @@ class TensorUnits(Copies):
         _, column = split_address(job.d)
         width = descriptor.layout.columns(descriptor.n)
         length = tcgen05.scale_vector_length(descriptor, job.vector) if job.scaled else 0
-        for cta in ctas:
+        for number, cta in enumerate(ctas):
             state = self._state(cta)
+            disabled = None if job.disabled is None else job.disabled[_LANES * number : _LANES * (number + 1)]
             state.check_columns(column, width, "tcgen05.mma (D)")
             if job.a_in_tmem:
                 _, a_column = split_address(job.a)
@@ -492,13 +493,13 @@ class TensorUnits(Copies):
                     raise EmulatorError("tcgen05.mma adds to tensor memory that was never written")
             if self.races is not None:
                 self.races.tensor_async(operation, cta, slice(0, 128), column, width, True)
-            tcgen05.accumulate(state.words, job.d, descriptor, a, own_b, job.add, job.scale_input_d, job.disabled)
-            if whole and job.disabled is None:
+            tcgen05.accumulate(state.words, job.d, descriptor, a, own_b, job.add, job.scale_input_d, disabled)
+            if whole and disabled is None:
                 state.written[:, column : column + width] = True
-            elif job.disabled is None:
+            elif disabled is None:
                 state.written[lanes, column : column + width] = True
             else:
-                state.written[lanes[~job.disabled[lanes]], column : column + width] = True
+                state.written[lanes[~disabled[lanes]], column : column + width] = True
 
     def tmem_commit(self, g: Gang, mask: Any, group: int, barrier: Any, ctas: Any) -> None:
         """``tcgen05.commit``: an arrival when everything before it in the pipe is done.

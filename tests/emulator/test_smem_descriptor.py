@@ -124,16 +124,17 @@ def test_an_operand_reads_back_what_a_tensor_copy_wrote(swizzle: Swizzle) -> Non
         np.testing.assert_array_equal(data, matrix[:, column : column + 32])
 
 
-def test_a_tile_between_patterns_needs_its_base_offset() -> None:
+def test_a_tile_between_patterns_has_its_base_offset_or_none() -> None:
     rng = np.random.default_rng(5)
     matrix = rng.integers(0, 256, (16, 128)).astype(np.uint8)
     tensor_map = TensorMap(0x1000, DataType.UINT8, (128, 16), (128,), (128, 16), (1, 1), swizzle=Swizzle.BYTES_128)
     shared = np.zeros(SHARED, np.uint8)
     Tile(tensor_map, (0, 0)).load_shared(matrix.reshape(-1), 0x1000, shared, 1024 + 384)
-    data = gather_operand(shared, SmemDescriptor(1024 + 384, 0, 1024, Swizzle.BYTES_128, base_offset=3), 16, 32)
-    np.testing.assert_array_equal(data, matrix[:, :32])
-    with pytest.raises(EmulatorError, match="line 3 of the BYTES_128 pattern, base offset is 0"):
-        gather_operand(shared, SmemDescriptor(1024 + 384, 0, 1024, Swizzle.BYTES_128), 16, 32)
+    for base_offset in (3, 0):
+        data = gather_operand(shared, SmemDescriptor(1024 + 384, 0, 1024, Swizzle.BYTES_128, base_offset=base_offset), 16, 32)
+        np.testing.assert_array_equal(data, matrix[:, :32])
+    with pytest.raises(EmulatorError, match="line 3 of the BYTES_128 pattern, base offset is 2"):
+        gather_operand(shared, SmemDescriptor(1024 + 384, 0, 1024, Swizzle.BYTES_128, base_offset=2), 16, 32)
 
 
 fields = st.integers(0, 2**14 - 1).map(lambda n: 16 * n)
