@@ -4,26 +4,28 @@ The first form (``fc1``, ``fc2`` with a list of active experts) adds experts up 
 tokens fit one tile. The second (``route``, ``groupedfc1``, ``groupedfc2``) reads and decodes an expert's weights once for up to ``group_tile`` of its
 own tokens, whatever M is, and adds up through memory.
 
-Modelled: the bounds follow from counts of decoded superblocks, which is where the time of the sm_90a kernels goes (docs/h200.md).
+The bounds are data: the part ``grouping`` of an architecture's selection table (docs/selection.md).
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Collection, Mapping
+from typing import Any
 
-__all__ = ["GROUP_TILES", "group_tile"]
-
-GROUP_TILES: Final = (8, 16, 32)  # tile_m of the grouped kernels
-LARGEST_DENSE: Final = 16  # tokens up to which the first form decodes an expert's weights once in a tile that is not slower than the grouped ones
+__all__ = ["group_tile"]
 
 
-def group_tile(m: int, top_k: int, experts: int) -> int:
+def group_tile(grouping: Mapping[str, Any] | None, tiles: Collection[int], m: int, top_k: int, experts: int) -> int:
     """Rows of a tile of the grouped form, or 0 where the form over all tokens is taken.
 
     Args:
+        grouping: of the selection table: ``dense_to``, the most tokens of the first form, and ``tiles``, each a ``tile_m`` with the most rows an
+            expert would have, were all chosen alike, up to which it is taken; the last has none. None: the first form always.
+        tiles: what the device's set has variants for.
         m: tokens; top_k: experts of each; experts: E of this rank.
     """
-    if m <= LARGEST_DENSE:
+    if grouping is None or not tiles or m <= grouping["dense_to"]:
         return 0
-    share = m * top_k / experts  # rows of an expert, were all chosen alike
-    return next((tile for tile in GROUP_TILES if share <= tile * 3 / 4), GROUP_TILES[-1])
+    share = m * top_k / experts
+    wanted = next(int(each["tile_m"]) for each in grouping["tiles"] if share <= each.get("share_to", share))
+    return min(tiles, key=lambda tile: (abs(tile - wanted), tile))

@@ -5,7 +5,9 @@ The table lies in ``artifacts/selection/<arch>.json``. It is asked in this order
 
     shapes   what ``densemoe tune`` measured at this (op, E, H, I, dtypes, form): a row a bucket, ``measured``, or ``modelled`` between two such rows
     model    the cost model (cost_model.py) with coefficients from the same measurements: ``modelled``
-    rules    by op and bucket alone, for what was never measured
+    rules    by op and bucket alone, for what was never measured; of the grouped ops those whose tile is not the problem's are passed over
+
+Its part ``grouping`` says from which M on a layer gathers tokens by expert, and into tiles of how many rows (grouping.py).
 """
 
 from __future__ import annotations
@@ -129,14 +131,11 @@ def select(problem: Problem, variants: Iterable[Variant], table: Mapping[str, An
         raise SelectionError(
             f"no variant runs {problem.op} with {problem.a_dtype} activations and {problem.c_dtype} output at M = {problem.m}: {reasons}"
         )
-    if problem.op in GROUPED_OPS:
-        others = tuple(Rejected(each, "another variant of the same tile comes first") for each in runnable[1:])
-        return Choice(runnable[0], size, "the tiles that route made", "modelled", (*others, *rejected))
     for wanted in _wanted(problem, size, table):
         chosen = [each for each in runnable if wanted.is_met_by(each)]
         if not chosen:
-            if any(_same_dtypes(no.variant, problem) and wanted.is_met_by(no.variant) for no in rejected):
-                continue  # installed, and this problem's shape is not for it: its reason stands in ``rejected``
+            if problem.op in GROUPED_OPS or any(_same_dtypes(no.variant, problem) and wanted.is_met_by(no.variant) for no in rejected):
+                continue  # installed, and this problem's shape or tile is not for it: its reason stands in ``rejected``
             raise SelectionError(
                 f"{wanted.source} of the selection table wants {wanted.text} for {problem.op} at M = {problem.m}, which no installed"
                 f" variant has: build it, or name one of {', '.join(each.key for each in runnable)}"

@@ -241,6 +241,7 @@ def build(measured: Sequence[Measurement], provenance: Mapping[str, Any], before
         "keys": keys,
         "shapes": shapes,
         "model": {"sm_count": provenance["sm_count"], "classes": classes},
+        **({"grouping": before["grouping"]} if "grouping" in before else {}),
         "rules": list(before["rules"]),
     }
 

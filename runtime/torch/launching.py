@@ -24,10 +24,12 @@ from typing import Any, Final
 import torch
 
 from densemoe.runtime.errors import DriverError, PlanError, ProblemError
+from densemoe.runtime.grouping import group_tile
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.plan import Plan, packed_weight_bytes
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import evaluate
+from densemoe.runtime.select import load_table
 from densemoe.runtime.variant import GROUPED_OPS
 
 __all__ = ["Entry", "Launch", "Runtime", "Source", "check_aligned", "runtime", "use_runtime"]
@@ -203,7 +205,7 @@ class Runtime:
         self._outgrown: list[int] = []
         self._locks: dict[Owner, Any] = {}
         self._ones: dict[int, int] = {}
-        self._groups: dict[int, bool] = {}
+        self._grouped: dict[int, tuple[Mapping[str, Any] | None, set[tuple[str, str, str, int]]]] = {}
 
     @property
     def loader(self) -> Loader:
@@ -319,13 +321,24 @@ class Runtime:
             self._ones[ordinal] = self._allocate(len(_ONE), _ONE, ordinal)
         return self._ones[ordinal]
 
-    def groups(self, ordinal: int) -> bool:
-        """Whether the device's set has the kernels over gathered tokens."""
-        found = self._groups.get(ordinal)
+    def group_tile(self, ordinal: int, first: Problem, second: Problem, top_k: int) -> int:
+        """Rows of a tile of the grouped form of a layer (``grouping.group_tile``), 0 where its form is the other.
+
+        Args:
+            first, second: FC1 and FC2 of the other form.
+        """
+        found = self._grouped.get(ordinal)
         if found is None:
-            ops = {key.split(".", 1)[0] for key in self.loader.manifest(ordinal).variants}
-            found = self._groups[ordinal] = {"route", *GROUPED_OPS} <= ops
-        return found
+            variants = [each.variant for each in self.loader.manifest(ordinal).variants.values()]
+            routes = any(each.op == "route" for each in variants)
+            grouped = {(each.op, each.a_dtype, each.c_dtype, each.tile_m) for each in variants if each.op in GROUPED_OPS and routes}
+            table = load_table(self.loader.manifest(ordinal).arch)
+            found = self._grouped[ordinal] = (table.get("grouping"), grouped)
+        grouping, grouped = found
+        tiles = [
+            {tile for op, *dtypes, tile in grouped if (op, *dtypes) == (f"grouped{each.op}", each.a_dtype, each.c_dtype)} for each in (first, second)
+        ]
+        return group_tile(grouping, tiles[0] & tiles[1], first.m, top_k, first.experts)
 
 
 class _WithContext(AbstractContextManager[None]):

@@ -127,7 +127,7 @@ def test_tables_cover_every_bucket_and_say_how_they_know(arch: str) -> None:
         assert rule["provenance"] in ("measured", "modelled")
         if rule["provenance"] == "measured":
             assert {"device", "driver", "date"} <= set(rule), json.dumps(rule)
-    for op, m in itertools.product(("fc1", "fc2"), (0, 1, 8, 120, 128, 256, 4096, 2**31 - 1)):
+    for op, m in itertools.product(("fc1", "fc2", "groupedfc1", "groupedfc2"), (0, 1, 8, 120, 128, 256, 4096, 2**31 - 1)):
         assert any(rule["op"] == op and rule["m_from"] <= bucket(m) <= rule["m_to"] for rule in table["rules"])
 
 

@@ -1,0 +1,52 @@
+"""The choice of a layer's form and tile, and of a grouped op's variant: data of the selection table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from densemoe.runtime.errors import SelectionError
+from densemoe.runtime.grouping import group_tile
+from densemoe.runtime.problem import Problem
+from densemoe.runtime.select import load_table, select
+from densemoe.runtime.variant import Variant
+
+TILES = (8, 16, 32, 64, 128)
+GROUPING: Any = load_table("sm_90a")["grouping"]
+
+
+def variants(*keys: str) -> list[Variant]:
+    return [Variant.parse(key) for key in keys]
+
+
+@pytest.mark.parametrize(
+    ("m", "top_k", "experts", "expected"),
+    [(1, 8, 128, 0), (16, 2, 8, 0), (17, 8, 128, 8), (96, 8, 128, 8), (97, 8, 128, 16), (192, 8, 128, 16), (320, 8, 128, 32),
+     (512, 8, 128, 64), (1024, 8, 128, 64), (4096, 8, 128, 128), (64, 2, 8, 32), (512, 2, 8, 128)],
+)  # fmt: skip
+def test_tiles_follow_the_rows_of_an_expert(m: int, top_k: int, experts: int, expected: int) -> None:
+    assert group_tile(GROUPING, TILES, m, top_k, experts) == expected
+
+
+def test_a_set_without_the_tile_takes_the_nearest() -> None:
+    assert group_tile(GROUPING, (8, 16), 4096, 8, 128) == 16
+    assert group_tile(GROUPING, (32, 128), 96, 8, 128) == 32
+    assert group_tile(GROUPING, (), 4096, 8, 128) == 0
+    assert group_tile(None, TILES, 4096, 8, 128) == 0
+
+
+def test_wgmma_comes_first_where_it_has_the_tile_and_dtypes() -> None:
+    both = variants("groupedfc1.sm90a.t16x64.c1x1.bf16-bf16", "groupedfc1.sm90a.t16x256.c1x1.bf16-bf16", "groupedfc1.sm90a.t16x64.c1x1.bf16-f32")
+    problem = Problem("groupedfc1", 64, 8, 256, 128, top_k=2, group_tile=16)
+    choice = select(problem, both, load_table("sm_90a"))
+    assert (choice.variant.tile_n, choice.provenance) == (256, "modelled")
+    plain = Problem("groupedfc1", 64, 8, 256, 128, c_dtype="f32", top_k=2, group_tile=16)
+    assert select(plain, both, load_table("sm_90a")).variant.tile_n == 64
+    assert select(problem, both[:1], load_table("sm_90a")).variant.tile_n == 64
+
+
+def test_a_tile_that_no_variant_has_is_refused() -> None:
+    problem = Problem("groupedfc2", 64, 8, 256, 128, top_k=2, group_tile=48)
+    with pytest.raises(SelectionError, match="its tiles have 16 rows, those of the problem 48"):
+        select(problem, variants("groupedfc2.sm90a.t16x256.c1x1.bf16-bf16"), load_table("sm_90a"))
