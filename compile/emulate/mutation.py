@@ -30,35 +30,54 @@ from densemoe.runtime.variant import Variant
 __all__ = ["EQUIVALENTS", "SUBJECTS", "Equivalent", "Finding", "Report", "Subject", "Task", "equivalents", "run", "run_mutant", "sample", "subject"]
 
 EQUIVALENTS: Final = Path(__file__).with_name("equivalent_mutants.json")
-#: Wrap-around of every ring: more K tiles than twice the stages and more tiles than twice the accumulators for each CTA.
-SUBJECTS: Final[Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
-    "fc1.sm100f.t128x128.c1x1.nvfp4-nvfp4": (
-        ("m=129,e=4,h=320,i=128,kind=exact,post=1,sms=1", ("lazy", "eager", "pct:1:3", "random:1")),
-        ("m=261,e=4,h=1088,i=64,kind=exact,list=1,zeros=1,post=1,sms=2,early_list=1", ("lazy", "random:2", "pct:2:3")),
+Runs = tuple[tuple[str, str], ...]
+
+
+def _runs(many: str, listed: str, *small: str) -> Runs:
+    """(case, schedule), first those that notice most for their time: two cases under every schedule, small ones under one."""
+    lazy = [(case, "lazy") for case in (many, listed, *small)]
+    return (*lazy, (many, "eager"), (listed, "random:2"), (many, "pct:1:3"), (listed, "pct:2:3"), (many, "random:1"))
+
+
+#: ``many``: one cluster takes so many tiles that every ring wraps more than once; its list of experts is waited for. ``listed``: more clusters than
+#: tiles, a list that is read early, alphas of 0 (FC2: two launches on one workspace). ``small``: one tile; no list; an empty split.
+SUBJECTS: Final[Mapping[str, Runs]] = {
+    "fc1.sm100f.t128x128.c1x1.nvfp4-nvfp4": _runs(
+        "m=129,e=4,h=320,i=128,kind=exact,post=1,list=1,sms=1",
+        "m=261,e=5,h=1088,i=64,kind=exact,post=1,list=1,zeros=1,sms=8,early_list=1",
+        "m=1,e=2,h=256,i=64,kind=exact,sms=1",
     ),
-    "fc1.sm100f.t128x128.c1x2.nvfp4-nvfp4": (
-        ("m=129,e=4,h=320,i=192,kind=exact,post=1,sms=2", ("lazy", "eager", "pct:1:3", "random:1")),
-        ("m=261,e=4,h=1088,i=64,kind=exact,list=1,zeros=1,post=1,sms=4,early_list=1", ("lazy", "random:2", "pct:2:3")),
+    "fc1.sm100f.t128x128.c1x2.nvfp4-nvfp4": _runs(
+        "m=129,e=4,h=320,i=192,kind=exact,post=1,list=1,sms=2",
+        "m=261,e=5,h=1088,i=64,kind=exact,post=1,list=1,zeros=1,sms=10,early_list=1",
+        "m=1,e=2,h=256,i=64,kind=exact,sms=2",
     ),
-    "fc1.sm100f.t256x128.c2x1.nvfp4-nvfp4": (
-        ("m=257,e=4,h=320,i=128,kind=exact,post=1,sms=2", ("lazy", "eager", "pct:1:3", "random:1")),
-        ("m=389,e=4,h=1088,i=64,kind=exact,list=1,zeros=1,post=1,sms=4,early_list=1", ("lazy", "random:2", "pct:2:3")),
+    "fc1.sm100f.t256x128.c2x1.nvfp4-nvfp4": _runs(
+        "m=257,e=4,h=320,i=128,kind=exact,post=1,list=1,sms=2",
+        "m=389,e=5,h=1088,i=64,kind=exact,post=1,list=1,zeros=1,sms=12,early_list=1",
+        "m=1,e=2,h=256,i=64,kind=exact,sms=2",
     ),
-    "fc2.sm100f.t128x128.c1x1.nvfp4-f32": (
-        ("m=129,e=5,h=192,i=512,kind=exact,sms=1,splits=2", ("lazy", "eager", "pct:1:3", "random:1")),
-        ("m=133,e=4,h=320,i=768,kind=exact,list=1,zeros=1,sms=2,launches=2,splits=2,early_list=1", ("lazy", "random:2", "pct:2:3")),
+    "fc2.sm100f.t128x128.c1x1.nvfp4-f32": _runs(
+        "m=129,e=6,h=192,i=512,kind=exact,list=1,sms=1,splits=2",
+        "m=133,e=4,h=192,i=512,kind=exact,list=1,zeros=1,sms=4,launches=2,splits=2,early_list=1",
+        "m=1,e=2,h=128,i=256,kind=exact,list=1,sms=4,splits=2",
+        "m=1,e=3,h=128,i=256,kind=exact,scalar=1,sms=1",
     ),
-    "fc2.sm100f.t256x128.c2x1.nvfp4-f32": (
-        ("m=257,e=5,h=192,i=512,kind=exact,sms=2,splits=2", ("lazy", "eager", "pct:1:3", "random:1")),
-        ("m=261,e=4,h=320,i=768,kind=exact,list=1,zeros=1,sms=4,launches=2,splits=2,early_list=1", ("lazy", "random:2", "pct:2:3")),
+    "fc2.sm100f.t256x128.c2x1.nvfp4-f32": _runs(
+        "m=257,e=6,h=192,i=512,kind=exact,list=1,sms=2,splits=2",
+        "m=261,e=4,h=192,i=512,kind=exact,list=1,zeros=1,sms=8,launches=2,splits=2,early_list=1",
+        "m=1,e=2,h=128,i=256,kind=exact,list=1,sms=8,splits=2",
+        "m=1,e=3,h=128,i=256,kind=exact,scalar=1,sms=2",
     ),
-    "fc1.sm90a.t8x64.c1x1.bf16-bf16": (
-        ("m=9,e=3,h=384,i=64,kind=exact,post=1,sms=1", ("lazy", "eager", "pct:1:3", "random:1")),
-        ("m=21,e=6,h=320,i=128,kind=exact,list=1,zeros=1,post=1,sms=1,early_list=1", ("lazy", "random:2", "pct:2:3")),
+    "fc1.sm90a.t8x64.c1x1.bf16-bf16": _runs(
+        "m=9,e=3,h=384,i=64,kind=exact,post=1,list=1,sms=1",
+        "m=21,e=6,h=320,i=128,kind=exact,post=1,list=1,zeros=1,sms=1,early_list=1",
+        "m=1,e=1,h=256,i=64,kind=exact,sms=1",
     ),
-    "fc2.sm90a.t8x64.c1x1.bf16-bf16": (
-        ("m=9,e=3,h=192,i=384,kind=exact,sms=1", ("lazy", "eager", "pct:1:3", "random:1")),
-        ("m=21,e=6,h=128,i=320,kind=exact,list=1,zeros=1,sms=1,launches=2,early_list=1", ("lazy", "random:2", "pct:2:3")),
+    "fc2.sm90a.t8x64.c1x1.bf16-bf16": _runs(
+        "m=9,e=3,h=192,i=384,kind=exact,list=1,sms=1",
+        "m=21,e=6,h=128,i=320,kind=exact,list=1,zeros=1,sms=1,launches=2,early_list=1",
+        "m=1,e=1,h=128,i=256,kind=exact,scalar=1,sms=1",
     ),
 }
 _ERROR: Final = 300  # characters of a message that are kept
@@ -209,7 +228,7 @@ def subject(key: str, runs: Sequence[tuple[str, str]] = ()) -> Subject:
     planned = {each.variant.key: each for each in matrix.load().profile("full")}.get(key)
     if planned is None:
         raise ProblemError(f"{key} is not in the matrix: `densemoe list --profile full` shows what is")
-    chosen = tuple(runs) or tuple((case, schedule) for case, schedules in SUBJECTS.get(key, ()) for schedule in schedules)
+    chosen = tuple(runs) or SUBJECTS.get(key, ())
     if not chosen:
         raise ProblemError(f"the suite has no cases for {key}: give --case, as in --case m=9,e=2,h=384,i=64,kind=exact")
     compiled = toolchain.compile_variant(planned.variant, planned.kernel, options=planned.compiler_options)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from densemoe.compile.emulate.cases import Case
-from densemoe.compile.emulator.device import launch_recipe
+from densemoe.compile.emulator.device import EARLY, launch_recipe
 from densemoe.compile.emulator.execution import Report as Run
 from densemoe.runtime import bounds, data, packing, reference
 from densemoe.runtime.errors import DensemoeError
@@ -155,13 +155,15 @@ def run_case(variant: Variant, layout: str, ptx: str, recipe: Recipe, case: Case
     specs = problem.tensors()
     workspaces: dict[str, npt.NDArray[np.uint8]] = {}
     outputs: Arrays = {}
+    early = (*EARLY, "active_experts") if dict(case.settings).get("early_list") else EARLY  # the setting says that the list is there before
     run = Run()
     for _ in range(case.launches):
         outputs = {role: poisoned(role, spec.shape, spec.dtype) for role, spec in specs.items() if spec.output}
         names = {**problem.names(), **dict(case.settings)}
         run = launch_recipe(
-            ptx, recipe, names, {**tensors, **outputs}, outputs, workspaces=workspaces, schedule=schedule, sm_count=case.sm_count
-        )
+            ptx, recipe, names, {**tensors, **outputs}, outputs,
+            workspaces=workspaces, schedule=schedule, sm_count=case.sm_count, early=early,
+        )  # fmt: skip
     report: bounds.Report = judge(outputs)
     every = [report, *report.parts]
     return Outcome(

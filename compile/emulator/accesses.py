@@ -87,25 +87,29 @@ class Accesses:
 
     # --- ld
 
-    def load(self, g: Gang, space: str, address: Any, mask: Any, size: int, count: int) -> Any:
-        """Elements of each lane: ``[count, lanes]`` (``[lanes]`` for one), or ints where the address is uniform and the space allows."""
+    def load(self, g: Gang, space: str, address: Any, mask: Any, size: int, count: int, order: str = "") -> Any:
+        """Elements of each lane: ``[count, lanes]`` (``[lanes]`` for one), or ints where the address is uniform and the space allows.
+
+        Args:
+            order: ``relaxed`` or ``acquire``.
+        """
         if space == "":
             space, address = self.generic_space(self._active(address, mask))
             if mask is not None and not isinstance(address, int):
-                return self._spread(g, mask, self._load(g, space, address, np.flatnonzero(mask), size, count), size, count)
-            return self._load(g, space, address, None, size, count)
+                return self._spread(g, mask, self._load(g, space, address, np.flatnonzero(mask), size, count, order), size, count)
+            return self._load(g, space, address, None, size, count, order)
         if mask is not None:
             picked = np.flatnonzero(mask)
             if isinstance(address, int):
                 if not picked.size:
                     zero = 0 if isinstance(g.slots, int) or space != "shared" else np.zeros(g.lanes, _UNSIGNED[size])
                     return zero if count == 1 else [zero] * count
-                return self._load(g, space, address, None, size, count)
+                return self._load(g, space, address, None, size, count, order, picked)
             if not picked.size:
                 zeros = np.zeros(g.lanes, _UNSIGNED[size])
                 return zeros if count == 1 else [zeros] * count
-            return self._spread(g, mask, self._load(g, space, address[picked], picked, size, count), size, count)
-        return self._load(g, space, address, None, size, count)
+            return self._spread(g, mask, self._load(g, space, address[picked], picked, size, count, order), size, count)
+        return self._load(g, space, address, None, size, count, order)
 
     def _active(self, address: Any, mask: Any) -> Any:
         return address if mask is None or isinstance(address, int) else address[mask]
@@ -119,16 +123,17 @@ class Accesses:
         full[:, mask] = values
         return full
 
-    def _load(self, g: Gang, space: str, address: Any, picked: Any, size: int, count: int) -> Any:
+    def _load(self, g: Gang, space: str, address: Any, picked: Any, size: int, count: int, order: str, active: Any = None) -> Any:
         nbytes = size * count
         if space == "global":
             if isinstance(address, int):
                 self.moved["global loads"] += nbytes
                 if address % nbytes:
                     raise EmulatorError(f"{nbytes}-byte access at global address {address:#x} is misaligned")
+                self.note_global(g, address, active, size, count, False, order)
                 return self._integers(self.memory.bytes_at(address, nbytes), size, count)
             self.moved["global loads"] += nbytes * address.size
-            self.note_global(g, address, picked, nbytes, False)
+            self.note_global(g, address, picked, size, count, False, order)
             return self._columns(self.memory.load(address, size, count), count)
         if space == "param":
             if not isinstance(address, int):
@@ -160,7 +165,7 @@ class Accesses:
 
     # --- st
 
-    def store(self, g: Gang, space: str, address: Any, mask: Any, size: int, values: tuple[Any, ...]) -> None:
+    def store(self, g: Gang, space: str, address: Any, mask: Any, size: int, values: tuple[Any, ...], order: str = "") -> None:
         """Stores one or several elements a lane; values are ints or arrays as wide as their registers."""
         picked = None
         if mask is not None:
@@ -184,7 +189,7 @@ class Accesses:
         nbytes = size * len(values)
         if space == "global":
             self.moved["global stores"] += nbytes * address.size
-            self.note_global(g, address, picked, nbytes, True)
+            self.note_global(g, address, picked, size, len(values), True, order)
             self.memory.store(address.astype(np.uint64, copy=False), size, data)
             return
         if space == "param":
@@ -235,8 +240,15 @@ class Accesses:
 
     # --- atom and red
 
-    def atomic(self, g: Gang, space: str, address: Any, mask: Any, operation: str, kind: str, operands: tuple[Any, ...]) -> Any:
-        """``atom``: the old values, ``[lanes]``."""
+    def atomic(
+        self, g: Gang, space: str, address: Any, mask: Any, operation: str, kind: str, operands: tuple[Any, ...], order: str = "", reads: bool = True
+    ) -> Any:
+        """``atom``: the old values, ``[lanes]``.
+
+        Args:
+            order: ``acquire``, ``release`` or ``acq_rel``.
+            reads: False for ``red``.
+        """
         size = {"b16": 2, "f16": 2, "bf16": 2}.get(kind) or (8 if kind.endswith("64") else 4)
         old_values = np.zeros(g.lanes, _UNSIGNED[size])
         low = (1 << (8 * size)) - 1
@@ -247,7 +259,7 @@ class Accesses:
             old = int(cell[0])
             old_values[lane] = old
             cell[0] = _combine(operation, kind, old, [x & low for x in arguments]) & low
-        self.note_atomic(g, mask)
+        self.note_atomic(g, space, address, mask, size, 1, order, reads)
         return old_values
 
     def _cell(self, g: Gang, space: str, address: int, lane: int, size: int) -> Any:
@@ -272,19 +284,19 @@ class Accesses:
         self.shared.check(index, size, 1)
         return self.shared.view(size, 1)[index : index + 1]
 
-    def reduce(self, g: Gang, space: str, address: Any, mask: Any, operation: str, kind: str, values: tuple[Any, ...]) -> None:
+    def reduce(self, g: Gang, space: str, address: Any, mask: Any, operation: str, kind: str, values: tuple[Any, ...], order: str = "") -> None:
         """``red``: one element a lane, or a vector of f32."""
         if kind != "f32" or operation != "add" or space not in ("", "global"):
             if len(values) > 1:
                 raise EmulatorError(f"red.{operation} of a vector of {kind} is not modelled")
-            self.atomic(g, space, address, mask, operation, kind, values)
+            self.atomic(g, space, address, mask, operation, kind, values, order, False)
             return
         picked = np.arange(g.lanes) if mask is None else np.flatnonzero(mask)
         if not picked.size:
             return
         where = np.full(picked.size, address, np.uint64) if isinstance(address, int) else address[picked].astype(np.uint64, copy=False)
         if space == "" and self.generic_space(where)[0] != "global":
-            self.atomic(g, space, address, mask, operation, kind, values)
+            self.atomic(g, space, address, mask, operation, kind, values, order, False)
             return
         count = len(values)
         added = np.stack([self._elements(v, picked if not isinstance(v, int) else None, picked.size, 4) for v in values], axis=1)
@@ -293,7 +305,8 @@ class Accesses:
         if (where & np.uint64(nbytes - 1)).any():
             raise EmulatorError(f"a red of {nbytes} bytes at a misaligned address")
         self.memory.load(where, 4, count)  # bounds, and that the memory was written
-        for buffer, chosen, offsets in self.memory._split(where, nbytes):
+        self.note_atomic(g, "global", where, mask, 4, count, order, False)
+        for buffer, chosen, offsets in self.memory.parts(where, nbytes):
             if not buffer.writable:
                 raise EmulatorError(f"a red to {buffer.name}, which is read-only")
             index = (offsets // np.uint64(4)).astype(np.intp)[:, None] + np.arange(count)
@@ -348,11 +361,11 @@ class Accesses:
     def note_shared(self, g: Gang, index: Any, picked: Any, nbytes: int, write: bool) -> None:
         """A generic-proxy access to shared memory."""
 
-    def note_global(self, g: Gang, address: Any, picked: Any, nbytes: int, write: bool) -> None:
+    def note_global(self, g: Gang, address: Any, picked: Any, size: int, count: int, write: bool, order: str) -> None:
         """A generic-proxy access to global memory."""
 
-    def note_atomic(self, g: Gang, mask: Any) -> None:
-        """An atomic operation."""
+    def note_atomic(self, g: Gang, space: str, address: Any, mask: Any, size: int, count: int, order: str, reads: bool) -> None:
+        """An atomic operation; addresses are those of all lanes, or of the active ones where `count` elements are added."""
 
 
 _SIGNED_BITS = {"s32": 32, "s64": 64}

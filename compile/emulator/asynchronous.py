@@ -21,6 +21,7 @@ from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
     from densemoe.compile.emulator.gang import Gang, Warp
+    from densemoe.compile.emulator.memory import Buffer
     from densemoe.compile.emulator.races import Races
 
 __all__ = ["AsyncOperation", "Copies", "condition_of"]
@@ -120,6 +121,10 @@ class Copies:
         raise NotImplementedError
 
     def barrier_place(self, warp: Warp, address: int, own: bool = False) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def check_waited(self, buffer: Buffer, clock: Any, write: bool) -> None:
+        """Raises where an operation touches what a launch before may still use."""
         raise NotImplementedError
 
     def check_alive(self, slot: int) -> None:
@@ -235,6 +240,7 @@ class Copies:
                 operation: AsyncOperation, slots: list[int] = slots, offset: int = offset, of: int = of, n: int = nbytes, bar: int = bar_offset
             ) -> None:
                 data = self.memory.bytes_at(of, n)
+                self.check_waited(self.memory.find(of, n), operation.clock, False)
                 for each in slots:
                     self.write_shared(each, offset, data, operation)
                 for each in slots:
@@ -265,6 +271,7 @@ class Copies:
 
             def action(operation: AsyncOperation, slot: int = slot, offset: int = offset, to: int = to, n: int = nbytes) -> None:
                 data = self.read_shared(slot, offset, n, operation)
+                self.check_waited(self.memory.find(to, n), operation.clock, True)
                 if not reduction:
                     self.memory.bytes_at(to, n, write=True)[:] = data
                     return
@@ -356,6 +363,7 @@ class Copies:
                     data = np.zeros(size, np.uint8)
                     if n:
                         data[:n] = self.memory.bytes_at(of, n)
+                        self.check_waited(self.memory.find(of, n), operation.clock, False)
                     self.write_shared(slot, offset, data, operation)
 
             self.moved["cp.async"] += size * len(pieces)

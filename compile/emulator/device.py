@@ -7,7 +7,7 @@ and packers; only addresses differ.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,12 @@ from densemoe.compile.emulator.tensor_map import DataType, L2Promotion, Swizzle,
 from densemoe.runtime.plan import PackedLaunch, pack
 from densemoe.runtime.recipe import Recipe, evaluate
 
-__all__ = ["SM_COUNT", "encode_tensor_map", "launch_of", "launch_recipe"]
+__all__ = ["EARLY", "SM_COUNT", "encode_tensor_map", "launch_of", "launch_recipe"]
 
 #: multiprocessors of the device that is emulated; few, so that small problems give every CTA several tiles
 SM_COUNT = 4
+#: Weights: they are there before the first launch.
+EARLY: Final = ("b", "b.codes", "b.scales")
 _TYPES = {
     "u8": DataType.UINT8,
     "u16": DataType.UINT16,
@@ -43,9 +45,9 @@ def encode_tensor_map(
     return TensorMap(address, _TYPES[dtype], sizes, strides, box, ones, swizzle=_SWIZZLES[swizzle], l2_promotion=promotion).encode()
 
 
-def launch_of(packed: PackedLaunch, kernel: str = "") -> Launch:
+def launch_of(packed: PackedLaunch, kernel: str = "", programmatic: bool = False) -> Launch:
     """A `Launch` from what the runtime packs for the driver."""
-    return Launch(kernel, packed.grid, packed.block, packed.cluster, packed.dynamic_smem, bytes(packed.parameters))
+    return Launch(kernel, packed.grid, packed.block, packed.cluster, packed.dynamic_smem, bytes(packed.parameters), programmatic)
 
 
 def launch_recipe(
@@ -60,8 +62,9 @@ def launch_recipe(
     sm_count: int = SM_COUNT,
     races: bool = True,
     kernel: str = "",
+    early: Iterable[str] = EARLY,
 ) -> Report:
-    """Runs a kernel by its launch recipe.
+    """Runs a kernel by its launch recipe, a programmatic one as if launches before it were still running.
 
     Args:
         ptx: text of the kernel's module.
@@ -73,6 +76,7 @@ def launch_recipe(
         workspaces: by role; filled with those that were made, so that a second launch can use them again.
         schedule, races, kernel: as `run`.
         sm_count: multiprocessors of the emulated device.
+        early: roles that no launch before writes: they may be read before ``griddepcontrol.wait``.
 
     Raises:
         RecipeError: the recipe does not fit.
@@ -80,10 +84,10 @@ def launch_recipe(
     """
     bound = {**names, "sm_count": sm_count}
     memory = GlobalMemory()
-    written = set(outputs)
+    written, known = set(outputs), set(early)
     addresses: dict[str, int] = {}
     for role, array in tensors.items():
-        addresses[role] = memory.add(role, array, written=role not in written, writable=role in written)
+        addresses[role] = memory.add(role, array, written=role not in written, writable=role in written, early=role in known)
     kept = {} if workspaces is None else workspaces
     expressions = recipe.bind(bound)
     for each in recipe.workspaces:
@@ -96,4 +100,4 @@ def launch_recipe(
         if parameter.kind == "pointer":
             addresses.setdefault(parameter.value, 0)
     packed = pack(recipe, bound, addresses, encode_tensor_map)
-    return run(ptx, launch_of(packed, kernel), memory, schedule, races=races, sm_count=sm_count)
+    return run(ptx, launch_of(packed, kernel, recipe.programmatic_launch), memory, schedule, races=races, sm_count=sm_count)

@@ -29,6 +29,7 @@ class Launch:
         cluster: CTAs of a cluster.
         dynamic_smem: bytes.
         parameters: the parameter block.
+        programmatic: with programmatic stream serialisation: launches before may still run until ``griddepcontrol.wait``.
     """
 
     kernel: str
@@ -37,6 +38,7 @@ class Launch:
     cluster: tuple[int, int, int] = (1, 1, 1)
     dynamic_smem: int = 0
     parameters: bytes = b""
+    programmatic: bool = False
 
 
 @dataclass
@@ -112,7 +114,7 @@ def run(
     memory.begin_launch()
     machine = Machine(
         program, grid, block, cluster, launch.dynamic_smem, bytes(launch.parameters), memory, Schedule.parse(schedule), races, sm_count,
-        tensor_fences,
+        tensor_fences, launch.programmatic,
     )
     with np.errstate(all="ignore"):
         machine.run()

@@ -14,15 +14,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from densemoe.compile.emulator.accesses import Accesses
 from densemoe.compile.emulator.asynchronous import AsyncOperation
 from densemoe.compile.emulator.bank_conflicts import BankConflicts
 from densemoe.compile.emulator.gang import LANES, Gang, Meeting, Warp, merge_gangs
+from densemoe.compile.emulator.global_races import GlobalRaces
 from densemoe.compile.emulator.memory import GlobalMemory, SharedMemory
 from densemoe.compile.emulator.races import Races
 from densemoe.compile.emulator.synchronisation import CtaBarrier, MBarrier, Synchronisation
 from densemoe.compile.emulator.translation import SHARED_START, Program, Version
 from densemoe.compile.emulator.warpgroup_units import WarpgroupUnits
+from densemoe.compile.emulator.watched import WatchedAccesses
 from densemoe.runtime.errors import EmulatorError
 
 __all__ = ["Cluster", "Cta", "Machine", "Schedule"]
@@ -110,7 +111,7 @@ class Cta:
         return found
 
 
-class Machine(Accesses, Synchronisation, WarpgroupUnits):
+class Machine(WatchedAccesses, Synchronisation, WarpgroupUnits):
     """One launch in progress."""
 
     def __init__(
@@ -126,7 +127,9 @@ class Machine(Accesses, Synchronisation, WarpgroupUnits):
         races: bool,
         sm_count: int,
         tensor_fences: bool = True,
+        programmatic: bool = False,
     ) -> None:
+        self.programmatic = programmatic
         self.program, self.memory, self.schedule = program, memory, schedule
         self.grid, self.block, self.cluster = grid, block, cluster
         self.dynamic_smem, self.parameters, self.sm_count = dynamic_smem, parameters, sm_count
@@ -203,6 +206,8 @@ class Machine(Accesses, Synchronisation, WarpgroupUnits):
         if self.want_races:
             window = self.shared.stride
             self.races = Races(warps, warps_per_cta * self.cluster_size, window, self.shared.ctas, self.lints, self.tensor_fences)
+            if GlobalRaces.wanted(len(warps), self.program.kernel):
+                self.races.everywhere = GlobalRaces(len(warps), self.memory)
         self._start(ctas)
         self._schedule()
         for cta in ctas:
@@ -459,30 +464,12 @@ class Machine(Accesses, Synchronisation, WarpgroupUnits):
             lines[41:] = [f"and {len(lines) - 41} more warps"]
         return "\n".join(lines)
 
-    def note_shared(self, g: Gang, index: Any, picked: Any, nbytes: int, write: bool) -> None:
-        if not isinstance(index, int):
-            self.conflicts.add(index, picked, nbytes)
-        if self.races is not None:
-            self.races.generic(g, index, picked, nbytes, write)
-
     # --- small things
 
     def clock(self, name: str) -> int:
         """A counter that advances with every reading."""
         self.ticks += 100
         return self.ticks if name.endswith("64") or name == "%globaltimer" else self.ticks & 0xFFFFFFFF
-
-    def fence(self, g: Gang, mask: Any, opcode: str) -> None:
-        """A memory fence."""
-        if self.races is not None and opcode.startswith("fence.mbarrier_init"):
-            for w in g.active_warps(mask):
-                self.races.init_fence(g.warps[w])
-
-    def proxy_fence(self, g: Gang, mask: Any) -> None:
-        """``fence.proxy.async``."""
-        if self.races is not None:
-            for w in g.active_warps(mask):
-                self.races.proxy_fence(g.warps[w])
 
     def mma(self, g: Gang, unit: Any, mask: Any, operands: tuple[Any, ...]) -> Any:
         """``mma.sync`` of all warps: registers of D, ``[registers, lanes]``."""

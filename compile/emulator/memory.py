@@ -43,6 +43,7 @@ class Buffer:
         written: 0xFF for each byte that holds data, or None where all do from the start.
         once: for each byte whether a kernel wrote it, where it may be written only once a launch; else None.
         writable: kernels may write it.
+        early: no launch that may still run writes it, so it may be read before ``griddepcontrol.wait``.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Buffer:
     written: Array | None = None
     once: Array | None = None
     writable: bool = True
+    early: bool = False
     views: dict[tuple[int, int], Array] = field(default_factory=dict)
 
     def view(self, size: int, count: int) -> Array:
@@ -78,7 +80,15 @@ class GlobalMemory:
         self._last: Buffer | None = None
 
     def add(
-        self, name: str, array: Array, *, address: int | None = None, written: bool = True, once: bool = False, writable: bool = True
+        self,
+        name: str,
+        array: Array,
+        *,
+        address: int | None = None,
+        written: bool = True,
+        once: bool = False,
+        writable: bool = True,
+        early: bool = False,
     ) -> int:
         """Adds a buffer and returns its address.
 
@@ -89,6 +99,7 @@ class GlobalMemory:
             written: False where its content is undefined: reading a byte before it was written is an error.
             once: writing a byte twice in a launch is an error.
             writable: False makes any write an error.
+            early: it may be read before ``griddepcontrol.wait`` in a programmatic launch.
 
         Raises:
             EmulatorError: not contiguous, an address that is taken or misaligned, or a name that is.
@@ -114,6 +125,7 @@ class GlobalMemory:
             None if written else np.zeros(data.size, np.uint8),
             np.zeros(data.size, np.uint8) if once else None,
             writable,
+            early,
         )
         self.buffers.insert(place, buffer)
         self._starts.insert(place, address)
@@ -173,7 +185,7 @@ class GlobalMemory:
                 return buffer
         raise EmulatorError(f"{size} bytes at global address {address:#x} are out of bounds, {self.describe(address)}")
 
-    def _split(self, addresses: Array, size: int) -> list[tuple[Buffer, Array | None, Array]]:
+    def parts(self, addresses: Array, size: int) -> list[tuple[Buffer, Array | None, Array]]:
         """Buffers of an array of addresses: (buffer, positions in the array or None for all, offsets)."""
         last = self._last
         if last is not None and last.data.size >= size:
@@ -199,7 +211,7 @@ class GlobalMemory:
             EmulatorError: out of bounds, misaligned, or bytes that were never written.
         """
         nbytes = size * count
-        parts = self._split(addresses, nbytes)
+        parts = self.parts(addresses, nbytes)
         result = None
         for buffer, where, offsets in parts:
             index = self._index(buffer, offsets, nbytes)
@@ -234,7 +246,7 @@ class GlobalMemory:
         """Writes elements ``[addresses, count]`` or ``[addresses]``; of several lanes at one address the last wins."""
         count = values.shape[1] if values.ndim > 1 else 1
         nbytes = size * count
-        for buffer, where, offsets in self._split(addresses, nbytes):
+        for buffer, where, offsets in self.parts(addresses, nbytes):
             index = self._index(buffer, offsets, nbytes)
             self._mark(buffer, index, nbytes)
             buffer.view(size, count)[index] = values if where is None else values[where]

@@ -2,7 +2,7 @@
 
 Sources: PTX ISA 9.x, 9.7.9 (data movement: ``ld``, ``st``, ``prefetch``, ``cvta``, ``mapa``, ``shfl``), 9.7.13 (``atom``, ``red``, ``vote``,
 ``match``, ``redux``, ``activemask``, ``elect``), 9.7.14.5 (``ldmatrix``, ``stmatrix``, ``mma``). Cache operators, eviction hints, scopes and
-memory orders have no effect on values here.
+memory orders have no effect on values here; race detection uses the orders.
 """
 
 from __future__ import annotations
@@ -27,6 +27,12 @@ def _space(parts: list[str]) -> str:
 
 def _count(parts: list[str]) -> int:
     return next((int(each[1:]) for each in parts if each in ("v2", "v4", "v8")), 1)
+
+
+def _order(parts: list[str]) -> str:
+    """The argument for a strong access's memory order."""
+    order = next((each for each in parts if each in ("relaxed", "acquire", "release", "acq_rel")), "relaxed" if "volatile" in parts else "")
+    return f", {order!r}" if order else ""
 
 
 def _items(operand: Operand, count: int) -> list[Operand]:
@@ -69,7 +75,7 @@ def _ld(e: Emitter, i: Instruction) -> None:
         local = e.let(f"H.load_local(g, {e.u(address)}, {e.mask}, {size}, {count})")
     else:
         target = {"const": "global"}.get(space, space)
-        local = e.let(f"H.load(g, {target!r}, {e.u(address)}, {e.mask}, {size}, {count})")
+        local = e.let(f"H.load(g, {target!r}, {e.u(address)}, {e.mask}, {size}, {count}{_order(parts)})")
     for n, item in enumerate(items):
         each = local if count == 1 else e.let(f"{local}[{n}]")
         _assign_loaded(e, item, each, "I" if uniform else "A", 8 * size, kind[0] == "s")
@@ -96,7 +102,7 @@ def _st(e: Emitter, i: Instruction) -> None:
     if space == "local":
         e.emit(f"H.store_local(g, {e.u(address)}, {e.mask}, {size}, ({texts},))")
     else:
-        e.emit(f"H.store(g, {space!r}, {e.u(address)}, {e.mask}, {size}, ({texts},))")
+        e.emit(f"H.store(g, {space!r}, {e.u(address)}, {e.mask}, {size}, ({texts},){_order(parts)})")
 
 
 @operation("prefetch{.global|.local|}.{L1|L2}{::evict_last|::evict_normal|}", "prefetchu.L1", operands=1, destinations=0)
@@ -131,7 +137,7 @@ def _atom(e: Emitter, i: Instruction) -> None:
     address = e.address(i.operands[1])
     values = [e.value(each, bits) for each in i.operands[2:]]
     texts = ", ".join(e.u(v) for v in values)
-    local = e.let(f"H.atomic(g, {_space(i.parts)!r}, {e.u(address)}, {e.mask}, {name!r}, {kind!r}, ({texts},))")
+    local = e.let(f"H.atomic(g, {_space(i.parts)!r}, {e.u(address)}, {e.mask}, {name!r}, {kind!r}, ({texts},){_order(i.parts)})")
     e.assign(i.operands[0], Value(bits, "A", {"u": local}))
 
 
@@ -143,7 +149,7 @@ def _red(e: Emitter, i: Instruction) -> None:
     address = e.address(i.operands[0])
     values = [e.value(item, 8 * TYPE_BYTES[kind]) for item in _items(i.operands[1], count)]
     texts = ", ".join(e.u(v) for v in values)
-    e.emit(f"H.reduce(g, {_space(i.parts)!r}, {e.u(address)}, {e.mask}, {name!r}, {kind!r}, ({texts},))")
+    e.emit(f"H.reduce(g, {_space(i.parts)!r}, {e.u(address)}, {e.mask}, {name!r}, {kind!r}, ({texts},){_order(i.parts)})")
 
 
 # --- addresses --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 A trustworthy emulator notices that such a kernel is wrong. Which steps there are is read from the text and the PTX ISA alone (9.7.13 barriers,
 mbarriers and fences, 9.7.9.25 and 9.7.9.27 asynchronous copies, 9.7.15 ``wgmma``, 9.7.16 ``tcgen05``); nothing is known of the kernel.
 
+Left alone is what changes speed and nothing else: ``griddepcontrol.launch_dependents`` (the next launch may begin at the latest when this one
+ends), ``tcgen05.relinquish_alloc_permit`` (another CTA may allocate at the latest after ``dealloc``), prefetches, ``setmaxnreg``, cache hints.
+
 A mutant's name stays the same when lines move or registers are renumbered: ``kind``, the statement with registers as ``%``, and its number among
 the equal ones from the top.
 """
@@ -49,11 +52,11 @@ FAMILIES: Final = {
 
 _DELETED: Final = (
     "mbarrier.init", "mbarrier.arrive", "mbarrier.expect_tx", "mbarrier.inval", "mbarrier.complete_tx", "fence.", "membar.",
-    "tcgen05.fence::", "tcgen05.commit", "tcgen05.wait::", "tcgen05.alloc", "tcgen05.dealloc", "tcgen05.relinquish_alloc_permit", "tcgen05.cp.",
+    "tcgen05.fence::", "tcgen05.commit", "tcgen05.wait::", "tcgen05.alloc", "tcgen05.dealloc", "tcgen05.cp.",
     "tcgen05.mma.", "barrier.cluster.", "barrier.sync", "barrier.arrive", "barrier.red", "bar.", "cp.async.commit_group", "cp.async.wait_group",
     "cp.async.wait_all", "cp.async.bulk.commit_group", "cp.async.bulk.wait_group", "cp.async.mbarrier.arrive", "cp.async.bulk.tensor",
     "cp.async.bulk.shared", "cp.async.bulk.global", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "wgmma.mma_async",
-    "griddepcontrol.", "atom.", "red.",
+    "griddepcontrol.wait", "atom.", "red.",
 )  # fmt: skip
 _TWICE: Final = (
     "mbarrier.init", "mbarrier.arrive", "tcgen05.commit", "tcgen05.alloc", "tcgen05.dealloc", "barrier.cluster.arrive", "cp.async.bulk.tensor",
@@ -188,13 +191,13 @@ def mutants(ptx: str) -> list[Mutant]:
     for each in every:
         seen[each.shape] = seen.get(each.shape, 0) + 1
         numbers.append(seen[each.shape])
-    found: dict[str, Mutant] = {}
+    found: dict[tuple[int, int, str], Mutant] = {}
     for index, kind, replacement, prefix in _changes(every):
         each = every[index]
         original = ptx[each.start : each.end]
         edits = ((each.start, each.end, _statement(each, kind, replacement, prefix)),)
         mutant = Mutant(kind, f"{each.shape} #{numbers[index]}", each.line, " ".join(original.split()), edits)
-        found.setdefault(mutant.name, mutant)
+        found.setdefault(edits[0], mutant)  # a constant on the way to a parity and to an address is one step
     return sorted(found.values(), key=lambda mutant: (mutant.line, mutant.kind))
 
 
@@ -413,6 +416,8 @@ def _constants(each: Statement) -> Iterator[tuple[str, ...]]:
             value = int(operands[n], 0)
             if opcode.startswith(("shl.", "shr.")):
                 changed = value + 1
+            elif opcode.startswith("mul.hi."):  # a division: its lowest bits are spare
+                changed = value // 2
             elif opcode.startswith("and."):
                 changed = value & (value - 1)
             else:

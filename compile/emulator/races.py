@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from densemoe.compile.emulator.global_races import GlobalRaces
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
@@ -42,23 +43,25 @@ Vector = NDArray[np.int32]
 class Clock:
     """What somebody knows: three vectors; for an asynchronous operation also its own unit and tick."""
 
-    __slots__ = ("issuer", "order", "proxy", "tensor", "tick", "unit")
+    __slots__ = ("issuer", "order", "proxy", "tensor", "tick", "unit", "wide")
 
-    def __init__(self, order: Vector, proxy: Vector, tensor: Vector, unit: int = -1, tick: int = 0) -> None:
-        self.order, self.proxy, self.tensor = order, proxy, tensor
+    def __init__(self, order: Vector, proxy: Vector, tensor: Vector, unit: int = -1, tick: int = 0, wide: Vector | None = None) -> None:
+        self.order, self.proxy, self.tensor, self.wide = order, proxy, tensor, wide
         self.unit, self.tick = unit, tick
         #: of an operation that some lanes of a warp issued: the warp's unit, and the tick up to which its other lanes' reads are done
         self.issuer: tuple[int, int] | None = None
 
     def copy(self) -> Clock:
         """An independent copy."""
-        return Clock(self.order.copy(), self.proxy.copy(), self.tensor.copy())
+        return Clock(self.order.copy(), self.proxy.copy(), self.tensor.copy(), wide=None if self.wide is None else self.wide.copy())
 
-    def join(self, order: Vector, proxy: Vector, tensor: Vector) -> None:
+    def join(self, other: Clock) -> None:
         """Learns what another knows."""
-        np.maximum(self.order, order, out=self.order)
-        np.maximum(self.proxy, proxy, out=self.proxy)
-        np.maximum(self.tensor, tensor, out=self.tensor)
+        np.maximum(self.order, other.order, out=self.order)
+        np.maximum(self.proxy, other.proxy, out=self.proxy)
+        np.maximum(self.tensor, other.tensor, out=self.tensor)
+        if self.wide is not None:
+            np.maximum(self.wide, other.wide, out=self.wide)
 
 
 class _Marks:
@@ -116,7 +119,9 @@ class Races:
     ) -> None:
         self.tensor_fences = tensor_fences
         self.cluster_warps = cluster_warps
-        self.units = cluster_warps + _ASYNC_UNITS
+        self.units = cluster_warps + _ASYNC_UNITS + 1
+        #: unit of the launches before: who waited for them knows its tick 1
+        self.before = self.units - 1
         shape = (len(warps), self.units)
         self.order = np.zeros(shape, np.int32)
         rows = np.arange(len(warps))
@@ -137,19 +142,30 @@ class Races:
         self.next_async = 0
         self.lints = lints
         self.loads_open: dict[int, bool] = {}
+        #: what a warp's last fence made ready for relaxed arrivals after it, and what relaxed waits saw that its next fence may rely on
+        self.ready: dict[int, Clock] = {}
+        self.seen: dict[int, Clock] = {}
+        self.locations: dict[int, Clock] = {}
+        self.everywhere: GlobalRaces | None = None
         self.unfenced: dict[int, list[Any]] = {}
 
     # --- synchronisation
 
     def _tick(self, warp: Warp) -> None:
         self.order[warp.row, warp.unit] += 1
+        if self.everywhere is not None:
+            self.everywhere.tick(warp.row)
+
+    def _wide(self, row: int) -> Vector | None:
+        return None if self.everywhere is None else self.everywhere.known[row]
 
     def _release(self, clock: Clock | None, warp: Warp) -> Clock:
         row = warp.row
+        own = Clock(self.order[row], self.proxy[row], self.tensor_out[row], wide=self._wide(row))
         if clock is None:
-            clock = Clock(self.order[row].copy(), self.proxy[row].copy(), self.tensor_out[row].copy())
+            clock = own.copy()
         else:
-            clock.join(self.order[row], self.proxy[row], self.tensor_out[row])
+            clock.join(own)
         self._tick(warp)
         return clock
 
@@ -160,11 +176,55 @@ class Races:
         np.maximum(self.order[row], clock.order, out=self.order[row])
         np.maximum(self.proxy[row], clock.proxy, out=self.proxy[row])
         np.maximum(self.tensor_in[row], clock.tensor, out=self.tensor_in[row])
+        if self.everywhere is not None:
+            np.maximum(self.everywhere.known[row], clock.wide, out=self.everywhere.known[row])
+
+    def _release_ready(self, clock: Clock | None, warp: Warp) -> Clock | None:
+        """A relaxed arrival or write: it releases what a fence before it made ready."""
+        ready = self.ready.get(warp.row)
+        if ready is None:
+            return clock
+        if clock is None:
+            return ready.copy()
+        clock.join(ready)
+        return clock
+
+    def _see(self, clock: Clock | None, warp: Warp) -> None:
+        """A relaxed wait or read: a fence after it acquires what it saw."""
+        if clock is None:
+            return
+        seen = self.seen.get(warp.row)
+        if seen is None:
+            self.seen[warp.row] = clock.copy()
+        else:
+            seen.join(clock)
+
+    def fence(self, warp: Warp) -> None:
+        """``fence.acq_rel``, ``.sc`` and ``membar``, of any scope."""
+        self._acquire(self.seen.pop(warp.row, None), warp)
+        self.ready[warp.row] = self._release(None, warp)
+
+    def wait_for_launches(self, warp: Warp) -> None:
+        """``griddepcontrol.wait``."""
+        self.order[warp.row, self.before] = 1
+
+    def location(self, warp: Warp, address: int, acquire: bool | None, release: bool | None) -> None:
+        """A strong access of a word of global memory: `acquire` and `release` where it reads and writes, else None; False is relaxed."""
+        clock = self.locations.get(address)
+        if acquire:
+            self._acquire(clock, warp)
+        elif acquire is not None:
+            self._see(clock, warp)
+        if release:
+            self.locations[address] = self._release(clock, warp)
+        elif release is not None:
+            ready = self._release_ready(clock, warp)
+            if ready is not None:
+                self.locations[address] = ready
 
     def barrier_arrive(self, barrier: Any, warp: Warp, release: bool) -> None:
         """A CTA or cluster barrier is reached."""
-        if release:
-            barrier.clock = self._release(barrier.clock, warp)
+        barrier.clock = self._release(barrier.clock, warp) if release else self._release_ready(barrier.clock, warp)
 
     def warp_converged(self, warp: Warp) -> None:
         """``bar.warp.sync`` or another instruction for which the lanes of a warp wait for each other."""
@@ -184,20 +244,27 @@ class Races:
 
     def init_fence(self, warp: Warp) -> None:
         """``fence.mbarrier_init`` or ``fence.proxy.async``: asynchronous operations may use the mbarriers that the warp made."""
-        for barrier in self.unfenced.pop(warp.row, ()):
+        barriers = self.unfenced.pop(warp.row, ())
+        for barrier in barriers:
             barrier.fenced = True
+        if barriers:  # a relaxed arrival on the cluster's barrier tells of them
+            row = warp.row
+            ready = np.zeros((3, self.units), np.int32)
+            ready[0, warp.unit] = self.order[row, warp.unit]
+            wide = self._wide(row)
+            self.ready[row] = Clock(ready[0], ready[1], ready[2], wide=None if wide is None else np.zeros_like(wide))
 
     def _check_made(self, barrier: Any, warp: Warp) -> None:
         row, unit, tick = barrier.made_by
         if row != warp.row and self.order[warp.row, unit] < tick:
             raise EmulatorError(f"{barrier.slot_text} is used by {warp} without waiting for its initialisation")
 
-    def mbarrier_arrive(self, barrier: Any, warp: Warp) -> None:
+    def mbarrier_arrive(self, barrier: Any, warp: Warp, relaxed: bool = False) -> None:
         """An arrival by a warp."""
         self._check_made(barrier, warp)
         if self.loads_open.get(warp.row):
             self.lints["a warp arrives on an mbarrier before tcgen05.wait::ld of its loads"] = None
-        barrier.clock = self._release(barrier.clock, warp)
+        barrier.clock = self._release_ready(barrier.clock, warp) if relaxed else self._release(barrier.clock, warp)
 
     def mbarrier_join(self, barrier: Any, clock: Clock) -> None:
         """An arrival, or bytes, of an asynchronous operation."""
@@ -208,12 +275,15 @@ class Races:
         if barrier.clock is None:
             barrier.clock = clock.copy()
         else:
-            barrier.clock.join(clock.order, clock.proxy, clock.tensor)
+            barrier.clock.join(clock)
 
-    def mbarrier_observe(self, barrier: Any, warp: Warp) -> None:
+    def mbarrier_observe(self, barrier: Any, warp: Warp, relaxed: bool = False) -> None:
         """A warp sees a completed phase."""
         self._check_made(barrier, warp)
-        self._acquire(barrier.completed_clock, warp)
+        if relaxed:
+            self._see(barrier.completed_clock, warp)
+        else:
+            self._acquire(barrier.completed_clock, warp)
 
     def proxy_fence(self, warp: Warp) -> None:
         """``fence.proxy.async``."""
@@ -246,7 +316,8 @@ class Races:
         unit, tick = self.cluster_warps + number, int(self.ticks[number])
         tensor = self.tensor[row].copy()
         tensor[warp.unit] = self.order[row, warp.unit]
-        clock = Clock(self.order[row].copy(), self.proxy[row].copy(), tensor, unit, tick)
+        wide = self._wide(row)
+        clock = Clock(self.order[row].copy(), self.proxy[row].copy(), tensor, unit, tick, None if wide is None else wide.copy())
         for part in (clock.order, clock.proxy, clock.tensor):
             part[unit] = tick
         if partial:
@@ -259,7 +330,7 @@ class Races:
         clock: Clock = operation.clock
         before: Clock | None = state.clock
         if before is not None:
-            clock.join(before.order, before.proxy, before.tensor)
+            clock.join(before)
         state.clock = clock
 
     def waited(self, warp: Warp, operations: list[AsyncOperation]) -> None:
@@ -340,7 +411,8 @@ class Races:
 
     # --- generic accesses
 
-    def _rows(self, g: Gang, picked: Any) -> Any:
+    def rows(self, g: Gang, picked: Any) -> Any:
+        """The row of each lane's warp, or of the picked lanes'."""
         rows = g.race_rows
         if rows is None:
             rows = g.race_rows = np.repeat(np.array([warp.row for warp in g.warps]), 32)
@@ -352,10 +424,10 @@ class Races:
             places = np.full(len(g.warps), index, np.int64)
             rows = np.array([warp.row for warp in g.warps])
             if picked is not None and len(g.warps) > 1:
-                rows = np.unique(self._rows(g, picked))
+                rows = np.unique(self.rows(g, picked))
                 places = np.full(rows.size, index, np.int64)
         else:
-            places, rows = index, self._rows(g, picked)
+            places, rows = index, self.rows(g, picked)
         if nbytes >= _GRANULE:
             words = nbytes // _GRANULE
             if words > 1:

@@ -79,8 +79,7 @@ class MBarrier:
             condition, self.condition = self.condition, self._new_condition()
             if self.clock is not None:
                 if self.completed_clock is not None:
-                    before = self.completed_clock
-                    self.clock.join(before.order, before.proxy, before.tensor)
+                    self.clock.join(self.completed_clock)
                 self.completed_clock, self.clock = self.clock, None
             condition.signal()
 
@@ -270,13 +269,13 @@ class Synchronisation:
                 raise EmulatorError(f"{barrier.slot_text} is invalidated while warps wait for it")
             del self.mbarriers[place]
 
-    def mbarrier_arrive(self, g: Gang, address: Any, mask: Any, count: Any, nbytes: Any, drop: bool = False) -> Any:
+    def mbarrier_arrive(self, g: Gang, address: Any, mask: Any, count: Any, nbytes: Any, drop: bool = False, relaxed: bool = False) -> Any:
         """``mbarrier.arrive`` and ``.arrive.expect_tx``: the state before (phase and pending count) of each lane."""
         states = np.zeros(g.lanes, np.uint64)
         for warp, lane, place in self._each(g, address, mask):
             barrier = self.mbarrier_at(place)
             if self.races is not None:
-                self.races.mbarrier_arrive(barrier, warp)
+                self.races.mbarrier_arrive(barrier, warp, relaxed)
             states[lane] = barrier.phase << 20 | barrier.pending
             if nbytes is not None:
                 barrier.expect(nbytes if isinstance(nbytes, int) else int(nbytes[lane]))
@@ -313,7 +312,7 @@ class Synchronisation:
             found.append((w, barrier, value if isinstance(value, int) else int(value[lane])))
         return found
 
-    def mbarrier_wait(self, g: Gang, address: Any, mask: Any, value: Any, parity: bool) -> bool:
+    def mbarrier_wait(self, g: Gang, address: Any, mask: Any, value: Any, parity: bool, relaxed: bool = False) -> bool:
         """``mbarrier.try_wait``: waits until the phase is complete. False: not yet."""
         if g.wait is None and mask is not None and not mask.any():
             return True
@@ -332,17 +331,17 @@ class Synchronisation:
             return False
         if self.races is not None:
             for w, barrier, _ in places:
-                self.races.mbarrier_observe(barrier, g.warps[w])
+                self.races.mbarrier_observe(barrier, g.warps[w], relaxed)
         return True
 
-    def mbarrier_test(self, g: Gang, address: Any, mask: Any, value: Any, parity: bool) -> Any:
+    def mbarrier_test(self, g: Gang, address: Any, mask: Any, value: Any, parity: bool, relaxed: bool = False) -> Any:
         """``mbarrier.test_wait``: whether the phase is complete, of each lane."""
         result = np.zeros(g.lanes, np.bool_)
         for w, barrier, phase in self._wait_places(g, address, mask, value):
             if _completed(barrier, phase, parity):
                 result[w * LANES : (w + 1) * LANES] = True
                 if self.races is not None:
-                    self.races.mbarrier_observe(barrier, g.warps[w])
+                    self.races.mbarrier_observe(barrier, g.warps[w], relaxed)
         return result
 
     # --- lanes of a warp

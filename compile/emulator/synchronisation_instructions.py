@@ -86,12 +86,17 @@ def _proxy_fence(e: Emitter, i: Instruction) -> None:
 @operation("fence.proxy.tensormap::generic.acquire.{cta|cluster|gpu|sys}", operands=2, destinations=0)
 @operation("nanosleep.u32", operands=1, destinations=0)
 @operation("setmaxnreg.{inc|dec}.sync.aligned.u32", operands=1, destinations=0)
-@operation("griddepcontrol.launch_dependents", "griddepcontrol.wait", "pmevent", operands=(0, 1), destinations=0)
+@operation("griddepcontrol.launch_dependents", "pmevent", operands=(0, 1), destinations=0)
 def _harmless(e: Emitter, i: Instruction) -> None:
     if i.opcode.startswith("setmaxnreg"):
         registers = e.value(i.operands[0], 32).literal
         if registers is None or not 24 <= registers <= 256 or registers % 8:
             raise EmulatorError(f"setmaxnreg {registers}: 24 to 256, a multiple of 8")
+
+
+@operation("griddepcontrol.wait", operands=0, destinations=0)
+def _wait_for_launches(e: Emitter, i: Instruction) -> None:
+    e.emit(f"H.wait_for_launches(g, {e.mask})")
 
 
 # --- mbarriers --------------------------------------------------------------------------------------------------------
@@ -119,7 +124,7 @@ def _barrier(e: Emitter, operand: Operand, i: Instruction) -> str:
 
 
 def _arrive(e: Emitter, i: Instruction, target: Operand | None, address: Operand, count: str, nbytes: str, drop: bool) -> None:
-    text = f"H.mbarrier_arrive(g, {_barrier(e, address, i)}, {e.mask}, {count}, {nbytes}{', True' if drop else ''})"
+    text = f"H.mbarrier_arrive(g, {_barrier(e, address, i)}, {e.mask}, {count}, {nbytes}, {drop}, {'relaxed' in i.parts})"
     if isinstance(target, Register):
         e.assign(target, Value(64, "A", {"u": e.let(text)}))
     else:
@@ -160,7 +165,7 @@ def _mbarrier_try_wait(e: Emitter, i: Instruction) -> None:
     parity = "parity" in i.parts
     value = _text(e, i.operands[2], 32 if parity else 64)
     address = _barrier(e, i.operands[1], i)
-    e.emit(f"if not H.mbarrier_wait(g, {address}, {e.mask}, {value}, {parity}): return {_WAIT}")
+    e.emit(f"if not H.mbarrier_wait(g, {address}, {e.mask}, {value}, {parity}, {'relaxed' in i.parts}): return {_WAIT}")
     e.assign(i.operands[0], Value(1, "I", {"u": "True"}))
 
 
@@ -168,7 +173,8 @@ def _mbarrier_try_wait(e: Emitter, i: Instruction) -> None:
 def _mbarrier_test_wait(e: Emitter, i: Instruction) -> None:
     parity = "parity" in i.parts
     value = _text(e, i.operands[2], 32 if parity else 64)
-    e.assign(i.operands[0], e.array(1, "u", f"H.mbarrier_test(g, {_barrier(e, i.operands[1], i)}, {e.mask}, {value}, {parity})"))
+    seen = f"H.mbarrier_test(g, {_barrier(e, i.operands[1], i)}, {e.mask}, {value}, {parity}, {'relaxed' in i.parts})"
+    e.assign(i.operands[0], e.array(1, "u", seen))
 
 
 @operation("mbarrier.pending_count.b64", operands=2)

@@ -152,6 +152,8 @@ class TensorUnits(Copies):
                 operation: AsyncOperation, tile: Tile = tile, slots: list[int] = slots, signals: list[tuple[int, int]] = signals, offset: int = offset
             ) -> None:
                 buffer = self._tile_memory(tile, False)
+                if buffer is not None:
+                    self.check_waited(buffer, operation.clock, False)
                 data = tile.load(buffer.data, buffer.address) if buffer is not None else tile.load(np.zeros(0, np.uint8), tile.map.address)
                 size = tile.map.tile_bytes
                 for each, place in zip(slots, signals, strict=True):
@@ -194,6 +196,7 @@ class TensorUnits(Copies):
                 buffer = self._tile_memory(tile, not reduction)
                 if buffer is None:
                     return
+                self.check_waited(buffer, operation.clock, True)
                 if reduction:
                     tile.reduce(buffer.data, buffer.address, data, reduction)
                 else:

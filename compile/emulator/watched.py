@@ -1,0 +1,135 @@
+"""What race detection is told of a machine's accesses and fences.
+
+Sources: PTX ISA 9.x, 8 (memory consistency), 9.7.13.4 (fences), 9.7.13.14 (``griddepcontrol.wait``: the launches before are done, and what they wrote
+is seen).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from densemoe.compile.emulator.accesses import Accesses
+from densemoe.compile.emulator.bank_conflicts import BankConflicts
+from densemoe.compile.emulator.gang import LANES
+from densemoe.compile.emulator.global_races import ATOMIC, READ, WRITE
+from densemoe.runtime.errors import EmulatorError
+
+if TYPE_CHECKING:
+    from densemoe.compile.emulator.gang import Gang
+    from densemoe.compile.emulator.memory import Buffer
+    from densemoe.compile.emulator.races import Races
+
+__all__ = ["WatchedAccesses"]
+
+_FENCES = ("fence.acq_rel", "fence.sc", "fence.acquire.", "fence.release.", "membar.cta", "membar.gl", "membar.sys", "fence.cta", "fence.cluster", "fence.gpu")
+_STRONG_BYTES = 8  # of a scalar that may be a flag
+
+
+class WatchedAccesses(Accesses):
+    """Accesses whose order is checked.
+
+    Attributes:
+        programmatic: the launches before may still run until ``griddepcontrol.wait``.
+    """
+
+    races: Races | None
+    conflicts: BankConflicts
+    programmatic: bool
+
+    def note_shared(self, g: Gang, index: Any, picked: Any, nbytes: int, write: bool) -> None:
+        if not isinstance(index, int):
+            self.conflicts.add(index, picked, nbytes)
+        if self.races is not None:
+            self.races.generic(g, index, picked, nbytes, write)
+
+    # --- global memory
+
+    def note_global(self, g: Gang, address: Any, picked: Any, size: int, count: int, write: bool, order: str) -> None:
+        races = self.races
+        if races is None or not (self.programmatic or races.everywhere is not None):
+            return
+        rows = races.rows(g, picked)
+        addresses = np.full(rows.size, address, np.uint64) if isinstance(address, int) else address.astype(np.uint64, copy=False)
+        if addresses.size != rows.size:  # one lane acts for a uniform address
+            addresses = np.full(rows.size, addresses[0], np.uint64)
+        if self.programmatic:
+            self._check_early(rows, addresses, size * count, write)
+        if races.everywhere is None:
+            return
+        if order and size * count <= _STRONG_BYTES and count == 1:
+            self._order(g, picked, addresses, None if write else order == "acquire", order == "release" if write else None)
+            if not write:
+                return
+        races.everywhere.access(rows, addresses, size * count, (ATOMIC if order else WRITE) if write else READ)
+
+    def note_atomic(self, g: Gang, space: str, address: Any, mask: Any, size: int, count: int, order: str, reads: bool) -> None:
+        races = self.races
+        if races is None or not (self.programmatic or races.everywhere is not None):
+            return
+        picked = np.arange(g.lanes) if mask is None else np.flatnonzero(mask)
+        if not picked.size or space not in ("", "global"):
+            return
+        addresses = np.full(picked.size, address, np.uint64) if isinstance(address, int) else address.astype(np.uint64, copy=False)
+        if addresses.size != picked.size:
+            addresses = addresses[picked]
+        if space == "" and self.generic_space(addresses)[0] != "global":
+            return
+        rows = races.rows(g, picked)
+        if self.programmatic:
+            self._check_early(rows, addresses, size * count, True)
+        if races.everywhere is None:
+            return
+        if not (count > 1 or (order in ("", "relaxed") and not reads)):
+            self._order(g, picked, addresses, order in ("acquire", "acq_rel") if reads else None, order in ("release", "acq_rel"))
+        races.everywhere.access(rows, addresses, size * count, ATOMIC)
+
+    def _order(self, g: Gang, picked: Any, addresses: Any, acquire: bool | None, release: bool | None) -> None:
+        assert self.races is not None
+        if acquire is False and release is None and not self.races.locations:
+            return
+        done = set()
+        for lane, address in zip((range(g.lanes) if picked is None else picked.tolist()), addresses.tolist(), strict=True):
+            warp = g.warps[lane // LANES]
+            if (warp, address) not in done:
+                done.add((warp, address))
+                self.races.location(warp, address, acquire, release)
+
+    def _check_early(self, rows: Any, addresses: Any, nbytes: int, write: bool) -> None:
+        assert self.races is not None
+        early = self.races.order[rows, self.races.before] == 0
+        if early.any():
+            for address in np.unique(addresses[early]).tolist():
+                self.check_waited(self.memory.find(address, nbytes), None, write)
+
+    def check_waited(self, buffer: Buffer, clock: Any, write: bool) -> None:
+        """Raises where somebody with `clock`, or one who is known to be early, touches what a launch before may still use."""
+        if not self.programmatic or self.races is None or (buffer.early and not write):
+            return
+        if clock is None or not clock.order[self.races.before]:
+            raise EmulatorError(f"{'writes' if write else 'reads'} {buffer.name} without griddepcontrol.wait before: a launch before may still use it")
+
+    # --- fences
+
+    def fence(self, g: Gang, mask: Any, opcode: str) -> None:
+        """A memory fence."""
+        if self.races is None:
+            return
+        for w in g.active_warps(mask):
+            if opcode.startswith("fence.mbarrier_init"):
+                self.races.init_fence(g.warps[w])
+            elif opcode.startswith(_FENCES) and "sync_restrict" not in opcode:
+                self.races.fence(g.warps[w])
+
+    def proxy_fence(self, g: Gang, mask: Any) -> None:
+        """``fence.proxy.async``."""
+        if self.races is not None:
+            for w in g.active_warps(mask):
+                self.races.proxy_fence(g.warps[w])
+
+    def wait_for_launches(self, g: Gang, mask: Any) -> None:
+        """``griddepcontrol.wait``: the launches before are done."""
+        if self.races is not None:
+            for w in g.active_warps(mask):
+                self.races.wait_for_launches(g.warps[w])
