@@ -1,12 +1,13 @@
 """The router's choice sorted by expert, as the grouped GEMMs read it (docs/h200.md), in one launch of one CTA.
 
-    set counts[expert] ─ scan pairs and tiles of experts below (over lanes, over warps) ─ store each expert's tiles
-    a warp an expert:  ballot over all pairs ─ store token and scale of each pair that chose it, in the order of pairs
+    a warp a chunk of pairs:   count[chunk][expert]
+    a thread an expert:        counts of the chunks below ─ scan pairs and tiles of experts below (over lanes, over warps) ─ store its tiles
+    a warp a chunk of pairs:   place = first row of the expert + those in chunks below + those before it in the chunk ─ store token and scale
 
-A pair is one token's choice of one expert. ``rows`` and ``row_alpha`` hold the pairs, those of one expert together; a tile is up to ``group_tile``
-neighbouring rows of one expert. Ids off this rank are skipped where other ranks hold the rest; otherwise such an id becomes a row of expert 0 whose
-scale is NaN, which reaches the token's output: a launch can raise no error. Where there is no pair at all one tile of no rows stands, so that FC2
-still writes its zeros.
+A pair is one token's choice of one expert. ``rows`` and ``row_alpha`` hold the pairs, those of one expert together, in the order of pairs; a tile is
+up to ``group_tile`` neighbouring rows of one expert. Ids off this rank are skipped where other ranks hold the rest; otherwise such an id becomes a row
+of expert 0 whose scale is NaN, which reaches the token's output: a launch can raise no error. Where there is no pair at all one tile of no rows
+stands, so that FC2 still writes its zeros.
 """
 
 from __future__ import annotations
@@ -44,19 +45,18 @@ OP = "route"
 ARCHITECTURES = ("sm_90a",)
 WEIGHT_LAYOUT = "none"
 TILE_WORDS = 4  # expert, first row, rows, unused
-SHARED_BYTES = 2 * FLAG_BYTES + 2 * TOTALS_BYTES  # counts, first rows
+CHUNK_COUNTS = 16384  # of a chunk and an expert: 32 chunks of up to 512 experts, fewer chunks of more
+SHARED_BYTES = 2 * FLAG_BYTES + 2 * TOTALS_BYTES + CHUNK_COUNTS * 4  # counts, first rows, totals, counts of chunks
 
 
-def ballot(value: Any) -> Any:
-    """A bit for each lane whose ``value`` is not 0."""
-    return pr.inline_ptx_hl(
-        "{ .reg .pred p; setp.ne.b32 p, {$r0}, 0; vote.sync.ballot.b32 {$w0}, p, 0xffffffff; }", write_only_types=[Uint32], read_only_args=[value]
-    )
-
-
-def population(word: Any) -> Any:
-    """Bits that are set."""
-    return pr.inline_ptx_hl("popc.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[word])
+def equal_lanes(value: Any, lane: Any) -> tuple[Any, Any]:
+    """How many lanes below this one hold the same ``value``, and how many of all."""
+    below, every = Int32(0), Int32(0)
+    for other in range(32):
+        same = Int32(shuffle_from(value, Int32(other)) == value)
+        every = every + same
+        below = below + (same & Int32(lane > other))
+    return below, every
 
 
 def expert_of(ids: Any, pair: Any, pairs: Any, id_bytes: Any, first_expert: Any, experts: Any, elsewhere: Any) -> tuple[Any, Any]:
@@ -90,27 +90,49 @@ def route_kernel(
     lane = tid % 32
     counts = cutlass.Array(Int32, LARGEST_EXPERTS, space=cutlass.AddressSpace.smem, alignment=16)
     first_rows = cutlass.Array(Int32, LARGEST_EXPERTS, space=cutlass.AddressSpace.smem, alignment=16)
+    chunk_counts = cutlass.Array(Int32, CHUNK_COUNTS, space=cutlass.AddressSpace.smem, alignment=16)
     totals = cutlass.Array(Int32, 2 * WARPS, space=cutlass.AddressSpace.smem, alignment=16)
     pairs = tokens_total * top_k
     pr.griddepcontrol("wait")
     pr.griddepcontrol("launch_dependents")
 
-    for i in cutlass.range_constexpr(EXPERTS_A_THREAD):
-        counts[tid * EXPERTS_A_THREAD + i] = Int32(0)
+    # chunks of pairs, each a multiple of 32 long, as many as the table has room for
+    chunks = min(Int32(WARPS), CHUNK_COUNTS // experts)
+    steps = (pairs + (32 * chunks - 1)) // (32 * chunks)
+    begin = warp * steps * 32
+    end = min(begin + steps * 32, pairs)
+    if warp >= chunks:
+        end = begin
+    at = tid
+    while at < chunks * experts:
+        chunk_counts[at] = Int32(0)
+        at += THREADS
     pr.barrier_cta_sync(0)
-    pair = tid
-    while pair < pairs:
+    own = warp * experts
+    pair = begin + lane
+    while pair < end:
         chosen, _ = expert_of(ids, pair, pairs, id_bytes, first_expert, experts, elsewhere)
         if chosen >= 0:
-            pr.red("add", "s32", counts.subview(chosen), Int32(1), mem_order="relaxed", mem_scope="cta")
-        pair += THREADS
+            pr.red("add", "s32", chunk_counts.subview(own + chosen), Int32(1), mem_order="relaxed", mem_scope="cta")
+        pair += 32
+    pr.barrier_cta_sync(0)
+    expert = tid
+    while expert < LARGEST_EXPERTS:
+        below = Int32(0)
+        if expert < experts:
+            for chunk in cutlass.range(chunks, unroll=1):
+                count = Int32(chunk_counts[chunk * experts + expert])
+                chunk_counts[chunk * experts + expert] = below
+                below += count
+        counts[expert] = below
+        expert += THREADS
     pr.barrier_cta_sync(0)
 
     mine = [counts[tid * EXPERTS_A_THREAD + i] for i in range(EXPERTS_A_THREAD)]
     mine_tiles = [(count + group_tile - 1) // group_tile for count in mine]
-    own = mine[0] + mine[1] + mine[2] + mine[3]
+    own_rows = mine[0] + mine[1] + mine[2] + mine[3]
     own_tiles = mine_tiles[0] + mine_tiles[1] + mine_tiles[2] + mine_tiles[3]
-    scanned = inclusive_scan(own)
+    scanned = inclusive_scan(own_rows)
     scanned_tiles = inclusive_scan(own_tiles)
     if lane == 31:
         totals[warp] = scanned
@@ -118,7 +140,7 @@ def route_kernel(
     pr.barrier_cta_sync(0)
     of_warps = inclusive_scan(totals[lane])
     of_warps_tiles = inclusive_scan(totals[WARPS + lane])
-    row = shuffle_from(of_warps, Int32(warp)) - shuffle_from(totals[lane], Int32(warp)) + scanned - own
+    row = shuffle_from(of_warps, Int32(warp)) - shuffle_from(totals[lane], Int32(warp)) + scanned - own_rows
     tile = shuffle_from(of_warps_tiles, Int32(warp)) - shuffle_from(totals[WARPS + lane], Int32(warp)) + scanned_tiles - own_tiles
     for i in cutlass.range_constexpr(EXPERTS_A_THREAD):
         expert = tid * EXPERTS_A_THREAD + i
@@ -137,28 +159,26 @@ def route_kernel(
         epilogue.store_if("v4.b32", tiles, Int32(1), [listed + none, shuffle_free_total(totals, 0), Int32(0), Int32(0)])
     pr.barrier_cta_sync(0)
 
-    expert = Int32(warp)
-    while expert < experts:
-        left = Int32(counts[expert])
-        at = Int32(first_rows[expert])
-        base = Int32(0)
-        while left > 0:
-            pair = base + lane
-            chosen, bad = expert_of(ids, pair, pairs, id_bytes, first_expert, experts, elsewhere)
-            hit = Int32(chosen == expert)
-            hits = ballot(hit)
-            before = population(hits & ((Uint32(1) << Uint32(lane)) - Uint32(1)))
-            weight = common.load_global_f32_if(router + Int64(pair) * 4, hit)
-            scale = epilogue.multiply(weight, common.load_global_f32_if(w2_alpha + Int64(expert) * 4, Int32(1)))
-            target = Int64(at + before) * 4
-            bits = epilogue.select(bad, Uint32(NAN_BITS), scale.bitcast(Uint32))
-            epilogue.store_if("b32", rows + target, hit, [pair // top_k])
-            epilogue.store_if("b32", row_alpha + target, hit, [bits])
-            found = population(hits)
-            at += found
-            left -= found
-            base += 32
-        expert += WARPS
+    base = begin
+    while base < end:
+        pair = base + lane
+        chosen, bad = expert_of(ids, pair, end, id_bytes, first_expert, experts, elsewhere)
+        hit = Int32(chosen >= 0)
+        found = chosen * hit
+        before, every = equal_lanes(chosen, lane)
+        counted = own + found
+        earlier = Int32(chunk_counts[counted])
+        cute.arch.sync_warp()
+        if (hit & Int32(before == every - 1)) != 0:
+            chunk_counts[counted] = earlier + every
+        weight = common.load_global_f32_if(router + Int64(pair) * 4, hit)
+        scale = epilogue.multiply(weight, common.load_global_f32_if(w2_alpha + Int64(found) * 4, hit))
+        target = Int64(Int32(first_rows[found]) + earlier + before) * 4
+        bits = epilogue.select(bad, Uint32(NAN_BITS), scale.bitcast(Uint32))
+        epilogue.store_if("b32", rows + target, hit, [pair // top_k])
+        epilogue.store_if("b32", row_alpha + target, hit, [bits])
+        cute.arch.sync_warp()
+        base += 32
 
 
 def shuffle_free_total(totals: Any, first: int) -> Any:
@@ -249,4 +269,4 @@ def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapp
 
 def expected(variant: Variant) -> Expected:
     """What the audit must find in the PTX of ``variant``."""
-    return Expected(ptx_counts={"vote.sync.ballot.b32": 1, "shfl.sync.up.b32": 20}, max_registers=64)
+    return Expected(ptx_counts={"shfl.sync.idx.b32": 38, "shfl.sync.up.b32": 20}, max_registers=64)

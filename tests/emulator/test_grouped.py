@@ -31,7 +31,7 @@ def same(got: dict[str, Any], expected: reference.Routes) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["i32", "i64"])
-@pytest.mark.parametrize(("m", "experts", "top_k", "group_tile"), [(1, 8, 1, 8), (5, 7, 3, 8), (70, 5, 4, 16), (33, 300, 8, 32)])
+@pytest.mark.parametrize(("m", "experts", "top_k", "group_tile"), [(1, 8, 1, 8), (5, 7, 3, 8), (70, 5, 4, 16), (33, 300, 8, 32), (200, 900, 8, 8)])
 def test_route_is_the_reference_bit_for_bit(dtype: str, m: int, experts: int, top_k: int, group_tile: int) -> None:
     rng = np.random.default_rng(m)
     ids = rng.integers(0, experts, (m, top_k)).astype({"i32": np.int32, "i64": np.int64}[dtype])  # with repeated ids
