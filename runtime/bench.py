@@ -16,7 +16,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from densemoe.runtime import bounds
 from densemoe.runtime.bench_competitors import Competitor, Unavailable, Workload
+from densemoe.runtime.bench_gathered import GatheredData
 from densemoe.runtime.bench_read import ReadKernel
 from densemoe.runtime.bench_timing import Launch, Sample, Timed
 from densemoe.runtime.errors import DensemoeError
@@ -102,12 +104,50 @@ class Bench:
             self._add_read(point, [[region] for region in _regions(made.weights, touched, len(rotations))])
             routings = [made.routing(case.m, rotation) for rotation in range(len(rotations))]
             self._add_competitors(point, Workload(case.op, case.shape, case.m, routings))
-            row = self._timed(point, case, touched)
+            gathered, grouped = self._add_gathered(point, case, made)
+            try:
+                row = self._timed(point, case, touched)
+            finally:
+                for each in grouped:
+                    each.close()
         finally:
             plan.close()
         row.update(variant=choice.variant.key, settings=dict(choice.settings), provenance=choice.provenance, reason=choice.reason)
+        report = bounds.combine([report, *gathered]) if gathered else report
         row.update(passed=report.passed, worst=float(report.worst), detail="" if report.passed else report.text)
         return row
+
+    def _add_gathered(self, point: _Point, case: Case, made: OpData) -> tuple[list[bounds.Report], list[Plan | GatheredData]]:
+        """A column for each tile of the grouped kernels of these dtypes; reports of their checks, and what is to be closed."""
+        tuner, op = self.tuner, f"grouped{case.op}"
+        reports: list[bounds.Report] = []
+        opened: list[Plan | GatheredData] = []
+        keys = sorted(
+            (entry.variant.tile_m, key) for key, entry in tuner.entries.items()
+            if (entry.variant.op, entry.variant.a_dtype, entry.variant.c_dtype) == (op, case.a_dtype, case.c_dtype)
+        )  # fmt: skip
+        if not case.active or "nvfp4" in (case.a_dtype, case.c_dtype):
+            return reports, opened
+        share = case.m * case.shape.top_k / case.shape.experts
+        try:
+            for tile, key in keys:
+                if tile > 8 and share < tile / 8:
+                    continue  # tiles that would stand almost empty
+                data = GatheredData(made)
+                opened.append(data)
+                rotations = data.bind(case.m, tile)
+                plan = tuner.loader.plan(data.problem(case.m, tile), rotations[0], tuner.device, key)
+                opened.append(plan)
+                data.poison(case.m)
+                plan.launch(tuner.timer.stream)
+                tuner.driver.synchronize()
+                reports.append(data.check(case.m, tile))
+                point.columns[f"gathered {key.split('.')[2]}"] = (tuner._launches(plan, rotations), 1)
+        except BaseException:
+            for each in opened:
+                each.close()
+            raise
+        return reports, opened
 
     # ---- the layer
 

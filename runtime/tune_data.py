@@ -130,7 +130,8 @@ class OpData:
         self.weights: PackedWeights = weights or self._own  # type: ignore[assignment]
         self._base = route_tokens(shape, largest_m, seed)
         rng = np.random.default_rng([seed, 3])
-        self._router = rng.uniform(0.5, 1.5, (largest_m, shape.top_k)).astype(np.float32) / shape.top_k
+        weights_of_router = rng.uniform(0.5, 1.5, (largest_m, shape.top_k)) / shape.top_k
+        self._router: npt.NDArray[np.float32] = weights_of_router.astype(np.float32)
         try:
             self._make_activations(rng)
             self._outputs = {
@@ -145,6 +146,26 @@ class OpData:
         self._bound_m = -1
         self._per_rotation: list[dict[str, int]] = []
         self._routing_memory = DeviceMemory(driver)
+
+    @property
+    def inputs(self) -> Mapping[str, int]:
+        """Addresses by role of what every launch reads alike."""
+        return self._inputs
+
+    @property
+    def stored_activations(self) -> npt.NDArray[Any]:
+        """Activations as they are stored: bf16 bits, or codes."""
+        return self._a
+
+    @property
+    def router(self) -> npt.NDArray[np.float32]:
+        """The router's weights ``[largest M, k]``."""
+        return self._router
+
+    @property
+    def w2_alpha(self) -> npt.NDArray[np.float32]:
+        """FC2's dequantisation factors ``[E]``."""
+        return self._w2_alpha
 
     def problem(self, m: int) -> Problem:
         """The Problem at ``m`` tokens."""
@@ -169,7 +190,7 @@ class OpData:
             self._inputs = {"a.codes": self._memory.put(self._a), "a.scales": self._memory.empty(padded_rows(m) * k // GROUP)}
         # gates of about 1 and outputs of about 1, so that fp16 holds them: weights and activations are some units large
         size = np.float32(2.0 ** -round(np.log2(np.sqrt(shape.hidden if self.op == "fc1" else shape.intermediate) * 4)))
-        self._alpha1 = np.full(shape.experts, self._a_scale * size, dtype=np.float32)
+        self._alpha1: npt.NDArray[np.float32] = np.full(shape.experts, self._a_scale * size, dtype=np.float32)
         self._w2_alpha = self._alpha1
         if self.op == "fc1":
             self._inputs["alpha"] = self._memory.put(self._alpha1)
@@ -296,10 +317,11 @@ class OpData:
             # other columns of each expert, so that all of I is met
             block = (int(place) * 7) % (self.shape.intermediate // SAMPLED_COLUMNS)
             own = np.arange(block * SAMPLED_COLUMNS, (block + 1) * SAMPLED_COLUMNS)
-            found.append(_Expected(rows, expert * self.shape.intermediate + own, self._fc1(rows, expert, own)))
+            found.append(_Expected(rows, expert * self.shape.intermediate + own, self.fc1_reference(rows, expert, own)))
         return tuple(found)
 
-    def _fc1(self, rows: npt.NDArray[np.int64], expert: int, columns: npt.NDArray[np.int64]) -> Any:
+    def fc1_reference(self, rows: npt.NDArray[np.int64], expert: int, columns: npt.NDArray[np.int64]) -> Any:
+        """FC1 of some tokens and columns of an expert, in float64."""
         return reference.fc1(self._rows_values(rows), self.weights.values, self._alpha1.astype(np.float64), [(expert, columns)])
 
     def _fc2(self, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64], alpha: npt.NDArray[np.float64]) -> Any:
@@ -313,7 +335,7 @@ class OpData:
     def _largest_output(self) -> float:
         """Largest FC1 output of a sample, for ``output_multiplier``."""
         rows = _spread(self.largest_m, SAMPLED_ROWS)
-        result = self._fc1(rows, 0, np.arange(SAMPLED_COLUMNS))
+        result = self.fc1_reference(rows, 0, np.arange(SAMPLED_COLUMNS))
         return float(np.max(np.abs(result.y), initial=0.0))
 
     def close(self) -> None:

@@ -180,14 +180,18 @@ class SimulatedPlan:
             listed = np.unique(ids)
             self.array("active_list")[: 1 + len(listed)] = [len(listed), *listed]
             return
-        size = packing.packed_bytes(problem.op, problem.experts, problem.hidden, problem.intermediate)
-        unpack = packing.unpack_fc1 if problem.op == "fc1" else packing.unpack_fc2
+        op = problem.op.removeprefix("grouped")
+        size = packing.packed_bytes(op, problem.experts, problem.hidden, problem.intermediate)
+        unpack = packing.unpack_fc1 if op == "fc1" else packing.unpack_fc2
         codes, scales = unpack(loader.driver.at(self.tensors["b"])[:size], problem.experts, problem.hidden, problem.intermediate)
-        weights = reference.Weights(problem.op, codes, tile_scales(scales.reshape(-1, scales.shape[-1])), problem.experts)
+        weights = reference.Weights(op, codes, tile_scales(scales.reshape(-1, scales.shape[-1])), problem.experts)
         if problem.a_dtype == "bf16":
             a = bf16_values(self.array("a")).astype(np.float64)
         else:
             a = reference.activation_values(self.array("a.codes"), self.array("a.scales"))
+        if op != problem.op:
+            self.array("c")[:] = convert(self.grouped(a, weights).astype(np.float32), problem.c_dtype)
+            return
         alpha = self.array("alpha").astype(np.float64)
         outputs = {role: self.array(role) for role, spec in problem.tensors().items() if spec.output}
         if problem.op == "fc2":
@@ -206,6 +210,19 @@ class SimulatedPlan:
                 outputs["c"][:] = convert(y, problem.c_dtype)
         if loader.fault is not None:
             loader.fault(self.key, problem, outputs)
+
+    def grouped(self, a: np.ndarray, weights: reference.Weights) -> np.ndarray:
+        """The output of a grouped op: rows of FC1 without a pair stay 0."""
+        tiles, problem = self.array("tiles"), self.problem
+        count, pairs = tiles[0, :2]
+        experts = np.repeat(tiles[1 : 1 + count, 0], tiles[1 : 1 + count, 2])
+        row_alpha = self.array("row_alpha")[:pairs] if problem.op == "groupedfc2" else np.zeros(pairs)
+        routes = reference.Routes(tiles[1 : 1 + count, :3], experts, self.array("rows")[:pairs], row_alpha)
+        if problem.op == "groupedfc2":
+            return reference.grouped_fc2(a[:pairs], weights, row_alpha.astype(np.float64), routes, problem.m).c
+        y = np.zeros((problem.m * problem.top_k, problem.intermediate))
+        y[:pairs] = reference.grouped_fc1(a, weights, self.array("alpha").astype(np.float64), routes).y
+        return y
 
     def close(self) -> None:
         self.loader.open_plans -= 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simulated_device import READ_BYTES_PER_MICROSECOND, SimulatedLoader
+from simulated_device import READ_BYTES_PER_MICROSECOND, SimulatedLoader, SimulatedPlan
 
 from densemoe.runtime import bench_competitors, bench_report, cli, tune_cli
 from densemoe.runtime.bench_competitors import Absent, Unavailable, Workload
@@ -29,6 +29,7 @@ KEYS: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
     for op, a, c in ((1, "bf16", "bf16"), (2, "bf16", "bf16"), (1, "nvfp4", "nvfp4"), (2, "nvfp4", "bf16"))
 }
 KEYS["prepare.sm90a.t32x4096.c1x1.i32-f32"] = ()
+KEYS |= {f"grouped{op}.sm90a.t{tile}x64.c1x1.bf16-bf16": () for op in ("fc1", "fc2") for tile in (8, 16)}
 
 
 def cost(key: str, settings: Mapping[str, int], problem: Problem) -> float:
@@ -179,6 +180,10 @@ def test_bench_puts_everything_side_by_side(command: Run, what: str, tmp_path: P
         if row["op"] == "fc2":
             assert row["missing"]["other"] == "RuntimeError: it has no FC2"
         assert row["missing"]["Humming"] == "humming-kernels is not installed"
+        gathered = {name for name in row["us"] if name.startswith("gathered")}
+        rows_an_expert = row["m"] * row["shape"]["top_k"] / row["shape"]["experts"]
+        wanted = {"gathered t8x64", "gathered t16x64"} if rows_an_expert >= 2 else {"gathered t8x64"}
+        assert gathered == (wanted if what == "ops" and row["active"] else set())
     active = [row for row in rows if row["active"] and row["m"] == 1]
     dense = [row for row in rows if not row["active"] and row["m"] == 1]
     assert active[0]["weight_bytes"] < dense[0]["weight_bytes"]
@@ -187,6 +192,12 @@ def test_bench_puts_everything_side_by_side(command: Run, what: str, tmp_path: P
     assert "Humming" in text.split("| --- |")[0].splitlines()[-1]
     names = {path.name for path in (tmp_path / "out").glob("*.svg")}
     assert names == {f"{what}-simulated-{op}{kind}.svg" for op in (("fc1", "fc2") if what == "ops" else ("layer",)) for kind in ("", "-roofline")}
+
+
+def test_bench_finds_a_wrong_grouped_kernel(command: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimulatedPlan, "grouped", lambda self, a, weights: np.full(self.array("c").shape, 3.0))
+    assert command("bench", "ops", "--models", SHAPES[0], "--tokens", "8", "--form", "active", "--a-dtype", "bf16") == 1
+    assert "FAILED" in capsys.readouterr().out
 
 
 def test_bench_finds_a_wrong_kernel(command: Run, capsys: pytest.CaptureFixture[str]) -> None:
