@@ -9,7 +9,6 @@ manifest stays.
 from __future__ import annotations
 
 import ast
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -31,6 +30,7 @@ from densemoe.compile.executor import Executor, open_executor
 from densemoe.compile.matrix import Matrix, Planned
 from densemoe.runtime.canonical import read_file, write_atomically
 from densemoe.runtime.errors import ArtifactError, BuildError, MatrixError
+from densemoe.runtime.folder import Busy, alone, plain_folder
 from densemoe.runtime.lock import Lock
 from densemoe.runtime.manifest import (
     INDEX_NAME,
@@ -49,7 +49,6 @@ __all__ = ["BuildResult", "Failure", "build", "kernel_digest", "source_digest", 
 
 _SOURCES: Final = Path(__file__).resolve().parent
 STAGING: Final = ".staging"
-LOCK: Final = ".build.lock"
 LOG_NAME: Final = "build_log.json"
 #: CUDA 12.8 is the first whose driver loads sm_100 family cubins; sm_90a cubins of ptxas 13.4 are ELF ABI 8, which the 13.x drivers read.
 MINIMUM_DRIVER: Final = 13000
@@ -197,15 +196,13 @@ def build(
     result = BuildResult()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with (out / LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BuildError(f"another build works in {out}: wait for it, or give another --out") from None
+        with alone(out):
             for name in sorted({each.variant.arch for each in chosen}):
                 mine = [each for each in chosen if each.variant.arch == name]
                 partial = key_filter is not None
                 _build_set(out, name, mine, partial, executor, progress, result)
+    except Busy:
+        raise BuildError(f"another build works in {out}: wait for it, or give another --out") from None
     except OSError as error:
         raise BuildError(f"{out} cannot be written: {error.strerror or error}; the old set is unchanged, free space and build again") from error
     return result
@@ -229,10 +226,10 @@ def _build_set(
     out: Path, arch: str, chosen: list[Planned], partial: bool, executor: Executor, progress: Progress, result: BuildResult
 ) -> None:
     folder = out / arch
-    if folder.is_symlink():
-        raise BuildError(f"{folder} is a symbolic link: a build removes and replaces files there; name the folder itself with --out")
     staging = folder / STAGING
-    staging.mkdir(parents=True, exist_ok=True)
+    for place in (folder, staging):
+        if not plain_folder(place):
+            raise BuildError(f"{place} is a symbolic link: a build removes and replaces files there; name the folder itself with --out")
     before = _existing(folder)
     entries: dict[str, ManifestVariant] = dict(before) if partial else {}
     tasks = []

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -20,6 +19,7 @@ from densemoe.compile import build, oracle
 from densemoe.compile.matrix import Planned
 from densemoe.runtime.canonical import read_file, write_atomically
 from densemoe.runtime.errors import ArtifactError, BuildError, DensemoeError
+from densemoe.runtime.folder import Busy, alone
 from densemoe.runtime.manifest import INDEX_NAME, LARGEST_MANIFEST, MANIFEST_NAME, Index, IndexEntry, Manifest
 
 __all__ = ["oracle_record", "record_oracle", "sources", "write_records"]
@@ -114,13 +114,11 @@ def write_records(out: Path, records: Mapping[str, Mapping[str, Mapping[str, Any
         BuildError: another build works in ``out``, or it cannot be written.
     """
     try:
-        with (out / build.LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BuildError(f"another build works in {out}: wait for it, or give another --out") from None
+        with alone(out):
             for arch, found in records.items():
                 _write(out, arch, found, images or {})
+    except Busy:
+        raise BuildError(f"another build works in {out}: wait for it, or give another --out") from None
     except ArtifactError:
         raise
     except OSError as error:

@@ -7,26 +7,29 @@ broken transfer left is taken up where it ended.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from densemoe.runtime.canonical import read_file, write_atomically
 from densemoe.runtime.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, ProblemError, ToolchainError
+from densemoe.runtime.folder import Busy, alone, plain_folder
 from densemoe.runtime.lock import Lock
 from densemoe.runtime.manifest import INDEX_NAME, LARGEST_MANIFEST, Index, Manifest, ManifestVariant
+from densemoe.runtime.signature import BUNDLE_SUFFIX, LARGEST_BUNDLE
 
 __all__ = ["Fetched", "fetch"]
 
 #: Bytes asked for at once: a cubin of usual size in one request, and little to repeat after a break.
 CHUNK: Final = 256 << 10
 _STAGING: Final = ".fetch"
-_LOCK: Final = ".build.lock"  # the build's: the two exclude each other
+#: Bytes of one answer, unpacked. A server that ignores ranges sends whole files, of which the largest allowed is a manifest.
+_LARGEST_ANSWER: Final = LARGEST_MANIFEST + 1
 
 
 @dataclass
@@ -47,7 +50,8 @@ class _Remote:
         except ImportError:
             raise ToolchainError("this command needs fsspec: install densemoe[remote]") from None
         try:
-            self.files, base = fsspec.core.url_to_fs(url, **(options or {}))
+            bounded = {"get_client": _bounded_client} if url.startswith(("http://", "https://")) else {}
+            self.files, base = fsspec.core.url_to_fs(url, **{**bounded, **(options or {})})
         except (ValueError, ImportError) as error:
             raise ProblemError(f"address {url!r}: {error}") from None
         self.url, self.base, self.received = url, base.rstrip("/"), 0
@@ -102,16 +106,20 @@ def fetch(
         ToolchainError: fsspec is not installed.
     """
     remote = _Remote(url, options)
-    index = Index.from_bytes(remote.whole(INDEX_NAME, LARGEST_MANIFEST), f"{url}/{INDEX_NAME}")
+    document = remote.whole(INDEX_NAME, LARGEST_MANIFEST)
+    index = Index.from_bytes(document, f"{url}/{INDEX_NAME}")
     names = list(architectures) or sorted(index.sets)
     if unknown := [name for name in names if name not in index.sets]:
         raise ProblemError(f"architecture {unknown[0]!r}: {url} has {', '.join(sorted(index.sets)) or 'none'}")
     result = Fetched()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _alone(out):
+        with alone(out):
             for name in names:
                 _fetch_set(remote, index, name, out, lock, result, progress)
+            _fetch_signature(remote, document, out)
+    except Busy:
+        raise ArtifactError(f"a build or another fetch works in {out}: wait for it, or give another --out") from None
     except OSError as error:
         if isinstance(error, ArtifactError):
             raise
@@ -120,14 +128,24 @@ def fetch(
     return result
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    with (out / _LOCK).open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ArtifactError(f"a build or another fetch works in {out}: wait for it, or give another --out") from None
-        yield
+async def _bounded_client(**options: Any) -> Any:
+    """An HTTP session whose answers end at a size that none of ours has: fsspec reads an answer whole, however long a server makes it."""
+    import aiohttp
+
+    class Bounded(aiohttp.ClientResponse):
+        async def read(self) -> bytes:
+            if self._body is None:
+                parts, left = [], _LARGEST_ANSWER
+                async for part in self.content.iter_chunked(CHUNK):
+                    left -= len(part)
+                    if left < 0:
+                        self.close()
+                        raise aiohttp.ClientPayloadError(f"the answer has more than {_LARGEST_ANSWER} bytes")
+                    parts.append(part)
+                self._body = b"".join(parts)
+            return self._body
+
+    return aiohttp.ClientSession(response_class=Bounded, **options)
 
 
 def _fetch_set(
@@ -143,10 +161,10 @@ def _fetch_set(
     if lock is not None:
         _compare(manifest, lock, remote.url)
     folder = out / arch
-    if folder.is_symlink():
-        raise ArtifactError(f"{folder} is a symbolic link: name the folder itself with --out")
     staging = folder / _STAGING
-    staging.mkdir(parents=True, exist_ok=True)
+    for place in (folder, staging):
+        if not plain_folder(place):
+            raise ArtifactError(f"{place} is a symbolic link: name the folder itself with --out")
     staged: list[tuple[Path, Path]] = []
     for key, variant in manifest.variants.items():
         if _stands(folder / variant.file, variant):
@@ -160,12 +178,23 @@ def _fetch_set(
         os.replace(source, target)
     write_atomically(out / entry.manifest, data)
     _name_in_index(out, index, arch)
-    for path in staging.iterdir():
-        path.unlink()
-    staging.rmdir()
+    shutil.rmtree(staging)
     for path in folder.glob("*.cubin"):
         if path.stem not in manifest.variants:
             path.unlink()
+
+
+def _fetch_signature(remote: _Remote, index: bytes, out: Path) -> None:
+    """The bundle that signs the index (signature.py), where the address has one and ``out`` holds just what it signs; an older one goes."""
+    path = out / f"{INDEX_NAME}{BUNDLE_SUFFIX}"
+    data = b""
+    if read_file(out / INDEX_NAME, LARGEST_MANIFEST) == index:
+        with suppress(ArtifactNotFound):
+            data = remote.whole(path.name, LARGEST_BUNDLE)
+    if data:
+        write_atomically(path, data)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _compare(manifest: Manifest, lock: Lock, url: str) -> None:
@@ -190,7 +219,8 @@ def _stands(path: Path, variant: ManifestVariant) -> bool:
 def _stage(remote: _Remote, arch: str, variant: ManifestVariant, staging: Path) -> Path:
     """The staged file of a cubin, taken up where an earlier transfer ended. Raises ArtifactCorrupt where it is not what the manifest says."""
     path = staging / variant.sha256
-    with path.open("ab") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    with os.fdopen(os.open(path, flags, 0o644), "ab") as file:
         if file.tell() > variant.size:
             file.truncate(0)
         while (at := file.tell()) < variant.size:

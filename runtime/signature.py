@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from cryptography.x509 import Certificate
     from sigstore.models import Bundle, TrustedRoot
 
-__all__ = ["BUNDLE_SUFFIX", "Signed", "Signer", "verify"]
+__all__ = ["BUNDLE_SUFFIX", "LARGEST_BUNDLE", "Signed", "Signer", "verify"]
 
 BUNDLE_SUFFIX: Final = ".sigstore.json"
 #: Bytes of a bundle or of a trusted root that are read: both have some ten kilobytes.
-_LARGEST: Final = 1 << 20
+LARGEST_BUNDLE: Final = 1 << 20
 #: Extensions of a signing certificate that hold the issuer of the identity: a DER UTF8String, and in older certificates plain text.
 _ISSUER: Final = "1.3.6.1.4.1.57264.1.8"
 _OLD_ISSUER: Final = "1.3.6.1.4.1.57264.1.1"
@@ -141,7 +141,7 @@ def _read(path: Path, what: str, absent: str) -> bytes:
     if not path.exists():
         raise SignatureError(absent)
     try:
-        return read_file(path.resolve(), _LARGEST)
+        return read_file(path.resolve(), LARGEST_BUNDLE)
     except ArtifactError as error:
         raise SignatureError(f"{what}: {error}") from None
 

@@ -16,6 +16,7 @@ import pytest
 
 from densemoe.compile import audit, build, elf, kernels, matrix, toolchain
 from densemoe.runtime.errors import AuditError, BuildError, MatrixError, ToolchainError
+from densemoe.runtime.folder import LOCK_NAME
 from densemoe.runtime.loader import ArtifactSet
 from densemoe.runtime.variant import Variant
 
@@ -133,7 +134,7 @@ def test_two_builds_into_one_folder_exclude_each_other(small: matrix.Matrix, tmp
 
     out = tmp_path / "out"
     out.mkdir()
-    with (out / build.LOCK).open("w") as lock:
+    with (out / LOCK_NAME).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(BuildError, match="another build works"):
             build.build(small, out)

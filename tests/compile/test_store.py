@@ -15,11 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from disk_faults import changes_of, fault_at, in_child, killed_at
 
 from densemoe.compile import build, matrix
 from densemoe.runtime.canonical import canonical
@@ -28,8 +29,6 @@ from densemoe.runtime.loader import ArtifactSet
 from densemoe.runtime.manifest import Manifest
 
 KEYS = [each.variant.key for each in matrix.load().profile("quick")]
-#: What a build does to the disk, in the order in which it does it; each is a moment to be killed, or refused, at.
-CALLS = ("mkdir", "open", "fsync", "chmod", "replace", "unlink", "rmdir")
 
 
 @pytest.fixture(scope="module")
@@ -121,52 +120,8 @@ def assert_whole(out: Path) -> None:
     assert left == sorted(expected)
 
 
-class Interrupted(BaseException):
-    pass
-
-
-@contextlib.contextmanager
-def fault_at(number: int, fault: Callable[[], None]) -> Iterator[list[str]]:
-    """Calls ``fault`` instead of the ``number``-th change of the disk; the list says which there were."""
-    done: list[str] = []
-    originals = {name: getattr(os, name) for name in CALLS}
-
-    def wrap(name: str) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            writes = name != "open" or arguments[1] & (os.O_WRONLY | os.O_RDWR)
-            if writes:
-                done.append(name)
-                if len(done) == number:
-                    fault()
-            return originals[name](*arguments, **options)
-
-        return call
-
-    for name in CALLS:
-        setattr(os, name, wrap(name))
-    try:
-        yield done
-    finally:
-        for name, original in originals.items():
-            setattr(os, name, original)
-
-
 def changes_of_a_build(out: Path) -> int:
-    with fault_at(0, lambda: None) as done:
-        quick(out)
-    assert {"open", "fsync", "replace"} <= set(done)
-    return len(done)
-
-
-def in_child(action: Callable[[], None]) -> int:
-    """Exit code of ``action`` in a forked process, which ends without any clean-up."""
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            action()
-            os._exit(0)
-        os._exit(3)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return changes_of(lambda: quick(out))
 
 
 def test_a_build_that_is_killed_at_any_change_of_the_disk(tmp_path: Path) -> None:
@@ -177,12 +132,7 @@ def test_a_build_that_is_killed_at_any_change_of_the_disk(tmp_path: Path) -> Non
     seen = set()
     for number in range(1, count + 1):
         out = Path(shutil.copytree(start, tmp_path / f"at-{number}"))
-
-        def die(out: Path = out, number: int = number) -> None:
-            with fault_at(number, lambda: os._exit(9)):
-                quick(out)
-
-        assert in_child(die) == 9
+        assert killed_at(number, lambda out=out: quick(out))
         seen.add(assert_sound(out))
         assert not quick(out).failures
         assert_whole(out)
@@ -321,6 +271,23 @@ def test_a_set_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="symbolic link"):
         quick(out)
     assert [path.name for path in elsewhere.iterdir()] == ["precious.cubin"]
+
+
+@pytest.mark.parametrize("name", [".build.lock", "sm_90a/.staging"])
+def test_links_in_the_place_of_a_builds_own_files(tmp_path: Path, name: str) -> None:
+    """In a folder that others may write to: the lock is not opened through a link, which would empty its target, nor is anything staged there."""
+    out, precious = tmp_path / "out", tmp_path / "precious"
+    (out / name).parent.mkdir(parents=True)
+    if name == ".build.lock":
+        precious.write_bytes(b"precious")
+    else:
+        precious.mkdir()
+        (precious / "file").write_bytes(b"precious")
+    (out / name).symlink_to(precious)
+    with pytest.raises(BuildError, match=r"symbolic link"):
+        quick(out)
+    assert (precious if precious.is_file() else precious / "file").read_bytes() == b"precious"
+    assert precious.is_file() or len(list(precious.iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", ["index.json", "sm_90a/manifest.json", f"sm_90a/{KEYS[0]}.cubin"])

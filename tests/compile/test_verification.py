@@ -14,6 +14,7 @@ import pytest
 from densemoe.compile import build, matrix, oracle, recheck, verification
 from densemoe.runtime import cli
 from densemoe.runtime.errors import BuildError
+from densemoe.runtime.folder import LOCK_NAME
 from densemoe.runtime.loader import ArtifactSet
 
 KEY = "fc2.sm90a.t8x64.c1x1.bf16-bf16"
@@ -88,7 +89,7 @@ def test_a_second_writer_is_kept_out(artifacts_copy: Path, monkeypatch: pytest.M
             return [({"kind": "oracle"}, "") for _ in items]
 
     monkeypatch.setattr(verification.concurrent.futures, "ProcessPoolExecutor", Pool)
-    with (artifacts_copy / build.LOCK).open("w") as lock:
+    with (artifacts_copy / LOCK_NAME).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(BuildError, match="another build works"):
             verification.record_oracle(artifacts_copy, [PLANNED[KEY]])

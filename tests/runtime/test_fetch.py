@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import json
+import os
 import shutil
 import socket
 import threading
@@ -12,7 +16,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from disk_faults import changes_of, fault_at, killed_at
+from local_trust import IDENTITY, ISSUER, LocalTrust
 
+from densemoe.compile import package
 from densemoe.runtime import cli, fetch
 from densemoe.runtime.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, ProblemError
 from densemoe.runtime.loader import ArtifactSet
@@ -88,6 +95,25 @@ def test_a_root_is_fetched_whole_and_works_offline(served: tuple[str, type[Handl
     offline = ArtifactSet(tmp_path / "out")
     for entry in offline.manifest("sm_90a").variants.values():
         offline.image(entry)
+
+
+def test_the_signature_comes_with_what_it_signs(served: tuple[str, type[Handler], Path], tmp_path: Path) -> None:
+    """Verified afterwards, offline; never kept beside an index that it does not sign."""
+    url, _, root = served
+    trust, out = LocalTrust(), tmp_path / "out"
+    bundle = root / "index.json.sigstore.json"
+    bundle.write_text(json.dumps(trust.bundle((root / "index.json").read_bytes())))
+    (tmp_path / "root.json").write_bytes(trust.trusted_root())
+    fetch.fetch(url, out)
+    assert contents(out) == contents(root)
+    signer = ["--identity", IDENTITY, "--issuer", ISSUER, "--trusted-root", str(tmp_path / "root.json")]
+    assert cli.main(["verify", "--signature", *signer, "--artifacts", str(out)]) == 0
+    bundle.unlink()
+    fetch.fetch(url, out)
+    assert not (out / bundle.name).exists()
+    bundle.write_bytes(b"x" * ((1 << 20) + 1))
+    with pytest.raises(ArtifactCorrupt, match=r"index\.json\.sigstore\.json has more than"):
+        fetch.fetch(url, out)
 
 
 def test_what_stands_is_kept(served: tuple[str, type[Handler], Path], tmp_path: Path) -> None:
@@ -168,6 +194,131 @@ def test_a_newer_set_replaces_an_older_one(served: tuple[str, type[Handler], Pat
     assert not (out / "sm_90a" / "fc1.sm90a.t999x64.c1x1.bf16-bf16.cubin").exists()
     for entry in ArtifactSet(out).manifest("sm_90a").variants.values():
         ArtifactSet(out).image(entry)
+
+
+def test_an_answer_without_an_end_is_cut_off(served: tuple[str, type[Handler], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that sends on and on, whatever was asked for: the transfer ends at a size that no file of ours has."""
+    url, handler, _ = served
+    monkeypatch.setattr(fetch, "_LARGEST_ANSWER", 1 << 20)
+    sent = []
+
+    def endless(self: Handler) -> None:
+        self.send_response(206)
+        self.end_headers()
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            while len(sent) < 1 << 10:  # of 1 MB each
+                self.wfile.write(bytes(1 << 20))
+                sent.append(1)
+
+    monkeypatch.setattr(handler, "do_GET", endless)
+    with pytest.raises(ArtifactError, match="the answer has more than 1048576 bytes"):
+        fetch.fetch(url, tmp_path / "out")
+    assert len(sent) < 100
+
+
+@pytest.fixture
+def older(artifacts: Path, tmp_path: Path) -> Path:
+    """A set of one variant, fetched before from somewhere else: whole by itself."""
+    out = tmp_path / "older"
+    found = ArtifactSet(artifacts)
+    package.stage(artifacts, out, [min(found.manifest("sm_90a").variants)])
+    return out
+
+
+def assert_sound(out: Path) -> int:
+    """Every cubin that a reader gets is the one that some whole manifest names; how many variants it lists, 0 where the root is refused."""
+    try:
+        found = ArtifactSet(out)
+        entries = found.manifest("sm_90a").variants
+    except ArtifactError:
+        return 0
+    for entry in entries.values():
+        with contextlib.suppress(ArtifactError):
+            assert hashlib.sha256(found.image(entry)).hexdigest() == entry.sha256
+    return len(entries)
+
+
+def changes_of_a_fetch(artifacts: Path, older: Path, tmp_path: Path) -> int:
+    fetch.fetch(str(artifacts), tmp_path / "first")  # imports what it needs, which may write bytecode
+    out = Path(shutil.copytree(older, tmp_path / "count"))
+    return changes_of(lambda: fetch.fetch(str(artifacts), out))
+
+
+def test_a_fetch_that_is_killed_at_any_change_of_the_disk(artifacts: Path, older: Path, tmp_path: Path) -> None:
+    """The next fetch completes it and leaves nothing behind."""
+    count = changes_of_a_fetch(artifacts, older, tmp_path)
+    assert count > 20
+    seen = set()
+    for number in range(1, count + 1):
+        out = Path(shutil.copytree(older, tmp_path / f"at-{number}"))
+        assert killed_at(number, lambda out=out: fetch.fetch(str(artifacts), out))  # type: ignore[misc]
+        seen.add(assert_sound(out))
+        fetch.fetch(str(artifacts), out)
+        assert contents(out) == contents(artifacts)
+        assert not list(out.rglob(".fetch"))
+        shutil.rmtree(out)
+    assert seen == {0, 1, 7}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_refuses_any_change_of_a_fetch(artifacts: Path, older: Path, tmp_path: Path, code: int) -> None:
+    count = changes_of_a_fetch(artifacts, older, tmp_path)
+    failed = 0
+
+    def refuse() -> None:
+        raise OSError(code, os.strerror(code))
+
+    for number in range(1, count + 1):
+        out = Path(shutil.copytree(older, tmp_path / f"at-{number}"))
+        try:
+            with fault_at(number, refuse):
+                fetch.fetch(str(artifacts), out)
+        except ArtifactError as error:
+            assert os.strerror(code) in str(error)  # noqa: PT017
+            failed += 1
+        assert_sound(out)
+        fetch.fetch(str(artifacts), out)
+        assert contents(out) == contents(artifacts)
+        shutil.rmtree(out)
+    assert failed > count // 2  # what fails otherwise is the removal of leftovers
+
+
+def test_fetches_and_builds_at_the_same_time(artifacts: Path, tmp_path: Path) -> None:
+    """One works, the others say so; what is left is whole."""
+    out = tmp_path / "out"
+    outcomes: list[str] = []
+
+    def one() -> None:
+        try:
+            fetch.fetch(str(artifacts), out)
+            outcomes.append("")
+        except ArtifactError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=one) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "" in outcomes
+    assert all("a build or another fetch works in" in said for said in outcomes if said)
+    assert contents(out) == contents(artifacts)
+
+
+@pytest.mark.parametrize("name", [".build.lock", "sm_90a/.fetch", "sm_90a/.fetch/{sha256}"])
+def test_links_in_the_place_of_a_fetchs_own_files(artifacts: Path, tmp_path: Path, name: str) -> None:
+    entry = next(iter(ArtifactSet(artifacts).manifest("sm_90a").variants.values()))
+    out, precious = tmp_path / "out", tmp_path / "precious"
+    link = out / name.format(sha256=entry.sha256)
+    link.parent.mkdir(parents=True)
+    if name.endswith(".fetch"):
+        precious.mkdir()
+    (precious / "file" if name.endswith(".fetch") else precious).write_bytes(b"precious")
+    link.symlink_to(precious)
+    with pytest.raises(ArtifactError, match="symbolic link"):
+        fetch.fetch(str(artifacts), out)
+    assert (precious / "file" if precious.is_dir() else precious).read_bytes() == b"precious"
 
 
 def test_addresses_and_options_that_cannot_be(served: tuple[str, type[Handler], Path], tmp_path: Path) -> None:
