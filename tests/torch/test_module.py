@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from moe_models import FAMILIES, Decoder, dequantise_experts, tiny
 
 from densemoe.runtime import data, layout, marks, packing, reference, routing
 from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.layer_data import LayerData
-from densemoe.runtime.nvfp4 import Nvfp4Tensor
 from densemoe.runtime.torch import DenseGemmMoE, MoEConfig, MoEWeights, can_implement, create_moe, ops, replace_moe
 from densemoe.runtime.torch import routing as torch_routing
 from densemoe.runtime.torch.module import tile_scales
@@ -210,34 +210,10 @@ def test_two_ranks_give_what_one_gives(tmp_path: Path) -> None:
     torch.testing.assert_close(first["ep"], layer(x, logits), rtol=2**-6, atol=2**-6)
 
 
-def tiny(kind: str) -> Any:
-    import transformers
-
-    common = {"vocab_size": 97, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    if kind == "qwen3":
-        config = transformers.Qwen3MoeConfig(
-            **common, moe_intermediate_size=64, intermediate_size=128, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True, head_dim=32
-        )
-        made = transformers.Qwen3MoeForCausalLM
-    else:
-        config = transformers.MixtralConfig(**common, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2)
-        made = transformers.MixtralForCausalLM
-    torch.manual_seed(0)
-    return made(config).to(torch.bfloat16).eval()
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "mixtral"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_a_model_with_replaced_experts_gives_the_logits_of_its_dequantised_self(kind: str) -> None:
-    model, twin = tiny(kind), tiny(kind)
+    model, twin = tiny(kind), dequantise_experts(tiny(kind))
     ids = torch.arange(24).reshape(2, 12) * 7 % 97
-    # the twin keeps transformers' experts, with the values that NVFP4 weights have
-    for module in [each for each in twin.modules() if getattr(each, "gate_up_proj", None) is not None]:
-        with torch.no_grad():
-            for stack in (module.gate_up_proj, module.down_proj):
-                for expert in range(stack.shape[0]):
-                    part = quantize_projection(stack[expert])
-                    values = Nvfp4Tensor(part.codes, layout.tile_scales(part.scales), part.global_scale).dequantise("f32")
-                    stack[expert] = torch.from_numpy(values).to(stack.dtype)
     names = replace_moe(model)
     assert len(names) == 2
     with torch.no_grad():
@@ -245,8 +221,21 @@ def test_a_model_with_replaced_experts_gives_the_logits_of_its_dequantised_self(
     scale = float(theirs.std())
     assert float((ours - theirs).abs().max()) < 0.05 * scale  # both work in bf16 in between
     assert float((ours - plain).abs().mean()) < 0.2 * scale
-    generated = model.generate(ids[:1, :4], max_new_tokens=4, do_sample=False)
-    assert generated.shape == (1, 8)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_decoding_step_is_one_graph_and_gives_what_generate_gives(kind: str) -> None:
+    """What a CUDA graph asks for, as far as a CPU can tell: no step looks at a value, and every step is the same work."""
+    model = tiny(kind)
+    replace_moe(model)
+    prompt = torch.arange(8).reshape(1, 8) * 5 % 97
+    expected = model.generate(prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, 8:].tolist()
+    decoder = Decoder(model, prompt)
+    assert decoder.decode(8) == expected
+    compiled = torch.compile(decoder.step, fullgraph=True, backend="eager", dynamic=False)
+    torch._dynamo.utils.counters.clear()
+    assert decoder.decode(8, compiled) == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_model_without_experts_or_with_another_activation_is_refused_untouched() -> None:
