@@ -57,7 +57,8 @@ def compiled(touches: bool) -> Any:
 def test_accumulators_that_are_touched_in_flight_are_a_fault() -> None:
     ptx, cubin = compiled(True)
     products, waits = warpgroup_products_and_waits(cubin)
-    assert products == 3 and waits >= products
+    assert products == 3
+    assert waits >= products
     (fault,) = serialised(count_opcodes(ptx), cubin)
     assert fault.startswith(f"{waits} waits for 3 products in the machine code, 1 for 3 in the PTX: ptxas serialised WGMMA")
 

@@ -23,8 +23,8 @@ def loader() -> Loader:
     return Loader()
 
 
-def launched(loader: Loader, problem: Problem, tensors: dict[str, Any], times: int = 1) -> dict[str, Any]:
-    """The outputs by role, poisoned before each launch."""
+def launched(loader: Loader, problem: Problem, tensors: dict[str, Any], times: int = 1, variant: str | None = None) -> dict[str, Any]:
+    """The outputs by role, poisoned before each launch. ``variant``: a key instead of the selection's."""
     import harness
 
     dtypes = {**harness.DTYPES, "i32": torch.int32}
@@ -33,7 +33,7 @@ def launched(loader: Loader, problem: Problem, tensors: dict[str, Any], times: i
         if spec.output:
             raw = torch.empty(spec.nbytes, dtype=torch.uint8, device="cuda")
             outputs[role] = raw.view(dtypes[spec.dtype]).reshape(spec.shape)
-    with loader.plan(problem, {**tensors, **outputs}, 0) as plan:
+    with loader.plan(problem, {**tensors, **outputs}, 0, variant) as plan:
         for _ in range(times):
             for output in outputs.values():
                 output.view(torch.uint8).fill_(0x5A)
@@ -66,25 +66,30 @@ def test_route_is_the_reference_bit_for_bit(loader: Loader, dtype: str, group_ti
 
 
 SHAPES = [(9, 5, 2, 320, 192), (33, 13, 3, 256, 128), (64, 128, 8, 512, 256), (200, 16, 4, 448, 320), (511, 8, 2, 1024, 512)]
+FAMILIES = {64: (8, 16, 32), 256: (16, 32, 64, 128)}  # tile_m by tile_n: mma.sync and WGMMA
+C_DTYPES = {("fc1", 64): ("f32", "nvfp4"), ("fc1", 256): ("bf16", "nvfp4"), ("fc2", 64): ("f32", "bf16"), ("fc2", 256): ("f32", "bf16", "f16")}
 
 
-@pytest.mark.parametrize("kind", ["exact", "integers", "normal"])
-@pytest.mark.parametrize(("m", "experts", "top_k", "hidden", "intermediate"), SHAPES)
-def test_grouped_gemms(loader: Loader, kind: str, m: int, experts: int, top_k: int, hidden: int, intermediate: int) -> None:
-    """Every tile and dtype, all rows and all of the output."""
+def judged(loader: Loader, kind: str, ids: Any, experts: int, hidden: int, intermediate: int, tile_n: int, seed: int) -> None:
+    """Every tile and dtype of a family, all rows and all of the output, on ``[M, k]`` ids; FC2 twice on the same workspace."""
     import harness
     from test_kernels import check
 
-    ids, router, w2_alpha = choice(m, experts, top_k, m)
-    for op, tile, a_dtype in itertools.product(("fc1", "fc2"), (8, 16, 32), ("bf16", "nvfp4")):
-        weights = harness.Weights(op, experts, hidden, intermediate, kind, seed=m)
+    (m, top_k), rng = ids.shape, np.random.default_rng(seed)
+    router = np.exp2(rng.integers(-2, 1, ids.shape)).astype(np.float32)
+    w2_alpha = np.exp2(rng.integers(-3, 3, experts)).astype(np.float32)
+    for op, tile, a_dtype in itertools.product(("fc1", "fc2"), FAMILIES[tile_n], ("bf16", "nvfp4")):
+        weights = harness.Weights(op, experts, hidden, intermediate, kind, seed=seed)
         routes = reference.route(ids, router, w2_alpha, group_tile=tile)
         given = {role: torch.from_numpy(each).cuda() for role, each in routes.packed(m * top_k).items()}
-        for c_dtype in ("f32", "nvfp4" if op == "fc1" and kind != "exact" else "bf16"):
+        for c_dtype in C_DTYPES[op, tile_n]:
+            if c_dtype == "nvfp4" and kind == "exact":
+                continue
             problem = Problem(f"grouped{op}", m, experts, hidden, intermediate, a_dtype, c_dtype, top_k=top_k, group_tile=tile)
-            tensors, a, a_scale = harness.activations(problem.a_rows, problem.k, a_dtype, kind, m)
+            key = f"grouped{op}.sm90a.t{tile}x{tile_n}.c1x1.{a_dtype}-{c_dtype}"
+            tensors, a, a_scale = harness.activations(problem.a_rows, problem.k, a_dtype, kind, seed)
             tensors.update({role: each for role, each in given.items() if role in problem.tensors()}, b=weights.packed)
-            what = (f"grouped{op}", kind, m, experts, top_k, hidden, intermediate, tile, a_dtype, c_dtype)
+            what = (f"grouped{op}", kind, m, experts, top_k, hidden, intermediate, f"{tile}x{tile_n}", a_dtype, c_dtype)
             if op == "fc1":
                 alpha = harness.device_tensor(data.fc1_alpha(weights.plain, a_scale))
                 exact: Any = reference.grouped_fc1(a, weights.expert, alpha.double(), routes)
@@ -92,16 +97,52 @@ def test_grouped_gemms(loader: Loader, kind: str, m: int, experts: int, top_k: i
                 tensors["alpha"] = alpha
                 if c_dtype == "nvfp4":
                     tensors["output_multiplier"] = harness.device_tensor(np.array([multiplier]))
-                got = launched(loader, problem, tensors)
+                got = launched(loader, problem, tensors, 2, key)
                 report = bounds.compare_fc1(got, exact, problem, output_multiplier=float(multiplier), exact=kind == "exact")
             else:
                 exact = reference.grouped_fc2(a, weights.expert, given["row_alpha"].double(), routes, m)
-                report = bounds.compare_fc2(launched(loader, problem, tensors, times=2), exact, problem, exact=kind == "exact")
+                report = bounds.compare_fc2(launched(loader, problem, tensors, 2, key), exact, problem, exact=kind == "exact")
             check([report], what)
 
 
+@pytest.mark.parametrize("tile_n", [64, 256])
+@pytest.mark.parametrize("kind", ["exact", "integers", "normal"])
+@pytest.mark.parametrize(("m", "experts", "top_k", "hidden", "intermediate"), SHAPES)
+def test_grouped_gemms(loader: Loader, kind: str, m: int, experts: int, top_k: int, hidden: int, intermediate: int, tile_n: int) -> None:
+    """Every tile and dtype, all rows and all of the output."""
+    ids, _, _ = choice(m, experts, top_k, m)
+    judged(loader, kind, ids, experts, hidden, intermediate, tile_n, m)
+
+
+@pytest.mark.parametrize("kind", ["exact", "integers"])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(64, 64), (320, 192), (2048, 768)])
+def test_ragged_tiles_of_wgmma(loader: Loader, kind: str, hidden: int, intermediate: int) -> None:
+    """Experts of 0, 1, a tile's rows less one, a tile's, one more, and many tokens, for every tile; single K blocks among them."""
+    counts = [0, 1, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 300]
+    ids = np.random.default_rng(5).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int32)[:, None]
+    judged(loader, kind, ids, len(counts), hidden, intermediate, 256, hidden)
+
+
+@pytest.mark.parametrize("tile", [16, 64, 128])
+def test_fc1_of_wgmma_has_the_same_bits_every_time(loader: Loader, tile: int) -> None:
+    """Sums over CTAs have one order, whichever comes last: twenty launches of a problem whose units lie in several spans."""
+    import harness
+
+    m, experts, hidden, intermediate = 3 * tile, 3, 4096, 384
+    ids, router, w2_alpha = choice(m, experts, 1, tile)
+    given = {role: torch.from_numpy(each).cuda() for role, each in reference.route(ids, router, w2_alpha, group_tile=tile).packed(m).items()}
+    problem = Problem("groupedfc1", m, experts, hidden, intermediate, "bf16", "bf16", top_k=1, group_tile=tile)
+    weights = harness.Weights("fc1", experts, hidden, intermediate, "normal", seed=tile)
+    tensors, _, a_scale = harness.activations(m, hidden, "bf16", "normal", tile)
+    tensors.update(tiles=given["tiles"], rows=given["rows"], b=weights.packed, alpha=harness.device_tensor(data.fc1_alpha(weights.plain, a_scale)))
+    key = f"groupedfc1.sm90a.t{tile}x256.c1x1.bf16-bf16"
+    first = launched(loader, problem, tensors, 1, key)["c"].clone()
+    for _ in range(20):
+        assert torch.equal(launched(loader, problem, tensors, 1, key)["c"].view(torch.int16), first.view(torch.int16))
+
+
 @pytest.mark.parametrize("form", ["bf16", "nvfp4"])
-@pytest.mark.parametrize(("m", "experts", "top_k"), [(17, 8, 2), (64, 32, 4), (300, 8, 2)])
+@pytest.mark.parametrize(("m", "experts", "top_k"), [(17, 8, 2), (64, 32, 4), (90, 8, 2), (200, 8, 2), (300, 8, 2)])
 def test_layers_that_gather_equal_the_cpu_op(form: str, m: int, experts: int, top_k: int) -> None:
     from test_torch_ops import TOLERANCE, Layer, on_gpu
 
