@@ -155,7 +155,8 @@ def run_case(variant: Variant, layout: str, ptx: str, recipe: Recipe, case: Case
     specs = problem.tensors()
     workspaces: dict[str, npt.NDArray[np.uint8]] = {}
     outputs: Arrays = {}
-    early = (*EARLY, "active_experts") if dict(case.settings).get("early_list") else EARLY  # the setting says that the list is there before
+    # the setting says that the list was complete before the launch before began
+    early = (*EARLY, "active_experts", "tiles") if dict(case.settings).get("early_list") else EARLY
     run = Run()
     for _ in range(case.launches):
         outputs = {role: poisoned(role, spec.shape, spec.dtype) for role, spec in specs.items() if spec.output}

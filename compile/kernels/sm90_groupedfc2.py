@@ -7,6 +7,7 @@ and cut into equal spans, one a CTA. Each tile has tokens of its own, so its par
                    until a tile ends:  workspace[token] += row_alpha · accumulators (red.v4)
                take a ticket; the last of a unit's CTAs converts, stores, and clears workspace and ticket
 
+Run-time setting ``early_list``: the tiles were complete before the launch that precedes this one began, so that weights are fetched before it ends.
 The workspace and the tickets are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
 """
 
@@ -53,6 +54,7 @@ def groupedfc2_kernel(
     tokens_total: Int32,
     hidden: Int32,
     intermediate: Int32,
+    waits_first: Int32,
     config: cutlass.Constexpr,
 ):
     tid, _, _ = cute.arch.thread_idx()
@@ -77,8 +79,8 @@ def groupedfc2_kernel(
         pr.fence_mbarrier_init()
     cute.arch.sync_warp()
 
-    pr.griddepcontrol("wait")  # the tiles say which weights are read
-    pr.griddepcontrol("launch_dependents")
+    if waits_first != 0:
+        pr.griddepcontrol("wait")  # the tiles, which say what weights are read, may come from the launch before
     length = common.load_global_s32_or(tiles, Int32(1), Int32(0)) * k_blocks  # blocks of a unit
     total = Int64(length) * Int64(row_blocks)
     workers = min(Int64(ctas), (total + (sm90_fc2.SMALLEST_SPAN - 1)) // sm90_fc2.SMALLEST_SPAN)
@@ -114,6 +116,9 @@ def groupedfc2_kernel(
                     fetch_k = fetch_at - fetch_tile * k_blocks
                 next_source = weights_of(b, tiles, Int32(to_fetch > 0), fetch_tile, fetch_of, row_blocks, k_blocks)
                 next_source = next_source + Int64(fetch_k) * superblock
+
+    pr.griddepcontrol("wait")  # weights do not depend on the launch before; activations and the workspace do
+    pr.griddepcontrol("launch_dependents")
 
     stage = Int32(0)
     phase = Int32(0)
@@ -256,6 +261,7 @@ def groupedfc2_host(
     top_k: Int32,
     hidden: Int32,
     intermediate: Int32,
+    early_list: Int32,
     sm_count: Int32,
     symbol: cutlass.Constexpr[str],
     config: cutlass.Constexpr,
@@ -278,6 +284,7 @@ def groupedfc2_host(
         tokens_total,
         hidden,
         intermediate,
+        1 - early_list,
         config,
     ).launch(
         grid=(ctas, 1, 1),
@@ -316,6 +323,7 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("tokens_total", "u32", "M"),
             Parameter("hidden", "u32", "H"),
             Parameter("intermediate", "u32", "I"),
+            Parameter("waits_first", "u32", "1 - early_list"),
         ),
         let=(
             ("row_blocks", f"H // {common.SUPERBLOCK_ROWS}"),
@@ -328,6 +336,7 @@ def recipe(variant: Variant) -> Recipe:
             Workspace("workspace.partials", "M * H * 4", zeroed=True),
             Workspace("workspace.tickets", "row_blocks * 4", zeroed=True),
         ),
+        settings=(("early_list", (0, 1)),),
         programmatic_launch=True,
         smem_carveout=100,
     )
@@ -341,14 +350,14 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
         *(pointer(Uint8, 16) for _ in range(4)),
         pointer(Uint8, 4),
     )
-    words = tuple(Int32(value) for value in (8, 2, 256, 128, 132))
+    words = tuple(Int32(value) for value in (8, 2, 256, 128, 0, 132))
     return groupedfc2_host, (*pointers, *words, variant.symbol.removesuffix("_0"), config_of(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: nine pointers and five words (without the stream)."""
+    """What the exported host function is called with: nine pointers and six words (without the stream)."""
     pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in recipe(variant).parameters[:9]]
-    return [*pointers, *(names[name] for name in ("M", "top_k", "H", "I", "sm_count"))]
+    return [*pointers, *(names[name] for name in ("M", "top_k", "H", "I", "early_list", "sm_count"))]
 
 
 def expected(variant: Variant) -> Expected:

@@ -5,8 +5,8 @@
     a warp a chunk of pairs:   place = first row of the expert + those in chunks below + those before it in the chunk ─ store token and scale
 
 A pair is one token's choice of one expert. ``rows`` and ``row_alpha`` hold the pairs, those of one expert together, in the order of pairs; a tile is
-up to ``group_tile`` neighbouring rows of one expert. Ids off this rank are skipped where other ranks hold the rest; otherwise such an id becomes a row
-of expert 0 whose scale is NaN, which reaches the token's output: a launch can raise no error. Where there is no pair at all one tile of no rows
+up to ``group_tile`` neighbouring rows of one expert. Ids off this rank are skipped where other ranks hold the rest; otherwise such an id becomes a
+row of expert 0 whose scale is NaN, which reaches the token's output: a launch can raise no error. Where there is no pair at all one tile of no rows
 stands, so that FC2 still writes its zeros.
 """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,14 +34,16 @@ def ptx_of(key: str) -> str:
     return compile_variant(variant, kernel_of(variant)).ptx
 
 
-def launch(key: str, problem: Problem, tensors: dict[str, Any], **options: Any) -> tuple[dict[str, Any], Report]:
+def launch(
+    key: str, problem: Problem, tensors: dict[str, Any], settings: Mapping[str, int] = MappingProxyType({}), **options: Any
+) -> tuple[dict[str, Any], Report]:
     """The kernel's outputs by role, poisoned before."""
     variant = Variant.parse(key)
     accepted, reason = can_implement(variant, problem)
     assert accepted, reason
     outputs = {role: np.full(spec.shape, 0x5A, NUMPY[spec.dtype]) for role, spec in problem.tensors().items() if spec.output}
     recipe = kernels.load(kernel_of(variant)).recipe(variant)
-    report = launch_recipe(ptx_of(key), recipe, problem.names(), {**tensors, **outputs}, outputs, **options)
+    report = launch_recipe(ptx_of(key), recipe, {**problem.names(), **settings}, {**tensors, **outputs}, outputs, **options)
     return outputs, report
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from grouped_cases import launch, run
 
+from densemoe.compile.emulator.device import EARLY
 from densemoe.runtime import packing, reference
+from densemoe.runtime.errors import EmulatorError
 from densemoe.runtime.problem import Problem
 
 # ---- route
@@ -73,6 +75,17 @@ def test_general_data_lies_within_the_bounds(key: str, a_dtype: str) -> None:
 def test_every_schedule_gives_the_same_exact_result(key: str, schedule: str) -> None:
     comparison, _ = run(key, 10, 3, 2, 256, 64, "exact", schedule=schedule, sm_count=1, launches=2)
     assert comparison.passed, comparison.detail
+
+
+@pytest.mark.parametrize("early_list", [0, 1])
+def test_fc2_reads_weights_before_the_launch_before_ends_only_where_the_tiles_are_early(early_list: int) -> None:
+    key, case = "groupedfc2.sm90a.t8x64.c1x1.bf16-f32", (10, 3, 2, 256, 64, "exact")
+    early = (*EARLY, "tiles") if early_list else EARLY
+    comparison, _ = run(key, *case, schedule="lazy", sm_count=1, settings={"early_list": early_list}, early=early)
+    assert comparison.passed, comparison.detail
+    if early_list:
+        with pytest.raises(EmulatorError, match=r"griddepcontrol\.wait"):
+            run(key, *case, schedule="lazy", sm_count=1, settings={"early_list": 1})
 
 
 def test_repeated_ids_of_a_token_add() -> None:
