@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +30,7 @@ from densemoe.runtime.errors import (
 )
 
 if TYPE_CHECKING:
+    from densemoe.runtime.loader import Loader
     from densemoe.runtime.problem import Problem
 
 __all__ = ["main"]
@@ -68,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--arch", help="only this architecture")
     _executor(build)
     build.add_argument("--filter", help="shell pattern over variant keys; other variants of the set stay")
-    build.add_argument("--timeout", type=float, default=120.0, help="seconds a variant may take in the local executor (default: 120)")
+    build.add_argument("--timeout", type=_seconds, default=120.0, help="seconds a variant may take in the local executor (default: 120)")
     build.add_argument("--locked", action="store_true", help="compare every cubin with artifacts/manifest.lock; one differing byte fails")
     build.add_argument("--oracle", action="store_true", help="compare every launch with the compiler's own host code; needs a C compiler")
     build.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -102,14 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _problem(run)
     run.add_argument("--tile", help="only variants of this tile, as in 8x64")
-    run.add_argument("--cluster", default="1x1", help="with --tile: of this cluster (default: 1x1)")
-    run.add_argument("--device", type=int, default=0, help="device ordinal (default: 0)")
-    run.add_argument("--warmup", type=int, default=10)
-    run.add_argument("--iterations", type=int, default=100, help="timed launches a graph; 0 does not time")
+    run.add_argument("--cluster", help="only variants of this cluster, as in 1x2")
+    run.add_argument("--device", type=_natural, default=0, help="device ordinal (default: 0)")
+    run.add_argument("--warmup", type=_natural, default=10, help="launches before the timed ones (default: 10)")
+    run.add_argument("--iterations", type=_natural, default=100, help="timed launches a graph; 0 does not time (default: 100)")
     run.add_argument("--cold-l2", action=argparse.BooleanOptionalAction, default=True, help="rotate over weights that exceed the L2")
-    run.add_argument("--prefetch", action=argparse.BooleanOptionalAction, default=None, help="L2 prefetch, where a variant has it")
+    run.add_argument("--prefetch", action=argparse.BooleanOptionalAction, default=None, help="L2 prefetch (default: the selection's choice)")
     run.add_argument("--skip-check", action="store_true", help="do not compare with the reference")
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--seed", type=_natural, default=0, help="of the data (default: 0)")
     _common(run)
 
     doctor = add("doctor", "driver, devices, artifacts: what will be used and why", "densemoe doctor", "doctor")
@@ -121,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         "densemoe quickstart",
         "quickstart",
     )
-    quick.add_argument("--m", type=int, default=4)
+    quick.add_argument("--m", type=_positive, default=4, help="tokens (default: 4)")
     quick.add_argument("--a-dtype", default="bf16", choices=("bf16", "nvfp4"))
     _common(quick)
 
@@ -134,11 +136,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: use a positive integer")
-    return value
+def _number(kind: type[int] | type[float], allowed: str, check: Callable[[float], bool]) -> Callable[[str], float]:
+    """A type for argparse: a number that ``check`` allows; ``allowed`` says so in words."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(-1)
+        if not check(value):
+            raise argparse.ArgumentTypeError(f"{text}: use {allowed}")
+        return value
+
+    return parse
+
+
+_positive: Final = _number(int, "a positive integer", lambda value: value >= 1)
+_natural: Final = _number(int, "an integer of at least 0", lambda value: value >= 0)
+_seconds: Final = _number(float, "a positive number of seconds", lambda value: 0 < value < math.inf)
 
 
 def _executor(parser: argparse.ArgumentParser) -> None:
@@ -187,7 +202,11 @@ def _table(rows: Sequence[Sequence[str]]) -> None:
 
 def _list(args: argparse.Namespace) -> int:
     if args.profile is not None:
+        if args.artifacts is not None:
+            raise ProblemError("--artifacts lists what is built, --profile what a matrix plans: give one of them")
         return _build_side("list_profile")(args)
+    if args.matrix is not None:
+        raise ProblemError("--matrix belongs to --profile: name one, or leave the option out")
     from densemoe.runtime.loader import ArtifactSet
 
     artifacts = ArtifactSet(args.artifacts)
@@ -299,11 +318,11 @@ def _run(args: argparse.Namespace) -> int:
     runner = _host_side("densemoe.runtime.runner")
     from densemoe.runtime.loader import Loader
 
-    if args.prefetch is not None:
-        raise ProblemError("--prefetch: the sm_90a kernels have no L2 prefetch distance; leave the option out")
     problem = _problem_of(args)
     loader = Loader(args.artifacts)
-    forced = args.variant or _by_tile(args, loader, problem)
+    if args.device >= (count := loader.driver.device_count()):
+        raise DriverError(f"--device {args.device}: there are {count} devices, 0 to {count - 1}")
+    forced = _by_tile(args, loader, problem)
     report = runner.run_single(
         loader,
         problem,
@@ -314,12 +333,14 @@ def _run(args: argparse.Namespace) -> int:
         cold=args.cold_l2,
         check=not args.skip_check,
         seed=args.seed,
+        settings=_prefetch(args, loader, loader.select(problem, args.device, forced).variant.key),
     )
     if args.json:
         _print_json(dataclasses.asdict(report))
     else:
         print(f"{report.device}, driver for CUDA {report.driver // 1000}.{report.driver % 1000 // 10}")
-        print(f"{report.variant}   {report.choice}")
+        settings = "".join(f", {name} {value}" for name, value in report.settings.items())
+        print(f"{report.variant}{settings}   {report.choice}")
         if report.microseconds is not None:
             rate = report.weight_bytes / report.microseconds / 1e6
             cold = f"cold, {report.copies} copies" if report.copies > 1 else "warm"
@@ -332,22 +353,33 @@ def _run(args: argparse.Namespace) -> int:
     return FAILED if report.passed is False else OK
 
 
-def _by_tile(args: argparse.Namespace, loader: Any, problem: Problem) -> str | None:
-    """The key of --tile and --cluster, None where they are not given."""
-    if args.tile is None:
-        return None
+def _by_tile(args: argparse.Namespace, loader: Loader, problem: Problem) -> str | None:
+    """The key that --variant, --tile and --cluster name, None where none is given: the selection's choice."""
     from densemoe.runtime.rules import can_implement
 
-    fitting = [
-        entry.key
-        for entry in loader.manifest(args.device).variants.values()
-        if f"{entry.variant.tile_m}x{entry.variant.tile_n}" == args.tile
-        and f"{entry.variant.cluster_m}x{entry.variant.cluster_n}" == args.cluster
-        and can_implement(entry.variant, problem)[0]
-    ]
-    if len(fitting) != 1:
-        raise SelectionError(f"--tile {args.tile} --cluster {args.cluster} fits {len(fitting)} variants {fitting}: use --variant")
-    return str(fitting[0])
+    if args.tile is args.cluster is None:
+        return str(args.variant) if args.variant else None
+    variants = [entry.variant for entry in loader.manifest(args.device).variants.values()]
+    fitting = [each for each in variants if can_implement(each, problem)[0] and args.variant in (None, each.key)]
+    shapes = {each.key: (f"{each.tile_m}x{each.tile_n}", f"{each.cluster_m}x{each.cluster_n}") for each in fitting}
+    chosen = [key for key, (tile, cluster) in shapes.items() if args.tile in (None, tile) and args.cluster in (None, cluster)]
+    if len(chosen) != 1:
+        given = " ".join(f"--{name} {getattr(args, name)}" for name in ("variant", "tile", "cluster") if getattr(args, name) is not None)
+        known = ", ".join(sorted({f"--tile {tile} --cluster {cluster}" for tile, cluster in shapes.values()})) or "none: no variant runs this problem"
+        which = f"several variants: use --variant with one of {', '.join(chosen)}" if chosen else f"no variant of this problem: use one of {known}"
+        raise SelectionError(f"{given} fits {which}")
+    return str(chosen[0])
+
+
+def _prefetch(args: argparse.Namespace, loader: Loader, key: str) -> dict[str, int]:
+    """The kernel's setting that --[no-]prefetch names; empty where the option is left out, or where off is all that there is."""
+    distances = dict(loader.manifest(args.device).variants[key].recipe.settings).get("prefetch", (0,))
+    if args.prefetch is None or (not args.prefetch and distances == (0,)):
+        return {}
+    wanted = [each for each in distances if bool(each) == args.prefetch]
+    if not wanted:
+        raise SelectionError(f"--{'' if args.prefetch else 'no-'}prefetch: {key} has the L2 prefetch distances {list(distances)} alone; leave it out")
+    return {"prefetch": wanted[-1]}
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -32,6 +32,7 @@ __all__ = [
     "fc2_expert",
     "interchange_bytes",
     "interchange_parts",
+    "pack",
     "pack_expert",
     "pack_fc1",
     "pack_fc2",
@@ -351,6 +352,19 @@ def pack_fc2(codes: Bytes, scales: Bytes, experts: int, out: Bytes | None = None
     for expert, slot in _slots(out, experts):
         pack_expert("fc2", *fc2_expert(codes, scales, experts, expert), slot)
     return out
+
+
+def pack(layout: str, op: str, codes: Bytes, scales: Bytes, experts: int) -> Bytes:
+    """Weights of an op, in the interchange layout, as kernels whose manifest entry names ``layout`` read them.
+
+    Raises:
+        ProblemError: a layout that is none, or weights that it does not hold.
+    """
+    if layout == INTERCHANGE_LAYOUT:
+        return pack_interchange(op, codes, scales, experts)
+    if layout != LAYOUT:
+        raise ProblemError(f"weight layout {layout!r}: use {LAYOUT} or {INTERCHANGE_LAYOUT}")
+    return pack_fc1(codes, scales) if op == "fc1" else pack_fc2(codes, scales, experts)
 
 
 def unpack_fc1(packed: Bytes, experts: int, hidden: int, intermediate: int) -> tuple[Bytes, Bytes]:

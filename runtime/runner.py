@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from densemoe.runtime import bounds, data, packing, reference
+from densemoe.runtime.errors import DriverError
 from densemoe.runtime.layer_run import INTO, LayerRun
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.nvfp4 import GROUP, LARGEST_E2M1, LARGEST_E4M3, bf16_values
@@ -28,7 +29,7 @@ COLD_FACTOR: Final = 2  # weight copies fill this many L2 caches
 LARGEST_CHECK: Final = 2**31  # multiply-adds of the numpy reference before output columns are sampled; about ten seconds
 DECODING_TOKENS: Final = 4  # decoding a weight in numpy costs about as much as using it for so many tokens
 REPLAYS: Final = 5
-_NUMPY: Final = {"u8": np.uint8, "f32": np.float32, "f16": np.float16, "bf16": np.uint16}
+_NUMPY: Final = {"u8": np.uint8, "e4m3": np.uint8, "e5m2": np.uint8, "f32": np.float32, "f16": np.float16, "bf16": np.uint16}
 
 
 @dataclass
@@ -39,6 +40,7 @@ class RunReport:
         microseconds: median time of a launch, None where it was not timed.
         checked_columns, columns: how many output columns the reference covered, of how many.
         worst: largest error divided by its bound.
+        settings: run-time switches of the kernel that the launches had; its defaults where empty.
     """
 
     device: str
@@ -46,6 +48,7 @@ class RunReport:
     variant: str
     choice: str
     problem: Mapping[str, Any]
+    settings: Mapping[str, int] = field(default_factory=dict)
     microseconds: float | None = None
     weight_bytes: int = 0
     copies: int = 1
@@ -100,12 +103,6 @@ def _make_weights(problem: Problem, kind: str, seed: int) -> data.Weights:
     return make(np.random.default_rng(seed), problem.experts, problem.hidden, problem.intermediate, kind)
 
 
-def _packed(problem: Problem, weights: data.Weights) -> npt.NDArray[np.uint8]:
-    if problem.op == "fc1":
-        return packing.pack_fc1(weights.codes, weights.scales)
-    return packing.pack_fc2(weights.codes, weights.scales, problem.experts)
-
-
 def _activations(problem: Problem, kind: str, seed: int) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[Any], np.float32]:
     """(arrays by role, float64 values without the global scale, global scale)."""
     first, scales, scale = data.activations(np.random.default_rng(seed), problem.m, problem.k, problem.a_dtype, kind)
@@ -151,6 +148,7 @@ def run_single(
     check: bool = True,
     seed: int = 0,
     kind: str = "integers",
+    settings: Mapping[str, int] | None = None,
 ) -> RunReport:
     """Runs one problem.
 
@@ -159,6 +157,7 @@ def run_single(
         cold: rotate over weight copies that exceed the L2.
         check: compare with the float64 reference.
         kind: of the data, see ``data.fc1_weights``.
+        settings: run-time switches of the kernel, instead of the selection's.
 
     Raises:
         DensemoeError: whatever makes the launch impossible.
@@ -170,9 +169,11 @@ def run_single(
         name: getattr(problem, name)
         for name in ("op", "m", "experts", "hidden", "intermediate", "a_dtype", "c_dtype", "alpha_post", "scalar_alpha")
     }
-    report = RunReport(driver.device_name(device), driver.version(), choice.variant.key, _describe(choice), shown, columns=problem.n_out)
-    weights = _make_weights(problem, kind, seed)
-    packed, read = _packed(problem, weights), reference.Weights(problem.op, weights.codes, weights.scales, problem.experts)
+    own = {**choice.settings, **(settings or {})}
+    report = RunReport(driver.device_name(device), driver.version(), choice.variant.key, _describe(choice), shown, own, columns=problem.n_out)
+    weights, layout = _make_weights(problem, kind, seed), loader.manifest(device).variants[choice.variant.key].layout
+    packed = packing.pack(layout, problem.op, weights.codes, weights.scales, problem.experts)
+    read = reference.Weights(problem.op, weights.codes, weights.scales, problem.experts)
     report.weight_bytes = int(packed.nbytes)
     rng = np.random.default_rng(seed + 1)
     arrays, a, a_scale = _activations(problem, kind, seed + 2)
@@ -194,7 +195,7 @@ def run_single(
         l2 = driver.attribute("L2_CACHE_SIZE", device)
         report.copies = max(1, -(-COLD_FACTOR * l2 // max(1, report.weight_bytes)) + 1) if cold and iterations else 1
         copies = [memory.put(packed) for _ in range(report.copies)]
-        plans = [loader.plan(problem, {**tensors, "b": copy}, device, choice.variant.key) for copy in copies]
+        plans = [loader.plan(problem, {**tensors, "b": copy}, device, choice.variant.key, settings=own) for copy in copies]
         plans[0].launch()
         driver.synchronize()
         got = {role: memory.get(tensors[role], spec.shape, _NUMPY[spec.dtype]) for role, spec in outputs.items()}
@@ -290,6 +291,12 @@ def run_layer(
     """
     driver = loader.driver
     driver.use_device(device)
+    entries = loader.manifest(device).variants.values()
+    if not any(entry.layout == packing.LAYOUT for entry in entries):
+        raise DriverError(
+            f"this layer is packed for {packing.LAYOUT}, which no kernel of {driver.device_name(device)} reads: `densemoe run` runs one kernel there,"
+            " `densemoe proof` every grid and layer"
+        )
     layer = LayerRun(m, experts, top_k, hidden, intermediate, a_dtype, seed, listed)
     memory = _Memory(driver)
     plans: list[Plan] = []

@@ -14,6 +14,7 @@ from densemoe.compile import matrix
 from densemoe.runtime import cli
 from densemoe.runtime.errors import DriverUnavailable
 
+TIMEOUTS = [["build", "--timeout", value] for value in ("0", "-1", "nan", "inf", "soon")]
 FC1 = "fc1.sm90a.t8x64.c1x1.bf16-bf16"
 SHAPE = ["--m", "5", "--experts", "128", "--hidden", "2048", "--intermediate", "768"]
 QUICK = sorted(each.variant.key for each in matrix.load().profile("quick"))
@@ -140,8 +141,8 @@ def test_explain_of_a_forced_variant(run: Run, artifacts: Path) -> None:
         (["explain", "fc1", *SHAPE, "--out-dtype", "f64"], 2, "use one of"),
         (["explain", "fc1", "--m", "5", "--experts", "2", "--hidden", "100", "--intermediate", "64"], 2, "hidden=100: use a multiple of 64"),
         (["explain", "fc1", "--m", "37", "--experts", "2", "--hidden", "256", "--intermediate", "64"], 2, "which no installed variant has"),
-        (["run", "fc1", *SHAPE, "--prefetch"], 2, "--prefetch"),
-        (["list", "--profile", "nope"], 2, "profile 'nope' does not exist: use one of full, quick"),
+        (["list", "--matrix", "x.yaml"], 2, "--matrix belongs to --profile"),
+        (["list", "--profile", "quick"], 2, "--artifacts lists what is built, --profile what a matrix plans"),
     ],
 )
 def test_wrong_input_is_2_and_says_what_is_allowed(run: Run, artifacts: Path, arguments: list[str], code: int, said: str) -> None:
@@ -166,7 +167,7 @@ def test_a_build_of_nothing_is_2(run: Run, tmp_path: Path, arguments: list[str],
     assert not (tmp_path / "out" / "index.json").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["nothing"], ["explain", "fc3", *SHAPE], ["build", "--jobs", "0"], ["list", "--colour"]])
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["explain", "fc3", *SHAPE], ["build", "--jobs", "0"], ["list", "--colour"], *TIMEOUTS])
 def test_a_wrong_command_line_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
