@@ -47,11 +47,11 @@ typecheck: $(STAMP)
 
 test: $(STAMP) $(VENV)/.torch lint typecheck
 	$(BIN)/densemoe build --profile full
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-full: $(STAMP) $(VENV)/.torch lint typecheck
 	$(BIN)/densemoe build --profile full
-	$(BIN)/python -m pytest --full
+	$(BIN)/python -m pytest --full --numprocesses auto --dist loadfile
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist \
