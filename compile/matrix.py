@@ -140,15 +140,24 @@ def load(path: Path = DEFAULT_MATRIX) -> Matrix:
         MatrixError: the file is missing, is no YAML, or says something that is not allowed.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise MatrixError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start]
+        line, column = before.count(b"\n") + 1, len(before) - (before.rfind(b"\n") + 1) + 1
+        raise MatrixError(f"{path}:{line}:{column}: byte 0x{error.object[error.start]:02x}: not UTF-8: save the file as UTF-8") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise MatrixError(f"{path}{where}: not YAML: {error.problem}") from None
+    except yaml.reader.ReaderError as error:
+        line, column = text.count("\n", 0, error.position) + 1, error.position - text.rfind("\n", 0, error.position)
+        raise MatrixError(f"{path}:{line}:{column}: not YAML: character {chr(error.character)!r} may not stand in it") from None
+    except RecursionError:
+        raise MatrixError(f"{path}:1:1: not a matrix: it is nested too deeply") from None
     reader = _Reader(path)
     if root is None:
         raise MatrixError(f"{path}:1:1: the file is empty: it needs schema, entries and profiles")
@@ -177,7 +186,7 @@ def _expand(reader: _Reader, node: yaml.Node) -> Iterator[Planned]:
     fields = reader.mapping(
         node, ("kernel", "op", *AXES, "options", "exclude", "include", "compiler_options", "spills"), ("kernel", "op", *AXES)
     )
-    op = reader.axis("op", fields["op"], ALL_OPS)[0]
+    op = _op(reader, fields["op"])
     kernel = reader.scalar(fields["kernel"])
     if kernel not in kernels.names():
         raise reader.fail(fields["kernel"], f"kernel {kernel!r}: use one of {', '.join(kernels.names())}{_hint(kernel, kernels.names())}")
@@ -200,6 +209,13 @@ def _expand(reader: _Reader, node: yaml.Node) -> Iterator[Planned]:
         raise reader.fail(node, "this entry gives no variant: its include and exclude rules leave nothing")
     if spills:
         raise reader.fail(fields["spills"], f"spills names {', '.join(spills)}, which this entry does not give")
+
+
+def _op(reader: _Reader, node: yaml.Node) -> str:
+    values = reader.axis("op", node, ALL_OPS)
+    if len(values) != 1:
+        raise reader.fail(node, f"op={', '.join(values)}: an entry or a rule has one op; write one for each")
+    return values[0]
 
 
 def _variant(reader: _Reader, fields: Mapping[str, yaml.Node], op: str, kernel: str, point: Mapping[str, str], options: Sequence[str]) -> Variant:
@@ -237,7 +253,20 @@ def _options(reader: _Reader, node: yaml.Node | None) -> dict[str, list[str]]:
         return {}
     if not isinstance(node, yaml.MappingNode):
         raise reader.fail(node, "options are a mapping of name to values")
-    return {reader.scalar(key): [str(reader.integer(item)) for item in reader.items(value)] for key, value in node.value}
+    options: dict[str, list[str]] = {}
+    for key, value in node.value:
+        name = reader.scalar(key)
+        if name in options:
+            raise reader.fail(key, f"option {name!r} stands twice: write it once")
+        options[name] = []
+        for item in reader.items(value):
+            number = str(reader.integer(item))
+            if number in options[name]:
+                raise reader.fail(item, f"{name}={number} stands twice: write it once")
+            options[name].append(number)
+        if not options[name]:
+            raise reader.fail(value, f"{name} has no value: it would give no variant")
+    return options
 
 
 def _spills(reader: _Reader, node: yaml.Node | None) -> dict[str, Allowance]:
@@ -277,7 +306,7 @@ def _profile(reader: _Reader, name: str, node: yaml.Node, planned: tuple[Planned
         rules = []
         for item in reader.items(fields["select"]):
             part = reader.mapping(item, ("op", *AXES))
-            op = reader.axis("op", part["op"], ALL_OPS)[0] if "op" in part else "fc1"
+            op = _op(reader, part["op"]) if "op" in part else "fc1"
             rule = {axis: reader.axis(axis, value, _allowed(axis, op)) for axis, value in part.items()}
             if not any(_matches(rule, _point(each.variant)) for each in planned):
                 raise reader.fail(item, "this rule selects no variant of the matrix")

@@ -89,12 +89,33 @@ def test_a_spill_allowance_needs_a_reason(tmp_path: Path) -> None:
         ("c_dtype: [bf16, f32]", "c_dtype: [bf16, f32]\n    exclude: [{tile: [8x64, 16x64]}]", r"gives no variant"),
         ("entries:", "entries: [", r"not YAML"),
         ("schema: 1\n", "schema: 1\nschema: 1\n", r":2:1: key 'schema' stands twice"),
+        ("op: fc1", "op: [fc1, fc2]", r":4:9: op=fc1, fc2: an entry or a rule has one op"),
+        ("schema: 1", "schema: \x07", r":1:9: not YAML: character '\\x07' may not stand in it"),
+        ("schema: 1", "schema: " + "[" * 5000, r"nested too deeply"),
+        ("schema: 1", "schema: 1\n---\nschema: 1", r":2:1: not YAML: but found another document"),
+        ("[1x1]", "[0x1]", r":7:15: cluster='0x1': write two positive integers"),
+        ("c_dtype: [bf16, f32]", "c_dtype: [bf16, f32]\n    options: {sub: [1, 1]}", r":11:24: sub=1 stands twice"),
+        ("c_dtype: [bf16, f32]", "c_dtype: [bf16, f32]\n    options: {sub: [1], sub: [2]}", r":11:25: option 'sub' stands twice"),
+        ("c_dtype: [bf16, f32]", "c_dtype: [bf16, f32]\n    options: {sub: []}", r":11:20: sub has no value"),
+        ("c_dtype: [bf16, f32]", "c_dtype: [bf16, f32]\n    options: {sub: [-1]}", r":11:21: '-1' is no integer"),
+        ("c_dtype: [bf16, f32]", "c_dtype: [bf16, f32]\n    options: {sub: [3]}", r":11:14: options \['sub'\].*this kernel has none"),
+        ("c_dtype: [bf16, f32]", "c_dtype: [bf16, f32]\n    exclude: [{tile: 32x64}]", r":11:22: tile='32x64': use one of 8x64, 16x64"),
+        ("profiles:", "    spills: {fc1.x: {stack_bytes: 4, reason: why}}\nprofiles:", r":11:13: spills names fc1\.x, which this"),
+        ("profiles:", "    spills: {fc1.x: {stack_bytes: -4, reason: why}}\nprofiles:", r":11:35: '-4' is no integer"),
+        ("{variants: 4}", "4", r":12:9: a mapping belongs here, with the keys variants, select"),
     ],
 )
 def test_each_fault_is_reported_where_it_stands(tmp_path: Path, old: str, new: str, said: str) -> None:
     assert old in GOOD
     with pytest.raises(MatrixError, match=said):
         load(tmp_path, GOOD.replace(old, new, 1))
+
+
+def test_text_that_is_not_utf_8_is_refused_where_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_bytes(GOOD.replace("op: fc1", "op: f\xe9").encode("latin-1"))
+    with pytest.raises(MatrixError, match=r"m\.yaml:4:10: byte 0xe9: not UTF-8"):
+        matrix.load(path)
 
 
 def test_a_variant_in_two_entries_is_refused(tmp_path: Path) -> None:
