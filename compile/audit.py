@@ -72,6 +72,8 @@ def audit(variant: Variant, kernel: KernelModule, compiled: Compiled, allowance:
     }
     if expected.design:
         found["design"] = dict(expected.design)
+    if facts.stack:
+        found["allowance"] = {"stack_bytes": allowance.stack_bytes, "reason": allowance.reason}
     return found
 
 

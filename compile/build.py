@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from densemoe.compile import kernels, toolchain
-from densemoe.compile.audit import audit
+from densemoe.compile.audit import Allowance, audit
 from densemoe.compile.executor import Executor, open_executor
 from densemoe.compile.matrix import Matrix, Planned
 from densemoe.runtime.canonical import read_file, write_atomically
@@ -106,7 +106,16 @@ def kernel_digest(name: str) -> str:
 
 def source_digest(planned: Planned) -> str:
     """sha256 over what decides a variant's bytes and its manifest entry: key, kernel sources, options, toolchain."""
-    parts = (ENTRY_FORMAT, planned.variant.key, planned.kernel, kernel_digest(planned.kernel), planned.compiler_options, toolchain.identity())
+    parts: tuple[object, ...] = (
+        ENTRY_FORMAT,
+        planned.variant.key,
+        planned.kernel,
+        kernel_digest(planned.kernel),
+        planned.compiler_options,
+        toolchain.identity(),
+    )
+    if planned.allowance != Allowance():  # an allowance that is lowered or taken back has its variant audited again
+        parts += (planned.allowance.stack_bytes, planned.allowance.reason)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

@@ -205,6 +205,66 @@ def test_the_audit_names_every_fault(compiled: toolchain.Compiled) -> None:
         audit.audit(variant, kernel, fewer)
 
 
+SPILLING = "fc1.sm90a.t8x64.c1x1.bf16-bf16"
+#: ptxas keeps variables on the stack where it does not optimise: 96 bytes a thread of this kernel.
+UNOPTIMISED = """\
+schema: 1
+entries:
+  - kernel: sm90_fc1
+    op: fc1
+    arch: [sm_90a]
+    tile: [8x64]
+    cluster: [1x1]
+    a_dtype: [bf16]
+    b_dtype: [nvfp4]
+    c_dtype: [bf16]
+    compiler_options: --opt-level 0
+profiles:
+  full: {variants: 1}
+"""
+
+
+def test_a_variant_that_spills_needs_an_upper_bound_and_a_reason(tmp_path: Path) -> None:
+    def built(allowance: str = "") -> build.BuildResult:
+        path = tmp_path / "m.yaml"
+        path.write_text(UNOPTIMISED.replace("profiles:", f"    spills: {{{SPILLING}: {allowance}}}\nprofiles:" if allowance else "profiles:"))
+        return build.build(matrix.load(path), tmp_path / "out")
+
+    (failure,) = built().failures
+    assert failure.key == SPILLING
+    stack = int(failure.error.split(" bytes of stack a thread: registers spill; 0 are allowed")[0].rsplit(" ", 1)[1])
+    assert stack > 0
+    assert built(f"{{stack_bytes: {stack - 1}, reason: measured}}").failures
+    allowed = built(f"{{stack_bytes: {stack}, reason: no optimisation}}")
+    assert allowed.built == [SPILLING]
+    entry = ArtifactSet(tmp_path / "out").manifest("sm_90a").variants[SPILLING]
+    assert entry.stack == stack
+    assert entry.audit["allowance"] == {"stack_bytes": stack, "reason": "no optimisation"}
+    assert built(f"{{stack_bytes: {stack}, reason: no optimisation}}").reused == [SPILLING]
+    assert [failure.key for failure in built().failures] == [SPILLING]  # taken back: the built one does not stay
+
+
+def test_yaml_alone_adds_a_legal_variant(tmp_path: Path) -> None:
+    """Contract section 8: the legal set is wider than what ships. Nothing but the matrix changes."""
+    added = (
+        "  - {kernel: sm100_fc1, op: fc1, arch: [sm_100f], tile: [256x256], cluster: [2x2], a_dtype: [nvfp4], b_dtype: [nvfp4], c_dtype: [f16]}\n"
+        "profiles:\n  added:\n    variants: 1\n    select: [{tile: 256x256, cluster: 2x2}]\n"
+    )
+    shipped = matrix.DEFAULT_MATRIX.read_text()
+    count = len(matrix.load().profile("full"))
+    text = shipped.replace("profiles:\n", added).replace(f"variants: {count}", f"variants: {count + 1}")
+    path = tmp_path / "build_matrix.yaml"
+    path.write_text(text)
+    key = "fc1.sm100f.t256x256.c2x2.nvfp4-f16"
+    assert key not in {each.variant.key for each in matrix.load().profile("full")}
+    result = build.build(matrix.load(path), tmp_path / "out", profile="added")
+    assert (result.built, result.failures) == ([key], [])
+    found = ArtifactSet(tmp_path / "out")
+    entry = found.manifest("sm_100f").variants[key]
+    assert elf.read_cubin(found.image(entry)).symbol == entry.symbol
+    assert entry.recipe.cluster == (4, 1, 1)
+
+
 def test_opcodes_inside_inline_assembly_are_counted() -> None:
     text = ".entry k(\n)\n{\n{ .reg .pred p; setp.ne.b32 p, %r1, 0; @p ld.global.b32 %r2, [%rd1]; }\nadd.s32 %r1, %r2, 1; // x\n}"
     assert audit.count_opcodes(text) == {"setp.ne.b32": 1, "ld.global.b32": 1, "add.s32": 1}
