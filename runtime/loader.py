@@ -33,6 +33,7 @@ __all__ = ["ENVIRONMENT", "ArtifactSet", "LoadedKernel", "Loader", "artifact_roo
 #: Every environment variable that the runtime reads: name → meaning. Arguments win over them.
 ENVIRONMENT: Final[Mapping[str, str]] = {
     "DENSEMOE_ARTIFACTS": "directory of an artifact root (index.json and a folder per architecture), instead of the installed package's",
+    "DENSEMOE_FUSED_FC2_ALPHA": "1: layers for PyTorch apply the router's weights before FC1's output is rounded unless told otherwise; 0: after",
 }
 
 

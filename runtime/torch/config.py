@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Final
 
 from densemoe.runtime.errors import ProblemError
@@ -11,11 +13,26 @@ from densemoe.runtime.problem import LARGEST_TOP_K, Problem
 from densemoe.runtime.routing import METHODS
 from densemoe.runtime.rules import TCGEN05_K_TILE
 
-__all__ = ["MoEConfig", "can_implement"]
+__all__ = ["FUSED_ALPHA", "MoEConfig", "can_implement", "fused_by_default"]
+
+FUSED_ALPHA: Final = "DENSEMOE_FUSED_FC2_ALPHA"  # environment variable, read once
 
 ACTIVATIONS: Final = ("silu", "swiglu")  # two names of up · silu(gate)
 FORMS: Final = ("bf16", "nvfp4")
 DTYPES: Final = ("bf16", "f16")
+
+
+@cache
+def fused_by_default() -> bool:
+    """Whether ``DENSEMOE_FUSED_FC2_ALPHA`` asks for the fused form; read on the first call of this process.
+
+    Raises:
+        ProblemError: another value than 0 and 1.
+    """
+    given = os.environ.get(FUSED_ALPHA, "") or "0"
+    if given not in ("0", "1"):
+        raise ProblemError(f"{FUSED_ALPHA}={given!r}: use 1 (the fused alpha form) or 0 (the default form)")
+    return given == "1"
 
 
 @dataclass(frozen=True)
@@ -28,7 +45,8 @@ class MoEConfig:
         activations: how FC1 reads its input: ``bf16`` (f16 input is rounded to bf16), or ``nvfp4``, quantised by the layer or before it.
         between: dtype between FC1 and FC2: ``bf16``, or ``nvfp4`` as in the reference backend.
         routing: method that turns logits into (ids, weights), see ``routing``; groups, best_groups, scaling: DeepSeekV3's.
-        fused_alpha: the router's weights are applied before FC1's output is rounded (contract section 5). Off unless asked for.
+        fused_alpha: the router's weights are applied before FC1's output is rounded (contract section 5). Off unless asked for, here or by
+            ``DENSEMOE_FUSED_FC2_ALPHA=1``.
         tp_size, tp_rank: tensor parallelism: I split. ep_size, ep_rank: expert parallelism: blocks of experts.
         reduce: the module sums over ranks itself; otherwise the caller does.
         layout: of the packed weights; it belongs to an architecture.
@@ -47,7 +65,7 @@ class MoEConfig:
     groups: int = 1
     best_groups: int = 1
     scaling: float = 1.0
-    fused_alpha: bool = False
+    fused_alpha: bool = field(default_factory=fused_by_default)
     tp_size: int = 1
     tp_rank: int = 0
     ep_size: int = 1

@@ -14,7 +14,7 @@ import torch
 
 from densemoe.runtime import packing
 from densemoe.runtime.errors import ProblemError
-from densemoe.runtime.torch.config import MoEConfig
+from densemoe.runtime.torch.config import MoEConfig, fused_by_default
 from densemoe.runtime.torch.module import DenseGemmMoE
 from densemoe.runtime.torch.weights import MoEWeights, Projection, WeightStore, quantize_projection
 
@@ -64,8 +64,11 @@ def quantize_experts(
     return MoEWeights(**{**made.__dict__, "input_scale": input_scale, "between_scale": between_scale})
 
 
-def replace_moe(model: Any, *, layout: str = packing.LAYOUT, fused_alpha: bool = False) -> list[str]:
+def replace_moe(model: Any, *, layout: str = packing.LAYOUT, fused_alpha: bool | None = None) -> list[str]:
     """Replaces every stacked experts module of ``model`` in place; unquantised weights are freed layer by layer.
+
+    Args:
+        fused_alpha: see MoEConfig; its default where absent.
 
     Returns:
         Names of the modules that were replaced.
@@ -92,7 +95,7 @@ def _is_experts(module: Any) -> bool:
     return all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in ("gate_up_proj", "down_proj"))
 
 
-def _config(model: Any, name: str, module: Any, layout: str, fused_alpha: bool) -> MoEConfig:
+def _config(model: Any, name: str, module: Any, layout: str, fused_alpha: bool | None) -> MoEConfig:
     experts, rows, hidden = module.gate_up_proj.shape
     down = tuple(module.down_proj.shape)
     if down != (experts, hidden, rows // 2):
@@ -109,7 +112,7 @@ def _config(model: Any, name: str, module: Any, layout: str, fused_alpha: bool) 
         rows // 2,
         dtype=_DTYPES[module.gate_up_proj.dtype],
         layout=layout,
-        fused_alpha=fused_alpha,
+        fused_alpha=fused_by_default() if fused_alpha is None else fused_alpha,
         activation="silu" if activation in ("SiLU", "SiLUActivation") else activation,
         bias=any(getattr(module, f"{each}_bias", None) is not None for each in ("gate_up_proj", "down_proj")),
     )

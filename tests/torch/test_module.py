@@ -16,8 +16,9 @@ from moe_models import FAMILIES, Decoder, dequantise_experts, tiny
 from densemoe.runtime import data, layout, marks, packing, reference, routing
 from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.layer_data import LayerData
+from densemoe.runtime.loader import ENVIRONMENT
 from densemoe.runtime.torch import DenseGemmMoE, MoEConfig, MoEWeights, can_implement, create_moe, ops, replace_moe
-from densemoe.runtime.torch import routing as torch_routing
+from densemoe.runtime.torch.config import FUSED_ALPHA, fused_by_default
 from densemoe.runtime.torch.module import tile_scales
 from densemoe.runtime.torch.replace import quantize_experts
 from densemoe.runtime.torch.weights import WeightStore, quantize_projection
@@ -48,18 +49,6 @@ def tokens() -> tuple[torch.Tensor, torch.Tensor]:
 def exact(ids: torch.Tensor, weights: torch.Tensor) -> Any:
     x, _ = tokens()
     return reference.layer(x.double(), lambda e: tuple(map(torch.from_numpy, ATOMS.unquantised(e))), ids.numpy(), weights.numpy())
-
-
-@pytest.mark.parametrize("method", routing.METHODS)
-def test_routing_equals_numpy_s(method: str) -> None:
-    logits = torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
-    logits[7] = 0.5  # every score equal: the smaller ids win
-    options: dict[str, Any] = {"groups": 4, "best_groups": 2, "scaling": 2.5} if method == "DeepSeekV3" else {}
-    bias = torch.randn(32, generator=torch.Generator().manual_seed(4)) * 0.1 if method in ("DeepSeekV3", "MiniMaxM2") else None
-    ids, weights = torch_routing.route(method, logits, 5, bias=bias, **options)
-    expected = routing.route(method, logits.numpy(), 5, bias=None if bias is None else bias.numpy(), **options)
-    assert np.array_equal(ids.numpy(), expected[0])
-    np.testing.assert_allclose(weights.numpy(), expected[1], rtol=2e-6)
 
 
 @pytest.mark.parametrize("method", routing.METHODS)
@@ -135,6 +124,39 @@ def test_new_weights_go_where_the_old_ones_lie_and_a_slot_can_be_replaced() -> N
     layer.update_expert(5, **parts[2])
     assert layer.w1.data_ptr() == address
     assert torch.equal(layer(x, logits), DenseGemmMoE(CONFIG, stores[1].finish())(x, logits))
+
+
+def test_the_environment_asks_for_the_fused_form_once_and_an_argument_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(value: str | None) -> bool:
+        fused_by_default.cache_clear()
+        monkeypatch.delenv(FUSED_ALPHA, raising=False)
+        if value is not None:
+            monkeypatch.setenv(FUSED_ALPHA, value)
+        return MoEConfig(8, 3, 128, 128).fused_alpha
+
+    try:
+        assert [asked(value) for value in (None, "", "0", "1")] == [False, False, False, True]
+        monkeypatch.setenv(FUSED_ALPHA, "0")
+        assert MoEConfig(8, 3, 128, 128).fused_alpha  # read once
+        assert not MoEConfig(8, 3, 128, 128, fused_alpha=False).fused_alpha
+        with pytest.raises(ProblemError, match="FUSED_FC2_ALPHA='yes': use 1"):
+            asked("yes")
+        assert FUSED_ALPHA in ENVIRONMENT
+    finally:
+        fused_by_default.cache_clear()
+
+
+@pytest.mark.parametrize("scale", [float("inf"), float("nan"), 0.0, -1.0])
+def test_the_fused_form_is_refused_where_it_is_not_legal(scale: float) -> None:
+    weights = weights_of(between_scale=16 / 2688)
+    weights.w2_scale.fill_(scale)
+    with pytest.raises(ProblemError, match="finite positive one; set fused_alpha=False"):
+        DenseGemmMoE(dataclasses.replace(CONFIG, between="nvfp4", fused_alpha=True), weights)
+    DenseGemmMoE(dataclasses.replace(CONFIG, between="nvfp4"), weights)
+    x, _ = tokens()
+    with pytest.raises(ProblemError, match="alpha_max"):
+        ops.moe(x, None, torch.zeros(6, 1, dtype=torch.int32), torch.ones(6, 1), weights.w1, weights.w1_scale, weights.w2, torch.ones(8), None, None,
+                torch.tensor([scale]), 128, 128, packing.LAYOUT, "bf16")  # fmt: skip
 
 
 REFUSED = [
