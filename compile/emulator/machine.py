@@ -21,6 +21,7 @@ from densemoe.compile.emulator.global_races import GlobalRaces
 from densemoe.compile.emulator.memory import GlobalMemory, SharedMemory
 from densemoe.compile.emulator.races import Races
 from densemoe.compile.emulator.synchronisation import CtaBarrier, MBarrier, Synchronisation
+from densemoe.compile.emulator.tensor_map_instructions import TensorMapUpdates
 from densemoe.compile.emulator.translation import SHARED_START, Program, Version
 from densemoe.compile.emulator.warpgroup_units import WarpgroupUnits
 from densemoe.compile.emulator.watched import WatchedAccesses
@@ -111,7 +112,7 @@ class Cta:
         return found
 
 
-class Machine(WatchedAccesses, Synchronisation, WarpgroupUnits):
+class Machine(WatchedAccesses, Synchronisation, WarpgroupUnits, TensorMapUpdates):
     """One launch in progress."""
 
     def __init__(

@@ -323,8 +323,13 @@ class TensorMap:
 
     @cached_property
     def tile_bytes(self) -> int:
-        """Bytes of a tile in shared memory; also what a load adds to the mbarrier's transaction count, clipped or not."""
+        """Bytes of a tile in shared memory."""
         return int(np.prod(self.tile_shape))
+
+    @cached_property
+    def transaction_bytes(self) -> int:
+        """What a load takes off an mbarrier's transaction count, clipped or not: the tile without the padding of unpacked elements."""
+        return self.tile_bytes * self.bits // KINDS[self.dtype].shared_bits
 
     def shared_granules(self, shared_address: int) -> NDArray[np.intp]:
         """Order in which the 16-byte granules of a tile lie in shared memory.

@@ -40,6 +40,7 @@ _LANES = 128  # of tensor memory
 _OFFSET = (1 << RANK_SHIFT) - 1
 _WRITTEN = np.uint64(0xFFFFFFFFFFFFFFFF)
 _MAP_BYTES = 128
+_MAP_FIELDS = 64  # of these bytes carry fields
 
 
 class TensorMemoryState:
@@ -91,7 +92,8 @@ class TensorUnits(Copies):
                 raise EmulatorError(f"a tensor map at parameter offset {start} of {len(self.parameters)} bytes")
             data = self.parameters[start : start + _MAP_BYTES]
         else:
-            data = self.memory.bytes_at(address, _MAP_BYTES).tobytes()
+            self.memory.find(address, _MAP_BYTES)
+            data = self.memory.bytes_at(address, _MAP_FIELDS).tobytes()
         if address % 64:
             raise EmulatorError(f"a tensor map at address {address:#x}: 64-byte alignment needed")
         return TensorMap.decode(data)
@@ -161,7 +163,7 @@ class TensorUnits(Copies):
                         self.races.async_shared(operation, each, offset, size, True)
                     tile.scatter(data, self.shared.window(each), offset)
                     self.shared.written_window(each)[offset : offset + size] = 0xFF
-                    self.signal_bytes(place, size, operation.clock)
+                    self.signal_bytes(place, tile.map.transaction_bytes, operation.clock)
 
             self.moved["tensor global to shared"] += nbytes
             self.submit(self.new_operation(g, warp, action, f"tensor copy of {nbytes} bytes", touches=slots, signals=signals))

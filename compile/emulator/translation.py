@@ -14,13 +14,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from densemoe.compile.emulator import (  # the last three fill the instruction table
+from densemoe.compile.emulator import (  # the last ones fill the instruction table
     arithmetic,
     float_arithmetic,
     lanes,
     memory_instructions,
     synchronisation_instructions,
     tensor_instructions,
+    tensor_map_instructions,
 )
 from densemoe.compile.emulator.control_flow import EXIT, Block, build_blocks
 from densemoe.compile.emulator.emitter import NAMESPACE, Emitter, Key
@@ -34,7 +35,7 @@ __all__ = ["DIVERGED", "NEXT", "SHARED_START", "TAKEN", "WAIT", "Program", "Vers
 TAKEN, NEXT, DIVERGED, WAIT = 0, 1, 2, 3
 SHARED_START: Final = 1024  # the system's own part of the shared window comes first, as on the devices; touching it is an error
 _PER_CTA: Final = ("%ctaid", "%clusterid", "%cluster_ctaid", "%cluster_ctarank")
-_FILLED = (arithmetic, float_arithmetic, memory_instructions, synchronisation_instructions, tensor_instructions)
+_FILLED = (arithmetic, float_arithmetic, memory_instructions, synchronisation_instructions, tensor_instructions, tensor_map_instructions)
 
 
 def _undefined(name: str) -> None:

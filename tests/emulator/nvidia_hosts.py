@@ -80,16 +80,17 @@ def _grouped(  # type: ignore[no-untyped-def]
     strides: cute.Pointer,
     addresses: cute.Pointer,
     maps: cute.Pointer,
+    extent: cutlass.Int32,
     groups: cutlass.Constexpr,
     buffers: cutlass.Constexpr,
     total_clusters: cutlass.Constexpr,
     clusters: cutlass.Constexpr,
     stream: cuda.CUstream,
 ):
-    # 16 bytes wide: they only say dtype and majorness
-    tensor_a = cute.make_tensor(a, cute.make_ordered_layout((8, 8, 1), order=(1, 0, 2)))
-    tensor_b = cute.make_tensor(b, cute.make_ordered_layout((8, 8, 1), order=(1, 0, 2)))
-    tensor_c = cute.make_tensor(c, cute.make_ordered_layout((8, 8, 1), order=(1, 0, 2)))
+    # they only say dtype and majorness; of an extent that the compiler does not know
+    tensor_a = _operand(a, extent, extent, extent, True)
+    tensor_b = _operand(b, extent, extent, extent, True)
+    tensor_c = _operand(c, extent, extent, extent, True)
     kernel(
         tensor_a,
         tensor_b,
@@ -107,5 +108,5 @@ def _grouped(  # type: ignore[no-untyped-def]
 
 def grouped(kernel: Any, ab: str, c: str, groups: int, buffers: int, total_clusters: int) -> tuple[Any, list[Any]]:
     """The same of a grouped GEMM: sizes, strides and addresses of each group lie in memory, tensor maps are made by the kernel."""
-    pointers = [_pointer(ab), _pointer(ab), _pointer(c), _pointer("Int32"), _pointer("Int32"), _pointer("Int64"), _pointer("Int64", 128)]
-    return _grouped, [kernel, *pointers, groups, buffers, total_clusters, CLUSTERS, cuda.CUstream(0)]
+    tables = [_pointer("Int32"), _pointer("Int32"), _pointer("Int64"), _pointer("Int64", 128)]
+    return _grouped, [kernel, _pointer(ab), _pointer(ab), _pointer(c), *tables, cutlass.Int32(0), groups, buffers, total_clusters, CLUSTERS, cuda.CUstream(0)]
