@@ -84,7 +84,7 @@ def _cause(expected: Side, found: Side, cubins: tuple[Cubin, Cubin] | None) -> s
     if changed:
         return f"source: {', '.join(f'compile/kernels/{name}.py' for name in changed)} or what it imports changed"
     if expected.ptx and found.ptx and expected.ptx != found.ptx:
-        return "environment: equal sources, flags and toolchain gave other PTX: the DSL read something of this machine"
+        return "environment: equal sources, flags and toolchain gave other PTX: the DSL read something of this machine, such as a CUTE_DSL_ variable"
     if expected.ptx and found.ptx:
         return "environment: equal PTX, flags and version gave other machine code: another build of ptxas, or a fault of memory or disk"
     return "environment: sources, flags and toolchain are equal as far as they are known"

@@ -78,17 +78,25 @@ def _no_driver() -> Iterator[None]:
         ctypes.CDLL = original  # type: ignore[misc]
 
 
+def _own_settings() -> None:
+    """Drops the caller's settings of CuTe DSL, which it reads once, at import: some of them (CUTE_DSL_LINEINFO, CUTE_DSL_COMPILER_OPT) would change
+    the bytes of every cubin without a word. The architecture stays ours: without one the DSL asks a driver, and then lacks its host runtime; each
+    compile names its own with --gpu-arch."""
+    if "cutlass" not in sys.modules:
+        for name in [name for name in os.environ if name.startswith("CUTE_DSL_")]:
+            del os.environ[name]
+    os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
+
+
 def load(name: str) -> KernelModule:
     """The kernel module called ``name``. Imports CuTe DSL.
 
     Raises:
         VariantError: there is no such module.
     """
-    # CuTe DSL reads its environment once, at import, and without an architecture asks a driver for one and then lacks its host runtime; each
-    # compile names its own with --gpu-arch
-    os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
     if name not in names():
         raise VariantError(f"kernel {name!r}: use one of {', '.join(names())}, or add {name}.py to compile/kernels")
+    _own_settings()
     with _no_driver():
         module: Any = importlib.import_module(f"{__name__}.{name}")
     found: KernelModule = module

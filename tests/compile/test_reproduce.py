@@ -66,6 +66,13 @@ def test_the_build_hosts_driver(tree: Path, expected: Reference, tmp_path: Path,
     assert_equal(run(tree, expected, tmp_path / "out", changes={"LD_LIBRARY_PATH": str(folder)}))
 
 
+@pytest.mark.parametrize("setting", ["LINEINFO=1", "COMPILER_OPT=opt-level=0", "DRYRUN=1", "ARCH=sm_100a", "LIBS=/nonexistent"])
+def test_settings_of_the_compiler_in_the_callers_environment(tree: Path, expected: Reference, tmp_path: Path, setting: str) -> None:
+    """Left there by someone who was debugging a kernel: they reach no cubin."""
+    name, _, value = setting.partition("=")
+    assert_equal(run(tree, expected, tmp_path / "out", changes={f"CUTE_DSL_{name}": value}))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("version", sorted(environment.interpreters()))
 def test_a_fresh_environment_of_every_installed_python(expected: Reference, tmp_path: Path, version: str) -> None:
@@ -92,6 +99,10 @@ import contextlib
 from densemoe.compile import kernels, toolchain
 kernels._no_driver = contextlib.nullcontext
 toolchain.PINNED_FLAVOUR, toolchain.PINNED_PTXAS = "cu12", ""  # its cubins do not name their ptxas
+""",
+    "settings": """
+from densemoe.compile import kernels
+kernels._own_settings = lambda: None
 """,
     "symbol": """
 from densemoe.runtime.variant import Variant
@@ -165,6 +176,13 @@ def test_the_guard_refuses_the_other_compiler(tree: Path, expected: Reference, t
     facts = json.loads((out / "facts.json").read_text())
     assert "cu12 libraries, cu13 are pinned" in facts["errors"][FC1]
     assert not list(out.glob("*.cubin"))
+
+
+def test_drift_by_settings_of_the_compiler(tree: Path, expected: Reference, tmp_path: Path) -> None:
+    """Without our guard a variable of the shell changes every cubin."""
+    sections, cause = drifted(tree, expected, tmp_path / "out", SETUP["settings"], CUTE_DSL_LINEINFO="1", CUTE_DSL_ARCH="sm_90a")
+    assert any(name.startswith(".debug_line") for name in sections)
+    assert cause.endswith("gave other PTX: the DSL read something of this machine, such as a CUTE_DSL_ variable")
 
 
 def test_drift_by_the_symbol(tree: Path, expected: Reference, tmp_path: Path) -> None:
