@@ -289,8 +289,9 @@ def _build_set(
     current = folder / MANIFEST_NAME
     if not current.exists() or current.read_bytes() != document:
         write_atomically(current, document)
-        log = {key: result.seconds[key] for key in sorted(result.seconds) if Variant.parse(key).arch == arch}
-        write_atomically(folder / LOG_NAME, (json.dumps({"compile_seconds": log}, indent=2) + "\n").encode())
+        log = {**_logged(folder), **result.seconds}  # what was reused keeps what it took
+        seconds = {key: log[key] for key in sorted(entries) if key in log}
+        write_atomically(folder / LOG_NAME, (json.dumps({"compile_seconds": seconds}, indent=2) + "\n").encode())
     _update_index(out, arch, document, len(entries))
     shutil.rmtree(staging)
     for path in sorted(folder.glob("*.cubin")):
@@ -300,6 +301,14 @@ def _build_set(
     for place in (out, folder):  # what a killed build had begun to write
         for path in place.glob(".*.partial"):
             path.unlink()
+
+
+def _logged(folder: Path) -> dict[str, float]:
+    """Compile seconds by key of the log that stands in ``folder``; none where it cannot be read."""
+    try:
+        return dict(json.loads((folder / LOG_NAME).read_text())["compile_seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _staged(staging: Path, digest: str) -> Mapping[str, Any] | None:

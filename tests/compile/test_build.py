@@ -285,3 +285,10 @@ def test_the_build_log_says_what_compiling_took(small: matrix.Matrix, tmp_path: 
     log = json.loads((tmp_path / "out" / "sm_90a" / build.LOG_NAME).read_text())
     assert sorted(log["compile_seconds"]) == sorted(KEYS)
     assert "compile_seconds" not in (tmp_path / "out" / "sm_90a" / "manifest.json").read_text()
+    (tmp_path / "out" / "sm_90a" / f"{KEYS[0]}.cubin").unlink()
+    (tmp_path / "out" / "sm_90a" / "manifest.json").write_bytes(b"{")  # so that a manifest is written again
+    (tmp_path / "out" / "sm_90a" / build.LOG_NAME).write_text(json.dumps({"compile_seconds": {KEYS[1]: 123.0, "fc9.gone": 1.0}}))
+    build.build(small, tmp_path / "out", key_filter=KEYS[0])
+    assert sorted(json.loads((tmp_path / "out" / "sm_90a" / build.LOG_NAME).read_text())["compile_seconds"]) == [KEYS[0]]  # a set of one by now
+    build.build(small, tmp_path / "out")
+    assert sorted(json.loads((tmp_path / "out" / "sm_90a" / build.LOG_NAME).read_text())["compile_seconds"]) == sorted(KEYS)
