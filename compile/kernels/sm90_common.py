@@ -44,7 +44,6 @@ TILES_M = (8, 16, 32)
 STAGES = {8: 2, 16: 2, 32: 3}
 
 SIGN_AND_MAGNITUDE = 0x81C081C0  # bits 15, 8, 7, 6 of both halves: an e2m1 value times 2**-126 as bf16
-SCALE_STEP = 0x00100010  # byte x 16 in both halves
 SCALE_BASE = 0x75807580  # with S0E5M3 of bias 10: the scale times 2**118 as bf16
 
 
@@ -185,9 +184,15 @@ def decode_weights(word: Any) -> list[Any]:
     return [word & mask, (word << 3) & mask, (word << 6) & mask, scattered]
 
 
+def weight_scale(word: Any, index: int) -> Any:
+    """Byte ``index`` of a word of S0E5M3 scales as bf16x2, times 2**118: the byte in both halves, then 16 times it on top of the exponent's base."""
+    halves = pr.inline_ptx_hl("prmt.b32 {$w0}, {$r0}, 0, 0x4%d4%d;" % (index, index), write_only_types=[Uint32], read_only_args=[word])
+    return halves * Uint32(16) + Uint32(SCALE_BASE)
+
+
 def expand_weight_scale(byte: Any) -> Any:
     """A S0E5M3 scale byte as bf16x2, times 2**118."""
-    return byte * Uint32(SCALE_STEP) + Uint32(SCALE_BASE)
+    return weight_scale(byte, 0)
 
 
 def decode_activation_pairs(word: Any) -> list[Any]:
@@ -300,10 +305,7 @@ def multiply_half(accumulators: list[Any], codes: list[Any], scales: Any, half: 
         fragments: what ``load_activations`` gave for this half.
     """
     accumulators = list(accumulators)
-    row_scales = []
-    for block in range(M16_BLOCKS):
-        pair = scales[block] >> (16 * half)
-        row_scales.append((expand_weight_scale(pair & Uint32(0xFF)), expand_weight_scale((pair >> 8) & Uint32(0xFF))))
+    row_scales = [tuple(weight_scale(scales[block], 2 * half + row) for row in range(2)) for block in range(M16_BLOCKS)]
     for step in range(K16_STEPS):
         for block in range(M16_BLOCKS):
             upper, lower = row_scales[block]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from densemoe.compile import kernels
-from densemoe.compile.emulator.device import launch_recipe
+from densemoe.compile.emulator.device import EARLY, launch_recipe
 from densemoe.compile.emulator.execution import Report
 from densemoe.compile.toolchain import compile_variant
 from densemoe.runtime import bounds, data, packing, reference
@@ -96,7 +96,9 @@ def run_case(
     outputs = {role: np.full(spec.shape, 0x5A, NUMPY[spec.dtype]) for role, spec in problem.tensors().items() if spec.output}
     recipe = kernels.load(f"sm90_{variant.op}").recipe(variant)
     tensors = {**arrays, "b": packed, **outputs}
-    report = launch_recipe(edit(ptx_of(key)), recipe, {**problem.names(), **settings}, tensors, outputs, schedule=schedule, sm_count=sm_count)
+    names = {**problem.names(), **settings}
+    early = (*EARLY, "active_experts") if settings.get("early_list") else EARLY
+    report = launch_recipe(edit(ptx_of(key)), recipe, names, tensors, outputs, schedule=schedule, sm_count=sm_count, early=early)
     is_exact = kind == "exact"
     if fc1:
         given = None if multiplier is None else float(multiplier)
