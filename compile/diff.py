@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from densemoe.compile.elf import read_sections
-from densemoe.runtime.errors import ArtifactError, AuditError
+from densemoe.runtime.canonical import read_file
+from densemoe.runtime.errors import ArtifactError, AuditError, ManifestError
 from densemoe.runtime.loader import ArtifactSet
-from densemoe.runtime.manifest import ManifestVariant
+from densemoe.runtime.manifest import LARGEST_CUBIN, ManifestVariant
 from densemoe.runtime.wheels import extract
 
 __all__ = ["Comparison", "compare", "differing_sections", "main"]
@@ -150,13 +151,22 @@ def _set_changes(one: ArtifactSet, two: ArtifactSet, arch: str) -> dict[str, Pai
 
 
 def _tables(folder: Path) -> dict[str, list[str]]:
-    """Rules, rows of measured shapes and coefficients of every selection table in ``folder``, one text each."""
+    """Rules, rows of measured shapes and coefficients of every selection table in ``folder``, one text each.
+
+    Raises:
+        ManifestError: one is no table.
+    """
     found = {}
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
-        table = json.loads(path.read_text())
-        keys = table.get("keys", [])
-        rows = [{shape: [[row[0], keys[row[1]], *row[2:]] for row in own]} for shape, own in table.get("shapes", {}).items()]
-        parts = [*table.get("rules", []), *rows, *table.get("model", {}).get("classes", [])]
+        try:
+            table = json.loads(read_file(path, LARGEST_CUBIN))
+            keys = table.get("keys", [])
+            rows = [{shape: [[row[0], keys[row[1]], *row[2:]] for row in own]} for shape, own in table.get("shapes", {}).items()]
+            parts = [*table.get("rules", []), *rows, *table.get("model", {}).get("classes", [])]
+        except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+            if isinstance(error, ArtifactError):
+                raise
+            raise ManifestError(f"{path} is no selection table: {type(error).__name__}: {error}") from None
         found[path.stem] = [json.dumps(part, sort_keys=True) for part in parts]
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -48,10 +49,12 @@ def extract(wheel: Path, folder: Path, data: bytes | None = None) -> Path:
                 raise ManifestError(f"{wheel}: {len(chosen)} artifact files of {sum(each.file_size for each in chosen)} bytes: too large to be ours")
             for each in chosen:
                 _take(wheel, archive, each, folder / PurePosixPath(each.filename).relative_to(base))
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
         if isinstance(error, ManifestError):
             raise
         raise ManifestError(f"{wheel}: not a wheel that can be read: {error}") from None
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise ManifestError(f"{wheel}: {Path(str(error.filename)).name} stands for a file and for a folder") from None
     return folder / "built"
 
 
@@ -74,6 +77,8 @@ def _take(wheel: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: 
     kind = member.external_attr >> 28  # the upper four bits of a Unix mode: 8 a regular file, 10 a link; 0 where the packer wrote none
     if ".." in PurePosixPath(member.filename).parts or "\\" in member.filename or kind not in (0, 8):
         raise ManifestError(f"{wheel}: {member.filename} leaves its folder, or is no regular file")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ManifestError(f"{wheel}: {member.filename} is packed by method {member.compress_type}; wheels store or deflate")
     if member.file_size > LARGEST_CUBIN:
         raise ManifestError(f"{wheel}: {member.filename} has {member.file_size} bytes; at most {LARGEST_CUBIN} are read")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from densemoe.compile import diff
+from densemoe.compile import diff, package
 from densemoe.compile.elf import read_sections
 from densemoe.runtime import cli
 from densemoe.runtime.canonical import canonical
-from densemoe.runtime.errors import ArtifactNotFound, ManifestError
+from densemoe.runtime.errors import ArtifactError, ArtifactNotFound, ManifestError
+from densemoe.runtime.loader import ArtifactSet
 from densemoe.runtime.manifest import Manifest
 from densemoe.runtime.wheels import extract
 
@@ -132,6 +137,56 @@ def test_links_doubles_bombs_and_garbage_are_refused(artifacts: Path, tmp_path: 
         archive.writestr("densemoe/artifacts/built/sm_90a/x.cubin", bytes((16 << 20) + 1))
     with pytest.raises(ManifestError, match="at most"):
         extract(wheel, tmp_path / "out3")
+    wheel = tmp_path / "packed.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("densemoe/artifacts/built/index.json", b"{}" * 1000)
+    with pytest.raises(ManifestError, match="wheels store or deflate"):
+        extract(wheel, tmp_path / "out5")
+    wheel = pack(artifacts, tmp_path / "both.whl")
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("densemoe/artifacts/built/index.json/inside", b"x")
+    with pytest.raises(ManifestError, match=r"index\.json stands for a file and for a folder"):
+        extract(wheel, tmp_path / "out6")
     (tmp_path / "garbage.whl").write_bytes(b"PK garbage")
     with pytest.raises(ManifestError, match="not a wheel"):
         extract(tmp_path / "garbage.whl", tmp_path / "out4")
+
+
+@pytest.mark.parametrize(
+    "table",
+    ["[]", "1", '{"rules": 1}', '{"shapes": {"x": [[1, 5]]}, "keys": []}', '{"shapes": []}', '{"model": 1}', "[" * 100_000],
+    ids=lambda table: table[:12],
+)
+def test_a_wheel_with_a_faulty_selection_table(artifacts: Path, tmp_path: Path, table: str, capsys: pytest.CaptureFixture[str]) -> None:
+    good = pack(artifacts, tmp_path / "a.whl", {"rules": []})
+    bad = pack(artifacts, tmp_path / "b.whl")
+    with zipfile.ZipFile(bad, "a") as archive:
+        archive.writestr("densemoe/artifacts/selection/sm_90a.json", table)
+    assert cli.main(["diff", str(good), str(bad)]) == 2
+    assert "is no selection table" in capsys.readouterr().err
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(edits=st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 8), st.binary(max_size=8)), min_size=1, max_size=4))
+def test_a_damaged_wheel_is_read_or_refused(small_wheel: bytes, edits: list[tuple[int, int, bytes]]) -> None:
+    """Whatever happened to its bytes: one kind of error, nothing outside the folder, and what comes out is what a manifest names or is refused."""
+    for place, dropped, text in edits:
+        at = len(small_wheel) - 1 - place % min(len(small_wheel), 1500)  # most often where the archive's directory lies
+        small_wheel = small_wheel[:at] + text + small_wheel[at + dropped :]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "inside"
+        with contextlib.suppress(ArtifactError):
+            root = extract(Path("x.whl"), folder, small_wheel)
+            found = ArtifactSet(root)
+            for arch in found.architectures:
+                for entry in found.manifest(arch).variants.values():
+                    found.image(entry)
+        assert {path.name for path in Path(name).iterdir()} <= {"inside"}
+
+
+@pytest.fixture(scope="module")
+def small_wheel(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A wheel of one variant."""
+    folder = tmp_path_factory.mktemp("small")
+    package.stage(artifacts, folder / "built", [KEY])
+    return pack(folder / "built", folder / "x.whl", {"rules": []}).read_bytes()

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 from densemoe.compile import matrix, package
 from densemoe.runtime.errors import BuildError, ManifestError, MatrixError
@@ -109,8 +111,11 @@ def test_licence_and_sbom_lie_in_the_metadata(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         info = _info(archive)
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
-        bom = json.loads(archive.read(f"{info}/sboms/{package.SBOM_NAME}"))
+        text = archive.read(f"{info}/sboms/{package.SBOM_NAME}").decode()
+        bom = json.loads(text)
         manifest = json.loads(archive.read("densemoe/artifacts/built/sm_90a/manifest.json"))
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None  # by the schema that CycloneDX publishes
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text.replace('"SHA-256"', '"sha256"')) is not None
     assert (bom["bomFormat"], bom["specVersion"]) == ("CycloneDX", "1.6")
     assert bom["metadata"]["timestamp"] == "2023-11-14T22:13:20Z"
     assert re.fullmatch(r"urn:uuid:[0-9a-f-]{36}", bom["serialNumber"])

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from densemoe.runtime.errors import ManifestError, RecipeError
 from densemoe.runtime.lock import Lock
 from densemoe.runtime.manifest import Index, Manifest
+from densemoe.runtime.variant import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2] / "artifacts"
 DOCUMENTS = {
     "lock": [ROOT / "manifest.lock"],
     "device": sorted((ROOT / "devices").glob("*.json")),
+    "selection": sorted((ROOT / "selection").glob("*.json")),
     "size_budget": [ROOT / "size_budget.json"],
 }
 
@@ -34,6 +36,24 @@ def test_what_is_shipped_follows_its_schema(name: str) -> None:
     assert DOCUMENTS[name]
     for path in DOCUMENTS[name]:
         jsonschema.validate(json.loads(path.read_bytes()), schema)
+
+
+@pytest.mark.parametrize(("name", "file"), [("index", "index.json"), ("manifest", "sm_90a/manifest.json")])
+def test_what_is_built_follows_its_schema(artifacts: Path, name: str, file: str) -> None:
+    schema = json.loads((ROOT / "schema" / f"{name}.schema.json").read_text())
+    document = json.loads((artifacts / file).read_text())
+    jsonschema.validate(document, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**document, "schema": 2}, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**document, "more": 1}, schema)
+
+
+@pytest.mark.parametrize("name", ["index", "manifest"])
+def test_schemas_name_every_architecture(name: str) -> None:
+    """docs/release.md, "Adding an architecture": a row in variant.py, and its name here."""
+    text = (ROOT / "schema" / f"{name}.schema.json").read_text()
+    assert [arch for arch in ARCHITECTURES if f'"{arch}"' not in text] == []
 
 
 KINDS = ("flip", "drop", "insert", "double")
