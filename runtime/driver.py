@@ -37,6 +37,10 @@ def version_text(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
+#: Grows in a child of a fork: what was prepared before it cannot be launched there.
+_FORKS: Final[list[int]] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _FORKS.append(os.getpid()))
 _PARAMETER_INFO_SINCE: Final = 12040
 _LIBRARIES_SINCE: Final = 12000
 _POINTER: Final = ctypes.c_void_p
@@ -299,9 +303,12 @@ class Driver:
         call, function, arguments, config = self._cuda.cuLaunchKernelEx, prepared.function, prepared.arguments, prepared.config
         success = self._cuda.CUresult.CUDA_SUCCESS
         current = 0  # the structure's stream; setting it costs more than comparing
+        forks, generation = _FORKS, len(_FORKS)
 
         def launch(stream: int) -> None:
             nonlocal current
+            if len(forks) != generation:
+                self.check_process()
             if stream != current:
                 config.hStream = stream
                 current = stream

@@ -286,6 +286,26 @@ def test_a_forked_process_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch
     assert len(binding.calls) == before
 
 
+def test_a_prepared_launch_is_refused_in_a_forked_child(make: Make) -> None:
+    driver, binding = make()
+    launch = driver.launcher(launch_config())
+    launch(0)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            launch(0)
+            said = "launched"
+        except DriverError as error:
+            said = f"{error} after {len(binding.named('cuLaunchKernelEx'))}"
+        os.write(writing, said.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert f"its fork {child}: start processes with the 'spawn' method after 1" in os.read(reading, 4096).decode()
+    launch(0)
+    assert len(binding.named("cuLaunchKernelEx")) == 2
+
+
 def test_contexts(make: Make) -> None:
     driver, binding = make()
     assert driver.current_device() is None

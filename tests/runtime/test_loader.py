@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,82 @@ def test_threads_load_a_kernel_once(artifacts: Path) -> None:
         thread.join()
     assert driver.loads == [f"{FC1}.cubin"]
     assert len(driver.prepared) == 1
+
+
+class ThreadedDriver(FakeDriver):
+    """Gives addresses that no two threads share, and lets other threads run in the middle of every slow call."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.lock = threading.Lock()
+
+    def load(self, image: bytes, *, file: str, arch: str, ordinal: int) -> Any:
+        time.sleep(0.002)
+        return super().load(image, file=file, arch=arch, ordinal=ordinal)
+
+    def prepare(self, kernel: Any, ordinal: int, dynamic_smem: int, carveout: int) -> None:
+        time.sleep(0.001)
+        super().prepare(kernel, ordinal, dynamic_smem, carveout)
+
+    def allocate(self, nbytes: int) -> int:
+        with self.lock:
+            return super().allocate(nbytes)
+
+
+def test_threads_and_devices_share_a_loader(artifacts: Path) -> None:
+    """Eight threads on two devices, from opening the set to closing Plans: each kernel is loaded once, prepared once a device, and every launch
+    has its own thread's tensors."""
+    driver = ThreadedDriver(capabilities=((9, 0), (9, 0)))
+    loader = Loader(artifacts, driver)  # type: ignore[arg-type]
+    problems = (PROBLEM, Problem("fc2", 5, 2, 256, 128))
+    start, faults = threading.Barrier(8), []
+    wanted: dict[int, tuple[str, int]] = {}  # stream → (variant, address of a)
+
+    def work(number: int) -> None:
+        try:
+            start.wait()
+            for turn in range(12):
+                problem, stream = problems[(number + turn) % 2], 100 * (number + 1) + turn
+                given = tensors(driver, problem)
+                with loader.plan(problem, given, number % 2) as plan:
+                    assert loader.kernel(plan.key, number % 2).entry is plan.entry
+                    plan.launch(stream)
+                    plan.update("a", given["a"] + 256)
+                    plan.launch(-stream)
+                wanted[stream], wanted[-stream] = (plan.key, given["a"]), (plan.key, given["a"] + 256)
+        except BaseException as error:
+            faults.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert faults == []
+    assert sorted(driver.loads) == [f"{FC1}.cubin", f"{FC2}.cubin"]
+    assert sorted((kernel.symbol, ordinal) for kernel, ordinal, _, _ in driver.prepared) == sorted(
+        (loader.manifest(0).variants[key].symbol, ordinal) for key in (FC1, FC2) for ordinal in (0, 1)
+    )
+    assert {stream: int.from_bytes(block[:8], "little") for _, stream, block in driver.launches} == {s: a for s, (_, a) in wanted.items()}
+    assert len(driver.launches) == 8 * 12 * 2
+
+
+def test_a_device_without_a_set_beside_one_that_has_one(artifacts: Path) -> None:
+    """It is refused, and the other goes on."""
+    loader, driver = open_with(artifacts, capabilities=((9, 0), (10, 0)))
+    assert loader.manifest(0).arch == "sm_90a"
+    with pytest.raises(ArchitectureMismatch, match=r"compute capability 10\.0; .* has sets for sm_90a"):
+        loader.kernel(FC1, 1)
+    loader.preload([FC1, FC2], 0)
+    loader.preload([FC2], 0)  # loaded already: nothing happens
+    assert driver.loads == [f"{FC1}.cubin", f"{FC2}.cubin"]
+    with pytest.raises(SelectionError, match=r"fc1\.sm90a\.t9x9.*`densemoe list` shows what is"):
+        loader.preload(["fc1.sm90a.t9x9.c1x1.bf16-bf16"], 0)
 
 
 def test_every_device_gets_its_attributes(artifacts: Path) -> None:
