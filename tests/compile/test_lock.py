@@ -12,13 +12,15 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from densemoe.compile import build, environment, locking, matrix
+from densemoe.compile import build, environment, locking, matrix, reproduction
 from densemoe.runtime import cli
 from densemoe.runtime.errors import ManifestError, ToolchainError
 from densemoe.runtime.lock import Lock, LockedWheel
 from densemoe.runtime.manifest import Manifest
+from densemoe.runtime.variant import Variant
 
-SCHEMA = Path(__file__).resolve().parents[2] / "artifacts" / "schema" / "lock.schema.json"
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = ROOT / "artifacts" / "schema" / "lock.schema.json"
 KEY = "fc1.sm90a.t8x64.c1x1.bf16-bf16"
 
 
@@ -43,8 +45,22 @@ def write_cubin(root: Path, key: str, image: bytes) -> None:
 
 
 def test_what_is_built_is_what_is_locked(lock: Lock, artifacts: Path) -> None:
-    """A spread of the full profile, compiled in this run: both ops, both activation dtypes."""
+    """The quick profile, compiled in this run: both ops, both activation dtypes."""
     assert locking.compare(lock, matrix.load(), "quick", artifacts) == []
+
+
+def test_a_spread_over_the_whole_profile_is_what_is_locked(lock: Lock, tmp_path: Path) -> None:
+    """Every architecture and every op among them, compiled now; one differing byte fails, with its section and likely cause."""
+    by_kernel: dict[str, list[str]] = {}
+    for key in sorted(lock.cubins):
+        variant = Variant.parse(key)
+        by_kernel.setdefault(f"{variant.arch} {variant.op}", []).append(key)
+    keys = [found[len(found) // 2] for found in by_kernel.values()]
+    variation = reproduction.Variation("spread", Path(sys.executable))
+    facts = reproduction.rebuild(ROOT, variation, keys, lock.profile, tmp_path / "out")
+    outcome = reproduction.judge(reproduction.reference(None, lock), variation, keys, facts, tmp_path / "out")
+    assert (outcome.different, outcome.errors) == ([], {})
+    assert sorted(outcome.equal) == sorted(keys)
 
 
 @pytest.mark.full
