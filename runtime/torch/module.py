@@ -22,7 +22,7 @@ from densemoe.runtime.torch.config import MoEConfig, can_implement
 from densemoe.runtime.torch.routing import route
 from densemoe.runtime.torch.weights import MoEWeights, Projection, WeightStore
 
-__all__ = ["DenseGemmMoE", "create_moe", "tile_scales"]
+__all__ = ["DenseGemmMoE", "create_moe", "tile_scales", "untile_scales"]
 
 Tensor = Any
 _log = logging.getLogger("densemoe")
@@ -43,6 +43,12 @@ def tile_scales(scales: Tensor) -> Tensor:
     rows, columns = plain.shape
     padded = torch.nn.functional.pad(plain, (0, 0, 0, padded_rows(rows) - rows))
     return padded.reshape(-1, 4, 32, columns // 4, 4).permute(0, 3, 2, 1, 4).reshape(padded.shape).contiguous()
+
+
+def untile_scales(scales: Tensor, rows: int) -> Tensor:
+    """Row-major scale bytes ``[rows, C]`` of tiled ones: what ``tile_scales`` undoes."""
+    columns = scales.shape[1]
+    return scales.reshape(-1, columns // 4, 32, 4, 4).permute(0, 3, 2, 1, 4).reshape(-1, columns)[:rows].contiguous()
 
 
 class DenseGemmMoE(torch.nn.Module):  # type: ignore[misc]

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.packing import LAYOUT
+from densemoe.runtime.problem import GROUP
 from densemoe.runtime.torch.config import MoEConfig
 from densemoe.runtime.torch.module import DenseGemmMoE
 from densemoe.runtime.torch.weights import MoEWeights, Projection, WeightStore
@@ -58,21 +60,56 @@ def _input_scales(layer: Any, name: str, experts: int) -> list[np.float32 | None
 
 
 class StackedExperts:
-    """The MoE method that a host's layer calls: weights once after loading, then ``apply`` with the host's own routing.
+    """The MoE method that a host's layer calls: parameters, packed once they are loaded, then the layer with the host's own routing.
 
     Args:
         config: of the layer on this rank; refused layers raise ProblemError here, before any weight is touched.
     """
 
     def __init__(self, config: MoEConfig) -> None:
-        self.moe = DenseGemmMoE(config)
+        self.moe: Any = DenseGemmMoE(config)
+        self._layer = self.moe
+
+    @classmethod
+    def derived(cls, base: type) -> type:
+        """This method as a subclass of the host's abstract class."""
+        return type(cls.__name__, (cls, base), {"__doc__": cls.__doc__, "__module__": cls.__module__})
+
+    def create_weights(
+        self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int, params_dtype: Any, **extra_weight_attrs: Any
+    ) -> None:
+        """Registers the parameters, uninitialised, with the attributes that the host's weight loader asks for.
+
+        Raises:
+            ProblemError: sizes that are not those of the config.
+        """
+        c = self._layer.config
+        expected, found = (c.rank_experts, c.hidden, c.rank_intermediate), (num_experts, hidden_size, intermediate_size_per_partition)
+        if found != expected:
+            raise ProblemError(f"the host's layer has (E, H, I) {found} on this rank: the config says {expected}")
+        e, h, i = found
+        shapes: dict[str, tuple[tuple[int, ...], Any, str]] = {
+            "w13_weight": ((e, 2 * i, h // 2), torch.uint8, ""),
+            "w13_weight_scale": ((e, 2 * i, h // GROUP), torch.float8_e4m3fn, "block"),
+            "w13_weight_scale_2": ((e, 2), torch.float32, "tensor"),
+            "w13_input_scale": ((e, 2), torch.float32, "tensor"),
+            "w2_weight": ((e, h, i // 2), torch.uint8, ""),
+            "w2_weight_scale": ((e, h, i // GROUP), torch.float8_e4m3fn, "block"),
+            "w2_weight_scale_2": ((e,), torch.float32, "tensor"),
+            "w2_input_scale": ((e,), torch.float32, "tensor"),
+        }
+        for name, (shape, dtype, quant_method) in shapes.items():
+            parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+            for key, value in {**extra_weight_attrs, **({"quant_method": quant_method} if quant_method else {})}.items():
+                setattr(parameter, key, value)
+            layer.register_parameter(name, parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Packs the layer's parameters and frees them."""
-        self.moe.load(weights_of(layer, self.moe.config.layout))
+        self._layer.load(weights_of(layer, self._layer.config.layout))
         for name in ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale"):
             setattr(layer, name, None)
 
-    def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    def routed(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """Hidden states ``[M, H]`` of hidden states, router weights and ids ``[M, k]``."""
-        return self.moe(x, ids=topk_ids.contiguous(), weights=topk_weights)
+        return self._layer(x, ids=topk_ids.contiguous(), weights=topk_weights)

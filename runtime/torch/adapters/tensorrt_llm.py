@@ -1,5 +1,8 @@
 """TensorRT-LLM, the reference's home: functions with the signatures of its dense-GEMM FC1 and FC2 ops, and a backend like its DENSEGEMM.
 
+FC1's op was called ``cute_dsl_nvfp4_dense_gemm_swiglu_blackwell`` when it was merged, and ``…_swiglu_moe_blackwell`` since that name went to the op
+of shared experts: both names stand here for the one of the MoE layer.
+
 Operands are the interchange layout: codes as uint8 or float4_e2m1fn_x2, scales tiled. FC1's and FC2's weights are packed on first use of a pair of
 tensors, for the layout that the device's kernels read, and kept as long as the process; ``forget`` drops them.
 """
@@ -15,11 +18,14 @@ from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.layout import padded_rows
 from densemoe.runtime.problem import GROUP
 from densemoe.runtime.torch import ops
+from densemoe.runtime.torch.config import MoEConfig, can_implement
+from densemoe.runtime.torch.module import untile_scales
 
 __all__ = [
     "DenseGemmBackend",
     "cute_dsl_nvfp4_dense_gemm_fc2_blackwell",
     "cute_dsl_nvfp4_dense_gemm_swiglu_blackwell",
+    "cute_dsl_nvfp4_dense_gemm_swiglu_moe_blackwell",
     "forget",
 ]
 
@@ -96,6 +102,9 @@ def cute_dsl_nvfp4_dense_gemm_swiglu_blackwell(
     return (c.view(_FP4) if c_dtype == "nvfp4" else c), c_sf
 
 
+cute_dsl_nvfp4_dense_gemm_swiglu_moe_blackwell = cute_dsl_nvfp4_dense_gemm_swiglu_blackwell
+
+
 def cute_dsl_nvfp4_dense_gemm_fc2_blackwell(
     a: Tensor,
     b: Tensor,
@@ -120,7 +129,7 @@ def cute_dsl_nvfp4_dense_gemm_fc2_blackwell(
     scales = _plain(b_sf).reshape(padded_rows(hidden), k // GROUP)
     packed, layout = _pack("fc2", _plain(b), scales, expert_count)
     a_scales = _plain(a_sf).reshape(padded_rows(int(a.shape[0])), k // GROUP)
-    return ops.fc2(_plain(a), a_scales, packed, alpha_scale, expert_count, hidden, layout, c_dtype)
+    return ops.fc2(_plain(a), a_scales, packed, alpha_scale.contiguous(), expert_count, hidden, layout, c_dtype)
 
 
 class DenseGemmBackend:
@@ -138,14 +147,52 @@ class DenseGemmBackend:
             raise ProblemError(f"activations={moe.config.activations!r}: this backend is given NVFP4 activations; set activations='nvfp4'")
         self.moe = moe
 
+    @staticmethod
+    def can_implement(p: Any, d: Any) -> tuple[bool, str]:
+        """Whether densemoe runs TensorRT-LLM's ``MoEProblem`` under its ``MoEDeployment``, and why not: by their attributes' names, on any device."""
+        if str(p.quant) != "NVFP4":
+            return False, f"quantisation {p.quant}: only NVFP4 weights are supported"
+        if d.eplb_enabled or d.moe_lora_enabled:
+            return False, "replicated experts and LoRA are not supported"
+        if None in (p.num_experts, p.top_k, p.hidden_size, p.intermediate_size):
+            return True, ""  # unknown sizes are judged when the layer is made
+        ranks = {"tp_size": max(1, d.tp_size // d.ep_size), "ep_size": d.ep_size}
+        gated = 1.0 if p.swiglu_gptoss_style else None
+        return can_implement(
+            MoEConfig(p.num_experts, p.top_k, p.hidden_size, p.intermediate_size, **ranks, activation=p.activation.lower(), gated_limit=gated)
+        )
+
+    def quantize_input(self, x: Tensor, post_quant_comm: bool = True) -> tuple[Tensor, Tensor]:
+        """Codes ``[M, H/2]`` and row-major (not swizzled) scales ``[M, H/16]`` of hidden states ``[M, H]``, by the layer's input scale."""
+        codes, scales = ops.quantize_nvfp4(x, self.moe.input_multiplier)
+        return codes, untile_scales(scales, int(x.shape[0]))
+
+    def run_moe(self, ctx: Any, *, workspace: Any = None) -> Tensor:
+        """``run_moe_nvfp4`` of a run context: its ``x``, ``token_selected_experts``, ``token_final_scales`` and ``x_sf``.
+
+        Raises:
+            ProblemError: its communication plan, where it has one, asks for all-to-all.
+        """
+        plan = getattr(ctx, "comm_plan", None)
+        return self.run_moe_nvfp4(
+            ctx.x, ctx.token_selected_experts, ctx.token_final_scales, ctx.x_sf, bool(getattr(plan, "enable_alltoall", False))
+        )
+
     def run_moe_nvfp4(
-        self, x: Tensor, token_selected_experts: Tensor, token_final_scales: Tensor, x_sf: Tensor, enable_alltoall: bool = False
+        self,
+        x: Tensor,
+        token_selected_experts: Tensor,
+        token_final_scales: Tensor | None,
+        x_sf: Tensor | None = None,
+        enable_alltoall: bool = False,
     ) -> Tensor:
         """``x`` codes ``[M, H/2]``, ``x_sf`` row-major scales ``[M, H/16]``, ids and router weights ``[M, k]`` → ``[M, H]``.
 
         Raises:
-            ProblemError: all-to-all is asked for.
+            ProblemError: all-to-all is asked for, or scales are missing.
         """
         if enable_alltoall:
             raise ProblemError("all-to-all dispatch is not supported: every rank must see every token")
+        if token_final_scales is None or x_sf is None:
+            raise ProblemError("token_final_scales and x_sf are needed: router weights, and scales of the quantised hidden states")
         return self.moe(_plain(x), ids=token_selected_experts.contiguous(), weights=token_final_scales, scales=_plain(x_sf))
