@@ -237,14 +237,13 @@ def _make_moe(
     given = [each is not None for each in tensors]
     uses, size = _moe_uses(problems, given)
     _, _, _, _, w1, _, w2, *_ = tensors
-    # FC1 begins its dependents only after it has waited for prepare, so FC2 may read the list before it waits for FC1
-    early = {"early_list": 1} if problems[-1].active_list else None
     default = {"alpha_divisor": rt.one(ordinal)} if problems[-3].op == "prepare" and not given[10] else None
     launches = [
         *(Launch(each) for each in problems[:-3]),
         Launch(problems[-3], fixed=default),
         Launch(problems[-2], layout, w1.numel()),
-        Launch(problems[-1], layout, w2.numel(), early),
+        # FC1 begins its dependents only after it has waited for prepare or route, so FC2 may read their list before it waits for FC1
+        Launch(problems[-1], layout, w2.numel(), {"early_list": 1}),
     ]
     sources = [_source(name, uses[name], problems, {"w1": w1.numel(), "w2": w2.numel()}.get(name, 0)) for name in _NAMES]
     kept = rt.kept_scratch(owner, size)

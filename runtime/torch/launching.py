@@ -68,14 +68,14 @@ class Launch:
 
     Attributes:
         layout, weight_bytes: of the packed weights, where the op has some.
-        settings: run-time switches besides the selection's.
+        facts: settings that state something of the call's launches; a kernel that has no use for one has no such setting.
         fixed: addresses by role that no call changes.
     """
 
     problem: Problem
     layout: str | None = None
     weight_bytes: int = 0
-    settings: Mapping[str, int] | None = None
+    facts: Mapping[str, int] | None = None
     fixed: Mapping[str, int] | None = None
 
 
@@ -285,7 +285,9 @@ class Runtime:
             each.role: self._workspace(owner, each.role, each.zeroed, evaluate(each.nbytes, names), ordinal) for each in entry.recipe.workspaces
         }
         given = {**dict.fromkeys(problem.tensors(), 0), **addresses, **(launch.fixed or {})}
-        return self.loader.plan(problem, given, ordinal, choice.variant.key, workspace, launch.settings)
+        known = dict(entry.recipe.settings)
+        facts = {name: value for name, value in (launch.facts or {}).items() if name in known}
+        return self.loader.plan(problem, given, ordinal, choice.variant.key, workspace, facts)
 
     def _workspace(self, owner: Owner, role: str, zeroed: bool, nbytes: int, ordinal: int) -> int:
         """Memory of ``owner``; kernels leave a zeroed one zero, so one that is large enough serves every size."""
