@@ -11,6 +11,8 @@ from typing import Any
 from densemoe.runtime.driver import version_text
 from densemoe.runtime.errors import ArtifactError, DensemoeError
 from densemoe.runtime.loader import ENVIRONMENT, ArtifactSet, Loader
+from densemoe.runtime.select import load_table
+from densemoe.runtime.variant import Architecture, architecture
 
 __all__ = ["Report", "diagnose"]
 
@@ -46,6 +48,28 @@ def _version(name: str) -> str:
         return "not installed"
 
 
+def _why(artifacts: str | None) -> str:
+    if artifacts is not None:
+        return "the path that was given"
+    if os.environ.get("DENSEMOE_ARTIFACTS"):
+        return "DENSEMOE_ARTIFACTS names it"
+    return "of the installed package, or an add-on where that has none"
+
+
+def _capabilities(kind: Architecture) -> str:
+    return " and ".join(f"{major}.{minor}" for major, minor in kind.capabilities)
+
+
+def _selection(arch: str, capability: tuple[int, int]) -> str:
+    """What variants are chosen by."""
+    table = load_table(arch, capability)
+    parts = [f"{len(table['shapes'])} measured shapes"] if table.get("shapes") else []
+    parts += ["a cost model"] if table.get("model") else []
+    kinds = sorted({rule["provenance"] for rule in table["rules"]})
+    parts.append(f"{len(table['rules'])} rules ({', '.join(kinds)})")
+    return f"{', then '.join(parts)}; `densemoe explain` says which decides"
+
+
 def diagnose(artifacts: str | None = None) -> Report:
     """Looks at versions, environment, artifacts, driver and devices. Raises nothing that densemoe raises on purpose."""
     report = Report()
@@ -55,11 +79,12 @@ def diagnose(artifacts: str | None = None) -> Report:
     found: ArtifactSet | None = None
     try:
         found = ArtifactSet(artifacts)
+        report.facts.append(("artifact root", f"{found.root}: {_why(artifacts)}"))
         for arch in found.architectures:
             manifest = found.manifest(arch)
             needed = version_text(manifest.minimum_driver)
             stated = f"{len(manifest.variants)} variants, {manifest.toolchain['ptxas']}, needs a driver for CUDA {needed}"
-            report.facts.append((f"artifacts {arch}", f"{stated}; {found.root}"))
+            report.facts.append((f"artifacts {arch}", stated))
         report.artifacts_found = True
     except ArtifactError as error:
         report.facts.append(("artifacts", str(error)))
@@ -75,8 +100,11 @@ def diagnose(artifacts: str | None = None) -> Report:
             if found is not None and report.artifacts_found:
                 try:
                     served = Loader(found, driver).manifest(ordinal)
-                    text += f": served by the {served.arch} set"
+                    kind = architecture(served.arch)
+                    fit = "built for exactly this" if kind.kind == "exact" else f"a family's, for {_capabilities(kind)}; no exact set is there"
+                    text += f": served by the {served.arch} set ({fit})"
                     report.usable = True
+                    report.facts.append((f"selection {served.arch}", _selection(served.arch, capability)))
                 except DensemoeError as error:
                     text += f": NOT served: {error}"
             report.facts.append((f"device {ordinal}", text))

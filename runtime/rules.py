@@ -55,7 +55,7 @@ def can_implement(variant: Variant, problem: Problem) -> tuple[bool, str]:
 
 def _reason(variant: Variant, problem: Problem) -> str:
     if variant.op != problem.op:
-        return f"it is an {variant.op} kernel, the problem is {problem.op}"
+        return f"it is {'an' if variant.op.startswith('fc') else 'a'} {variant.op} kernel, the problem is {problem.op}"
     if variant.a_dtype != problem.a_dtype:
         return f"it reads {variant.a_dtype} activations, the problem has {problem.a_dtype}"
     if variant.c_dtype != problem.c_dtype:

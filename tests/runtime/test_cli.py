@@ -252,5 +252,19 @@ def test_doctor_with_one_device_served_and_one_not(run: Run, artifacts: Path, mo
     use_driver(monkeypatch, capabilities=((9, 0), (10, 3)))
     code, found = facts(run, "--artifacts", artifacts)
     assert code == 0
-    assert found["device 0"].endswith("served by the sm_90a set")
+    assert found["device 0"].endswith("served by the sm_90a set (built for exactly this)")
     assert "NOT served" in found["device 1"]
+    assert " rules (" in found["selection sm_90a"]
+
+
+def test_doctor_says_why_this_root_and_this_set(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = "{kernel: sm90_quantize, op: quantize, arch: sm_100f, tile: 1x2048, cluster: 1x1, a_dtype: bf16, b_dtype: nvfp4, c_dtype: nvfp4}"
+    (tmp_path / "m.yaml").write_text(f"schema: 1\nentries:\n  - {entry}\nprofiles:\n  full: {{variants: 1}}\n")
+    root = tmp_path / "root"
+    assert run("build", "--matrix", tmp_path / "m.yaml", "--out", root)[0] == 0
+    use_driver(monkeypatch, capabilities=((10, 3),))
+    _, found = facts(run, "--artifacts", root)
+    assert found["artifact root"] == f"{root}: the path that was given"
+    assert found["device 0"].endswith("served by the sm_100f set (a family's, for 10.0 and 10.3; no exact set is there)")
+    monkeypatch.setenv("DENSEMOE_ARTIFACTS", str(root))
+    assert facts(run)[1]["artifact root"] == f"{root}: DENSEMOE_ARTIFACTS names it"
