@@ -34,8 +34,8 @@ Runs = tuple[tuple[str, str], ...]
 
 
 def _runs(many: str, listed: str, *small: str) -> Runs:
-    """(case, schedule), first those that notice most for their time: two cases under every schedule, small ones under one."""
-    lazy = [(case, "lazy") for case in (many, listed, *small)]
+    """(case, schedule), first those that notice most for their time: two cases under several schedules, small ones under one."""
+    lazy = [(case, "lazy") for case in (*small, many, listed)]
     return (*lazy, (many, "eager"), (listed, "random:2"), (many, "pct:1:3"), (listed, "pct:2:3"), (many, "random:1"))
 
 

@@ -6,7 +6,7 @@ Sources: PTX ISA 9.x, 8.7 and 8.8 (release and acquire patterns, causality order
 CTAs of different clusters know of each other through global memory alone: by an atomic or strong access that releases and one that acquires, of
 its own semantics or by a fence before or after it. So every warp has a vector over all resident warps; CTA barriers, mbarriers and completion
 carry it on. Watched are buffers that kernels may write, in granules of 4 bytes: the last write, the last atomic, and one last read of each.
-Accesses of asynchronous copies are not watched, nor are strong scalar loads, which may poll.
+Not watched are accesses of less than 4 bytes, those of asynchronous copies, and strong scalar loads, which may poll.
 """
 
 from __future__ import annotations
@@ -76,16 +76,17 @@ class GlobalRaces:
         """What a warp does from here on is not known to those who were told before."""
         self.known[row, row] += 1
 
-    def access(self, rows: Rows, addresses: Any, nbytes: int, kind: int, vector: bool = False) -> None:
+    def access(self, rows: Rows, addresses: Any, nbytes: int, kind: int) -> None:
         """Lanes of warps `rows` access `nbytes` bytes each.
 
         Args:
             kind: WRITE, ATOMIC or READ.
-            vector: a strong load of several elements: data, so it is watched as others are.
 
         Raises:
             EmulatorError: unordered with an access of another warp, one of them a write.
         """
+        if nbytes < _GRANULE:
+            return
         for buffer, where, offsets in self.memory.parts(addresses, nbytes):
             if not buffer.writable:
                 continue

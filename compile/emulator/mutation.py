@@ -4,7 +4,8 @@ A trustworthy emulator notices that such a kernel is wrong. Which steps there ar
 mbarriers and fences, 9.7.9.25 and 9.7.9.27 asynchronous copies, 9.7.15 ``wgmma``, 9.7.16 ``tcgen05``); nothing is known of the kernel.
 
 Left alone is what changes speed and nothing else: ``griddepcontrol.launch_dependents`` (the next launch may begin at the latest when this one
-ends), ``tcgen05.relinquish_alloc_permit`` (another CTA may allocate at the latest after ``dealloc``), prefetches, ``setmaxnreg``, cache hints.
+ends), ``tcgen05.relinquish_alloc_permit`` (another CTA may allocate at the latest after ``dealloc``), prefetches, ``setmaxnreg``, cache hints;
+and the tests for a negative index in signed divisions, since no index is.
 
 A mutant's name stays the same when lines move or registers are renumbered: ``kind``, the statement with registers as ``%``, and its number among
 the equal ones from the top.
@@ -411,6 +412,8 @@ def _constants(each: Statement) -> Iterator[tuple[str, ...]]:
         return
     if opcode.startswith(("mov.pred", "mov.b16")):
         return
+    if operands[-1] in ("31", "63") if opcode.startswith("shr.") else operands[-1] == "0" and opcode.startswith(("setp.lt.s", "setp.ge.s")):
+        return  # the sign of an index, in a division: no index is negative
     for n in range(len(operands) - 1, 0, -1):
         if _NUMBER.fullmatch(operands[n]):
             value = int(operands[n], 0)

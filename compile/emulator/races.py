@@ -236,9 +236,9 @@ class Races:
         self.warp_converged(warp)
         self._acquire(barrier.completed_clock, warp)
 
-    def mbarrier_init(self, barrier: Any, warp: Warp) -> None:
-        """``mbarrier.init`` by a warp."""
-        barrier.made_by = (warp.row, warp.unit, int(self.order[warp.row, warp.unit]))
+    def mbarrier_init(self, barrier: Any, warp: Warp, lane: int) -> None:
+        """``mbarrier.init`` by a lane of a warp."""
+        barrier.made_by = (warp.row, warp.unit, int(self.order[warp.row, warp.unit]), lane)
         barrier.fenced = False
         self.unfenced.setdefault(warp.row, []).append(barrier)
 
@@ -254,14 +254,15 @@ class Races:
             wide = self._wide(row)
             self.ready[row] = Clock(ready[0], ready[1], ready[2], wide=None if wide is None else np.zeros_like(wide))
 
-    def _check_made(self, barrier: Any, warp: Warp) -> None:
-        row, unit, tick = barrier.made_by
-        if row != warp.row and self.order[warp.row, unit] < tick:
+    def _check_made(self, barrier: Any, warp: Warp, lane: int) -> None:
+        row, unit, tick, maker = barrier.made_by
+        known = self.order[warp.row, unit] if row != warp.row else tick if lane == maker else self.converged[row]
+        if known < tick:
             raise EmulatorError(f"{barrier.slot_text} is used by {warp} without waiting for its initialisation")
 
-    def mbarrier_arrive(self, barrier: Any, warp: Warp, relaxed: bool = False) -> None:
-        """An arrival by a warp."""
-        self._check_made(barrier, warp)
+    def mbarrier_arrive(self, barrier: Any, warp: Warp, lane: int, relaxed: bool = False) -> None:
+        """An arrival by a lane of a warp."""
+        self._check_made(barrier, warp, lane)
         if self.loads_open.get(warp.row):
             self.lints["a warp arrives on an mbarrier before tcgen05.wait::ld of its loads"] = None
         barrier.clock = self._release_ready(barrier.clock, warp) if relaxed else self._release(barrier.clock, warp)
@@ -277,9 +278,9 @@ class Races:
         else:
             barrier.clock.join(clock)
 
-    def mbarrier_observe(self, barrier: Any, warp: Warp, relaxed: bool = False) -> None:
-        """A warp sees a completed phase."""
-        self._check_made(barrier, warp)
+    def mbarrier_observe(self, barrier: Any, warp: Warp, lane: int, relaxed: bool = False) -> None:
+        """A warp sees a completed phase; `lane` is the only one that looks, or -1."""
+        self._check_made(barrier, warp, lane)
         if relaxed:
             self._see(barrier.completed_clock, warp)
         else:

@@ -44,7 +44,7 @@ class MBarrier:
         self.slot_text = text
         self.clock: Clock | None = None
         self.completed_clock: Clock | None = None
-        self.made_by = (0, 0, 0)
+        self.made_by = (0, 0, 0, 0)
         self.fenced = True
         self.condition = self._new_condition()
 
@@ -259,7 +259,7 @@ class Synchronisation:
             barrier = MBarrier(n, f"mbarrier at shared address {place[1]:#x} of CTA {warp.cta.ctaid}")
             self.mbarriers[place] = barrier
             if self.races is not None:
-                self.races.mbarrier_init(barrier, warp)
+                self.races.mbarrier_init(barrier, warp, lane % LANES)
 
     def mbarrier_inval(self, g: Gang, address: Any, mask: Any) -> None:
         """``mbarrier.inval``."""
@@ -275,7 +275,7 @@ class Synchronisation:
         for warp, lane, place in self._each(g, address, mask):
             barrier = self.mbarrier_at(place)
             if self.races is not None:
-                self.races.mbarrier_arrive(barrier, warp, relaxed)
+                self.races.mbarrier_arrive(barrier, warp, lane % LANES, relaxed)
             states[lane] = barrier.phase << 20 | barrier.pending
             if nbytes is not None:
                 barrier.expect(nbytes if isinstance(nbytes, int) else int(nbytes[lane]))
@@ -331,7 +331,7 @@ class Synchronisation:
             return False
         if self.races is not None:
             for w, barrier, _ in places:
-                self.races.mbarrier_observe(barrier, g.warps[w], relaxed)
+                self.races.mbarrier_observe(barrier, g.warps[w], _only_lane(mask, w), relaxed)
         return True
 
     def mbarrier_test(self, g: Gang, address: Any, mask: Any, value: Any, parity: bool, relaxed: bool = False) -> Any:
@@ -341,7 +341,7 @@ class Synchronisation:
             if _completed(barrier, phase, parity):
                 result[w * LANES : (w + 1) * LANES] = True
                 if self.races is not None:
-                    self.races.mbarrier_observe(barrier, g.warps[w], relaxed)
+                    self.races.mbarrier_observe(barrier, g.warps[w], _only_lane(mask, w), relaxed)
         return result
 
     # --- lanes of a warp
@@ -479,6 +479,12 @@ class Synchronisation:
         if self.races is not None and clock is not None:
             self.races.mbarrier_join(barrier, clock)
         barrier.arrive(count)
+
+
+def _only_lane(mask: Any, w: int) -> int:
+    """The active lane of a warp where it is the only one, else -1."""
+    lanes = [] if mask is None else np.flatnonzero(mask[w * LANES : (w + 1) * LANES])
+    return int(lanes[0]) if len(lanes) == 1 else -1
 
 
 def _completed(barrier: MBarrier, value: int, parity: bool) -> bool:
