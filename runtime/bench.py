@@ -1,4 +1,4 @@
-"""``densemoe bench ops`` and ``layer``: our choice, the read-only floor and competitors side by side, in turn, in one run.
+"""``densemoe bench ops``, and what it shares with ``layer`` (bench_layer.py): our forms, the read-only floor and competitors side by side, in turn.
 
     point (shape, M) ── ours, checked ─┐
                      ── read-only over the same bytes, in as many launches ─┼─ CUDA graphs over cold weights, replayed in turn ──► row
@@ -14,35 +14,40 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import numpy as np
-
 from densemoe.runtime import bounds
 from densemoe.runtime.bench_competitors import Competitor, Unavailable, Workload
-from densemoe.runtime.bench_gathered import GatheredData
+from densemoe.runtime.bench_gathered import GatheredData, plain
 from densemoe.runtime.bench_read import ReadKernel
+from densemoe.runtime.bench_report import CHOSEN, GATHERED, OURS, READ
 from densemoe.runtime.bench_timing import Launch, Sample, Timed
 from densemoe.runtime.errors import DensemoeError
+from densemoe.runtime.grouping import group_tile
 from densemoe.runtime.plan import Plan
-from densemoe.runtime.problem import Problem
+from densemoe.runtime.select import load_table
 from densemoe.runtime.tune import Tuner
-from densemoe.runtime.tune_cases import PEAK_FLOPS, Case, Shape, flops, roofline
-from densemoe.runtime.tune_data import DeviceMemory, OpData, PackedWeights
+from densemoe.runtime.tune_cases import PEAK_FLOPS, Case, Shape, flops, roofline, worth_a_tile
+from densemoe.runtime.tune_data import OpData, PackedWeights
 
-__all__ = ["OURS", "READ", "Bench"]
+__all__ = ["Bench", "Point", "grouped_keys", "grouped_tiles", "launch_costs", "open_read", "regions"]
 
-OURS: Final = "densemoe"
-READ: Final = "read-only"
-WITH_PREPARE: Final = "densemoe with prepare"
 _ALIGNED: Final = 128
 
 
 @dataclass
-class _Point:
-    """What is timed at one point: launches of one rotation by column, and the launches that make one unit."""
+class Point:
+    """What is timed at one point.
+
+    Attributes:
+        columns: launches of one rotation by column, and how many of them make one unit.
+        ready: what others have captured.
+        missing: why a column stays empty here.
+        same: columns that are another one of this point, by the name of that.
+    """
 
     columns: dict[str, tuple[list[Launch], int]] = field(default_factory=dict)
     ready: dict[str, Timed] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)
 
 
 class Bench:
@@ -91,7 +96,7 @@ class Bench:
 
     def _op(self, case: Case, made: OpData) -> dict[str, Any]:
         tuner = self.tuner
-        point, rotations = _Point(), made.bind(case.m)
+        point, rotations = Point(), made.bind(case.m)
         choice = tuner.loader.select(case.problem(), tuner.device)
         plan = tuner.loader.plan(case.problem(), rotations[0], tuner.device)
         try:
@@ -101,7 +106,7 @@ class Bench:
             report = made.check(case.m, made.fetch(case.m))
             point.columns[OURS] = (tuner._launches(plan, rotations), 1)
             touched = made.touched_bytes(case.m)
-            self._add_read(point, [[region] for region in _regions(made.weights, touched, len(rotations))])
+            self._add_read(point, [[region] for region in regions(made.weights, touched, len(rotations))])
             routings = [made.routing(case.m, rotation) for rotation in range(len(rotations))]
             self._add_competitors(point, Workload(case.op, case.shape, case.m, routings))
             gathered, grouped = self._add_gathered(point, case, made)
@@ -117,132 +122,54 @@ class Bench:
         row.update(passed=report.passed, worst=float(report.worst), detail="" if report.passed else report.text)
         return row
 
-    def _add_gathered(self, point: _Point, case: Case, made: OpData) -> tuple[list[bounds.Report], list[Plan | GatheredData]]:
+    def _add_gathered(self, point: Point, case: Case, made: OpData) -> tuple[list[bounds.Report], list[Plan | GatheredData]]:
         """A column for each tile of the grouped kernels of these dtypes; reports of their checks, and what is to be closed."""
         tuner, op = self.tuner, f"grouped{case.op}"
         reports: list[bounds.Report] = []
         opened: list[Plan | GatheredData] = []
-        keys = sorted(
-            (entry.variant.tile_m, key) for key, entry in tuner.entries.items()
-            if (entry.variant.op, entry.variant.a_dtype, entry.variant.c_dtype) == (op, case.a_dtype, case.c_dtype)
-        )  # fmt: skip
-        if not case.active or "nvfp4" in (case.a_dtype, case.c_dtype):
+        point.same[CHOSEN] = OURS
+        if not case.active:
             return reports, opened
-        share = case.m * case.shape.top_k / case.shape.experts
+        if not plain(case.a_dtype, case.c_dtype):
+            point.missing[f"{GATHERED} forms"] = "grouped kernels of NVFP4 activations or outputs are not benchmarked yet"
+            return reports, opened
+        tiles = grouped_tiles(tuner, (case.a_dtype, case.c_dtype), op)
+        wanted = group_tile(load_table(self.arch).get("grouping"), tiles, case.m, case.shape.top_k, case.shape.experts)
         try:
-            for tile, key in keys:
-                if tile > 8 and share < tile / 8:
-                    continue  # tiles that would stand almost empty
+            if tiles:
                 data = GatheredData(made)
                 opened.append(data)
+            for tile, key in grouped_keys(tuner, op, case.a_dtype, case.c_dtype):
+                if tile != wanted and not worth_a_tile(case.shape, case.m, tile):
+                    continue
                 rotations = data.bind(case.m, tile)
-                plan = tuner.loader.plan(data.problem(case.m, tile), rotations[0], tuner.device, key)
+                problem = data.problem(case.m, tile)
+                plan = tuner.loader.plan(problem, rotations[0], tuner.device, key)
                 opened.append(plan)
                 data.poison(case.m)
                 plan.launch(tuner.timer.stream)
                 tuner.driver.synchronize()
                 reports.append(data.check(case.m, tile))
-                point.columns[f"gathered {key.split('.')[2]}"] = (tuner._launches(plan, rotations), 1)
+                name = f"{GATHERED} {key.split('.')[2]}"
+                point.columns[name] = (tuner._launches(plan, rotations), 1)
+                if tile == wanted and tuner.loader.select(problem, tuner.device).variant.key == key:
+                    point.same[CHOSEN] = name
         except BaseException:
             for each in opened:
                 each.close()
             raise
         return reports, opened
 
-    # ---- the layer
-
-    def layer(self, shapes: Sequence[Shape], tokens: Sequence[int], active: bool, dtypes: tuple[str, str, str]) -> Iterator[dict[str, Any]]:
-        """A row for each (shape, M): FC1 and FC2 in one graph, the same behind ``prepare``, reading their weights in two launches."""
-        first, middle, last = dtypes
-        for shape in shapes:
-            one = self._data("fc1", shape, first, middle, max(tokens), active)
-            try:
-                two = self._data("fc2", shape, middle, last, max(tokens), active)
-                try:
-                    for m in tokens:
-                        yield self._layer(one, two, m)
-                finally:
-                    two.close()
-            finally:
-                one.close()
-                self._release()
-
-    def _layer(self, one: OpData, two: OpData, m: int) -> dict[str, Any]:
-        tuner, shape = self.tuner, one.shape
-        count = max(one.rotation_count(m), two.rotation_count(m))
-        first, second = _cycled(one.bind(m), count), _cycled(two.bind(m), count)
-        into = {"c": "a", "c.codes": "a.codes", "c.scales": "a.scales"}
-        second = [{**own, **{into[role]: before[role] for role in into if role in before}} for before, own in zip(first, second, strict=True)]
-        memory = DeviceMemory(tuner.driver)
-        plans: list[Plan] = []
-        point = _Point()
-        try:
-            problems = (one.problem(m), two.problem(m))
-            plans += [tuner.loader.plan(problem, own[0], tuner.device) for problem, own in zip(problems, (first, second), strict=True)]
-            point.columns[OURS] = (_alternate([tuner._launches(plan, own) for plan, own in zip(plans, (first, second), strict=True)]), 2)
-            self._add_prepare(point, plans, memory, one, m, (first, second))
-            touched = one.touched_bytes(m), two.touched_bytes(m)
-            regions = [_regions(made.weights, size, count) for made, size in zip((one, two), touched, strict=True)]
-            self._add_read(point, [list(pair) for pair in zip(*regions, strict=True)])
-            routings = [one.routing(m, rotation) for rotation in range(count)]
-            self._add_competitors(point, Workload("layer", shape, m, routings))
-            row = self._timed(point, Case("layer", shape, m, one.a_dtype, two.c_dtype, one.active), sum(touched))
-            row.update(variant=[plan.key for plan in plans[:2]], passed=self._layer_passed(plans, first[0], second[0], one, two, m))
-        finally:
-            for plan in plans:
-                plan.close()
-            memory.close()
-        return row
-
-    def _layer_passed(
-        self, plans: Sequence[Plan], first: Mapping[str, int], second: Mapping[str, int], one: OpData, two: OpData, m: int
-    ) -> bool:
-        """FC1's output against the reference; that FC2 read it is seen by FC2's output being finite and not what was poisoned."""
-        one.poison(m)
-        two.poison(m)
-        for plan, own in zip(plans, (first, second), strict=False):
-            plan.rebind(own)
-            plan.launch(self.tuner.timer.stream)
-        self.tuner.driver.synchronize()
-        return one.check(m, one.fetch(m)).passed and two.written(m)
-
-    def _add_prepare(
-        self,
-        point: _Point,
-        plans: list[Plan],
-        memory: DeviceMemory,
-        one: OpData,
-        m: int,
-        pairs: tuple[Sequence[Mapping[str, int]], Sequence[Mapping[str, int]]],
-    ) -> None:
-        """The same two launches behind ``prepare``, which makes alpha and the list of active experts from the router's choice."""
-        tuner, shape = self.tuner, one.shape
-        problem = Problem("prepare", m, shape.experts, 0, 0, "i32", "f32", top_k=shape.top_k)
-        if not any(entry.variant.op == "prepare" for entry in tuner.entries.values()):
-            point.missing[WITH_PREPARE] = "the set has no prepare kernel"
-            return
-        made = {role: memory.empty(spec.nbytes) for role, spec in problem.tensors().items() if spec.output}
-        common = {**made, "w2_alpha": memory.put(np.ones(shape.experts, np.float32)), "alpha_divisor": memory.put(np.ones(1, np.float32))}
-        common["router"] = memory.put(np.full((m, shape.top_k), 1 / shape.top_k, np.float32))
-        routed = [{**common, "ids": memory.put(np.array(one.routing(m, index), np.int32))} for index in range(len(pairs[0]))]
-        listed = {"active_experts": made["active_list"]} if one.active else {}
-        first = [{**own, **listed} for own in pairs[0]]
-        second = [{**own, **listed, "alpha": made["alpha"]} for own in pairs[1]]
-        prepare = tuner.loader.plan(problem, routed[0], tuner.device)
-        plans.append(prepare)
-        steps = [tuner._launches(plan, own) for plan, own in zip((prepare, *plans[:2]), (routed, first, second), strict=True)]
-        point.columns[WITH_PREPARE] = (_alternate(steps), 3)
-
     # ---- columns
 
-    def _add_read(self, point: _Point, launches: Sequence[Sequence[tuple[int, int]]]) -> None:
+    def _add_read(self, point: Point, launches: Sequence[Sequence[tuple[int, int]]]) -> None:
         if self.read is None:
             point.missing[READ] = "the read-only kernel does not load on this driver"
             return
         read = self.read
         point.columns[READ] = ([read.launch(pointer, size) for unit in launches for pointer, size in unit], len(launches[0]))
 
-    def _add_competitors(self, point: _Point, work: Workload) -> None:
+    def _add_competitors(self, point: Point, work: Workload) -> None:
         for competitor in self.competitors:
             try:
                 point.ready[competitor.name] = competitor.prepare(work)
@@ -251,7 +178,7 @@ class Bench:
             except Exception as error:  # whatever another project's code raises: its column stays empty, with the reason
                 point.missing[competitor.name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
-    def _timed(self, point: _Point, case: Case, touched: int) -> dict[str, Any]:
+    def _timed(self, point: Point, case: Case, touched: int) -> dict[str, Any]:
         tuner = self.tuner
         graphs: dict[str, Timed] = {}
         try:
@@ -263,11 +190,14 @@ class Bench:
             sustained: dict[str, Sample] = {}
             if self.sustained > 0:
                 sustained = {name: tuner.timer.sustain(each, self.sustained, tuner.clock) for name, each in graphs.items()}
+            for times in (samples, sustained):
+                times.update({name: times[other] for name, other in point.same.items() if other in times})
         finally:
             for each in (*graphs.values(), *(each for name, each in point.ready.items() if name not in graphs)):
                 each.close()
         row = self._row(case, touched, samples, sensors)
         row["missing"] = dict(point.missing)
+        row["same"] = dict(point.same)
         if sustained:
             row["sustained_us"] = {name: round(each.microseconds, 3) for name, each in sustained.items()}
             row["sustained_sensors"] = dict(self.sensors())
@@ -301,6 +231,21 @@ class Bench:
             competitor.release()
 
 
+def grouped_keys(tuner: Tuner, op: str, a_dtype: str, c_dtype: str) -> list[tuple[int, str]]:
+    """(rows of a tile, key) of a grouped op's variants of these dtypes, ascending."""
+    variants = [entry.variant for entry in tuner.entries.values()]
+    return sorted((each.tile_m, each.key) for each in variants if (each.op, each.a_dtype, each.c_dtype) == (op, a_dtype, c_dtype))
+
+
+def grouped_tiles(tuner: Tuner, dtypes: Sequence[str], *ops: str) -> set[int]:
+    """Rows of the tiles that every one of some grouped ops has a variant for.
+
+    Args:
+        dtypes: of the first op's activations, of what lies between, of the last op's output.
+    """
+    return set.intersection(*({tile for tile, _ in grouped_keys(tuner, op, *dtypes[at : at + 2])} for at, op in enumerate(ops)))
+
+
 def tuner_runs(samples: Mapping[str, Sample]) -> int:
     """Replays behind each median."""
     return min((each.runs for each in samples.values()), default=0)
@@ -312,7 +257,7 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{row['op']} {row['shape']['name']} M = {row['m']}: {times}" + (f"; T_read / T {share:.3f}" if share is not None else "")
 
 
-def _regions(weights: PackedWeights, size: int, count: int) -> list[tuple[int, int]]:
+def regions(weights: PackedWeights, size: int, count: int) -> list[tuple[int, int]]:
     """(address, bytes) of ``count`` regions of ``size`` bytes, one behind the other through the copies of the weights."""
     size = max(_ALIGNED, size // _ALIGNED * _ALIGNED)
     found = []
@@ -320,15 +265,6 @@ def _regions(weights: PackedWeights, size: int, count: int) -> list[tuple[int, i
     for index in range(count):
         found.append((weights.copy(index // per_copy) + index % per_copy * size, size))
     return found
-
-
-def _cycled(rotations: Sequence[dict[str, int]], count: int) -> list[dict[str, int]]:
-    return [rotations[index % len(rotations)] for index in range(count)]
-
-
-def _alternate(steps: Sequence[Sequence[Launch]]) -> list[Launch]:
-    """One launch of each step, rotation after rotation."""
-    return [each for unit in zip(*steps, strict=True) for each in unit]
 
 
 def launch_costs(tuner: Tuner) -> list[dict[str, Any]]:

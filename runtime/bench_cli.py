@@ -62,9 +62,10 @@ def bench(args: argparse.Namespace) -> int:
         groups = cases_of(shapes, args.tokens or SELECTION_TOKENS, FORMS[args.form], _dtypes(args))
         table = load_table(tuner.loader.manifest(tuner.device).arch)
         return judge(args, tuner, table, [case for cases in groups.values() for case in cases], "selection")
-    from densemoe.runtime.bench import Bench, launch_costs, open_read
+    from densemoe.runtime.bench import launch_costs, open_read
     from densemoe.runtime.bench_competitors import Absent, competitors
     from densemoe.runtime.bench_device import Sensors
+    from densemoe.runtime.bench_layer import LayerBench
 
     provenance = provenance_of(tuner)
     rows: list[dict[str, Any]] = []
@@ -77,7 +78,7 @@ def bench(args: argparse.Namespace) -> int:
     for name, reason in document["absent"].items():
         tuner.say(f"absent, its column stays empty: {name}: {reason}")
     read = open_read(tuner)
-    own = Bench(
+    own = LayerBench(
         tuner,
         read,
         others,

@@ -1,15 +1,18 @@
-"""The grouped form of a benchmarked op: each expert over the tokens that chose it, on the weights and activations of an OpData.
+"""The grouped form of a benchmarked op or layer: each expert over the tokens that chose it, on the weights and activations of OpData.
 
     OpData (fc1 or fc2, listed) ─► GatheredData ─ route on the host, a rotation ─► tiles, rows, row_alpha on the device
         .bind(m, tile)           addresses by role for each rotation
         .check(m, tile)          sampled rows against the float64 reference, by the contract's bounds
+        .tiled(tile)             the same of one tile, as OpData gives it
 
-``route`` itself is timed in the layer, where it runs on the device. Needs the extra [host].
+    two OpData ─► GatheredLayer ─ route on the device ─► groupedfc1 ─► groupedfc2
+
+Needs the extra [host].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -20,7 +23,7 @@ from densemoe.runtime.nvfp4 import bf16_values, widen
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.tune_data import DeviceMemory, OpData
 
-__all__ = ["GatheredData"]
+__all__ = ["GatheredData", "GatheredLayer", "TiledData", "plain"]
 
 SAMPLED: Final = 6  # rows of FC1's output, tokens of FC2's
 COLUMNS: Final = 64
@@ -32,16 +35,21 @@ class GatheredData:
 
     Args:
         made: whose weights, activations and routing are used; it must outlive this.
+        before: of FC2 in a layer: grouped FC1, whose output it reads; its own random activations where None.
     """
 
-    def __init__(self, made: OpData) -> None:
-        self.made, self.op = made, f"grouped{made.op}"
+    def __init__(self, made: OpData, before: GatheredData | None = None) -> None:
+        self.made, self.op, self._before = made, f"grouped{made.op}", before
         self._memory = DeviceMemory(made.driver)
         self._routed = DeviceMemory(made.driver)
-        self._routes: list[reference.Routes] = []
+        self._routes: dict[int, reference.Routes] = {}
+        self._bound: tuple[int, dict[int, list[dict[str, int]]]] = (0, {})
         shape, pairs = made.shape, made.largest_m * made.shape.top_k
         try:
-            if made.op == "fc2":
+            if before is not None:
+                self._inputs = {"a": before.output}
+                self._output = self._memory.empty(made.largest_m * shape.hidden * 4)
+            elif made.op == "fc2":
                 rng = np.random.default_rng([made.seed, 4])
                 self._a = data.activations(rng, pairs, shape.intermediate, "bf16", "normal")[0]
                 self._inputs = {"a": self._memory.put(self._a)}
@@ -61,22 +69,52 @@ class GatheredData:
             self.op, m, shape.experts, shape.hidden, shape.intermediate, made.a_dtype, made.c_dtype, top_k=shape.top_k, group_tile=tile
         )  # fmt: skip
 
-    def bind(self, m: int, tile: int) -> list[dict[str, int]]:
-        """Addresses by role of each rotation; valid until the next call."""
+    @property
+    def output(self) -> int:
+        """Address of ``c``."""
+        return self._output
+
+    def tiled(self, tile: int) -> TiledData:
+        """This over tiles of up to ``tile`` rows."""
+        return TiledData(self, tile)
+
+    def bind(self, m: int, tile: int, count: int = 0, routed: Mapping[str, int] | None = None) -> list[dict[str, int]]:
+        """Addresses by role of each rotation; valid until another M is bound.
+
+        Args:
+            count: rotations; as many as this op needs to read cold weights where 0.
+            routed: addresses of what ``route`` writes on the device, in place of the host's.
+        """
         made, shape = self.made, self.made.shape
-        self._routed.close()
-        self._routes = []
-        bound = []
-        for rotation in range(made.rotation_count(m)):
-            routing = np.array(made.routing(m, rotation), dtype=np.int64)
-            routes = reference.route(routing, made.router[:m], made.w2_alpha, group_tile=tile)
-            self._routes.append(routes)
-            arrays = routes.packed(m * shape.top_k)
-            wanted = ("tiles", "rows") if self.op == "groupedfc1" else ("tiles", "rows", "row_alpha")
+        if self._bound[0] != m:
+            self._routed.close()
+            self._bound, self._routes = (m, {}), {}
+        if tile in self._bound[1]:
+            return self._bound[1][tile]
+        bound = self._bound[1].setdefault(tile, [])
+        wanted = ("tiles", "rows") if self.op == "groupedfc1" else ("tiles", "rows", "row_alpha")
+        for rotation in range(count or made.rotation_count(m)):
+            routes = self.routes(m, tile, rotation)
+            if not rotation:
+                self._routes[tile] = routes
             used = len(np.unique(routes.experts))
-            own = {role: self._routed.put(arrays[role]) for role in wanted}
+            if routed is None:
+                arrays = routes.packed(m * shape.top_k)
+                own = {role: self._routed.put(arrays[role]) for role in wanted}
+            else:
+                own = {role: routed[role] for role in wanted}
             bound.append({**self._inputs, **own, "b": made.weights.copy(rotation * used // shape.experts), "c": self._output})
         return bound
+
+    def routes(self, m: int, tile: int, rotation: int) -> reference.Routes:
+        """What ``route`` makes of a rotation's routing."""
+        routing = np.array(self.made.routing(m, rotation), dtype=np.int64)
+        return reference.route(routing, self.made.router[:m], self.made.w2_alpha, group_tile=tile)
+
+    def fetch(self, m: int) -> npt.NDArray[Any]:
+        """The output as it is stored."""
+        spec = self.problem(m, 8).tensors()["c"]
+        return self._memory.get(self._output, spec.shape, _NUMPY[spec.dtype])
 
     def poison(self, m: int) -> None:
         """Makes every byte of the output wrong."""
@@ -84,12 +122,12 @@ class GatheredData:
         self.made.driver.fill(self._output, 0xA5, problem.tensors()["c"].nbytes)
 
     def check(self, m: int, tile: int) -> bounds.Report:
-        """Sampled outputs of rotation 0 against the reference."""
-        problem, made = self.problem(m, tile), self.made
-        spec = problem.tensors()["c"]
-        got = self._memory.get(self._output, spec.shape, _NUMPY[spec.dtype])
-        routes = self._routes[0]
-        shape = made.shape
+        """Sampled outputs of rotation 0 against the reference; in a layer, of what FC1 did write."""
+        made, shape = self.made, self.made.shape
+        got = self.fetch(m)
+        routes = self._routes[tile]
+        if self._before is not None:
+            self._a = self._before.fetch(m)
         reports = []
         chosen = np.unique(np.round(np.linspace(0, (len(routes.rows) if self.op == "groupedfc1" else m) - 1, SAMPLED)).astype(np.int64))
         for place in chosen:
@@ -121,6 +159,114 @@ class GatheredData:
         """Frees the device's memory."""
         self._routed.close()
         self._memory.close()
+
+
+class TiledData:
+    """A GatheredData over one tile, with what Tuner asks of an OpData."""
+
+    def __init__(self, data: GatheredData, tile: int) -> None:
+        self._data, self.tile = data, tile
+
+    def problem(self, m: int) -> Problem:
+        """The Problem at ``m`` tokens."""
+        return self._data.problem(m, self.tile)
+
+    def bind(self, m: int) -> list[dict[str, int]]:
+        """Addresses by role of each rotation; valid until another M is bound."""
+        return self._data.bind(m, self.tile)
+
+    def touched_bytes(self, m: int) -> int:
+        """Bytes of weights that one launch reads once."""
+        return self._data.made.touched_bytes(m)
+
+    def poison(self, m: int) -> None:
+        """Makes every byte of the output wrong."""
+        self._data.poison(m)
+
+    def fetch(self, m: int) -> Mapping[str, npt.NDArray[Any]]:
+        """The output."""
+        return {"c": self._data.fetch(m)}
+
+    def check(self, m: int, got: Mapping[str, npt.NDArray[Any]]) -> bounds.Report:
+        """Sampled outputs against the reference."""
+        return self._data.check(m, self.tile)
+
+
+class GatheredLayer:
+    """``route``, grouped FC1 and grouped FC2 as the layer op launches them, one behind the other; plain activations and outputs alone.
+
+    Args:
+        one, two: FC1 and FC2 with a list of active experts; they must outlive this.
+    """
+
+    def __init__(self, one: OpData, two: OpData) -> None:
+        self._one, self._memory = one, DeviceMemory(one.driver)
+        self._ids: tuple[int, list[int]] = (0, [])
+        self._ids_memory = DeviceMemory(one.driver)
+        self._fc1 = GatheredData(one)
+        try:
+            self._fc2 = GatheredData(two, self._fc1)
+            specs = self.problems(one.largest_m, 8)[0].tensors()
+            self._routed = {role: self._memory.empty(spec.nbytes) for role, spec in specs.items() if spec.output}
+            self._given = {"router": self._memory.put(two.router), "w2_alpha": self._memory.put(two.w2_alpha)}
+        except BaseException:
+            self.close()
+            raise
+
+    def problems(self, m: int, tile: int) -> tuple[Problem, Problem, Problem]:
+        """``route``, grouped FC1, grouped FC2."""
+        shape = self._one.shape
+        route = Problem("route", m, shape.experts, 0, 0, "i32", "f32", top_k=shape.top_k, group_tile=tile)
+        return route, self._fc1.problem(m, tile), self._fc2.problem(m, tile)
+
+    def bind(self, m: int, tile: int, count: int) -> tuple[list[dict[str, int]], list[dict[str, int]], list[dict[str, int]]]:
+        """Addresses by role of ``count`` rotations of each launch; valid until another M is bound."""
+        if self._ids[0] != m:
+            self._ids_memory.close()
+            self._ids = m, [self._ids_memory.put(np.array(self._one.routing(m, index), np.int32)) for index in range(count)]
+        routed = [{**self._given, **self._routed, "ids": ids} for ids in self._ids[1]]
+        return routed, self._fc1.bind(m, tile, count, self._routed), self._fc2.bind(m, tile, count, self._routed)
+
+    def poison(self, m: int, tile: int) -> None:
+        """Makes every byte of every output wrong."""
+        for role, spec in self.problems(m, tile)[0].tensors().items():
+            if spec.output:
+                self._one.driver.fill(self._routed[role], 0xA5, spec.nbytes)
+        self._fc1.poison(m)
+        self._fc2.poison(m)
+
+    def check(self, m: int, tile: int) -> tuple[bool, str]:
+        """Whether rotation 0's tiles and rows are the reference's, and FC1 and FC2 within their bounds; and what was wrong."""
+        wanted = self._fc2.routes(m, tile, 0)
+        specs = self.problems(m, tile)[0].tensors()
+        got = {
+            role: self._memory.get(pointer, specs[role].shape, np.float32 if role == "row_alpha" else np.int32)
+            for role, pointer in self._routed.items()
+        }
+        tiles, rows = len(wanted.tiles), len(wanted.rows)
+        same = (
+            got["tiles"][0, :2].tolist() == [tiles, rows]
+            and np.array_equal(got["tiles"][1 : 1 + tiles, :3], wanted.tiles)
+            and np.array_equal(got["rows"][:rows], wanted.rows)
+            and np.array_equal(got["row_alpha"][:rows], wanted.row_alpha)
+        )
+        if not same:
+            return False, f"route over tiles of {tile}: its tiles, rows or scales are not the reference's"
+        report = bounds.combine([self._fc1.check(m, tile), self._fc2.check(m, tile)])
+        return report.passed, "" if report.passed else report.text
+
+    def close(self) -> None:
+        """Frees the device's memory."""
+        self._ids_memory.close()
+        self._memory.close()
+        if hasattr(self, "_fc2"):
+            self._fc2.close()
+        self._fc1.close()
+
+
+def plain(a_dtype: str, c_dtype: str) -> bool:
+    """Whether this module makes data of these dtypes."""
+    return "nvfp4" not in (a_dtype, c_dtype)
 
 
 def _columns(width: int, place: int) -> npt.NDArray[np.int64]:

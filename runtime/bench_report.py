@@ -18,13 +18,21 @@ from typing import Any, Final
 from densemoe.runtime.canonical import write_atomically
 from densemoe.runtime.errors import ProblemError
 
-__all__ = ["SCHEMA", "markdown", "plots", "read", "slug", "write"]
+__all__ = ["CHOSEN", "GATHERED", "OURS", "READ", "SCHEMA", "WHOLE", "WITH_PREPARE", "markdown", "plots", "read", "slug", "write"]
 
 SCHEMA: Final = 1
 LEAST_LABEL: Final = "roofline"
 _PANEL: Final = (4.2, 3.2)  # inches
 _COLUMNS: Final = 3
+#: Columns: the form that lists active experts, the same behind ``prepare``, the forms that gather tokens by expert; which of them the layer op takes,
+#: of one op and of the whole layer; the floor.
 OURS: Final = "densemoe"
+WITH_PREPARE: Final = "densemoe with prepare"
+GATHERED: Final = "gathered"
+CHOSEN: Final = "densemoe chosen form"
+WHOLE: Final = "densemoe whole layer"
+READ: Final = "read-only"
+_FIRST: Final = (OURS, CHOSEN, WHOLE, WITH_PREPARE)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -49,9 +57,18 @@ def slug(document: Mapping[str, Any]) -> str:
 
 
 def columns(document: Mapping[str, Any]) -> list[str]:
-    """Every column, ours first; those that nothing filled too."""
-    found = list(dict.fromkeys([OURS, *(name for row in document["rows"] for name in row.get("us", {})), *document.get("absent", {})]))
-    return [*dict.fromkeys([*found, *(name for row in document["rows"] for name in row.get("missing", {}))])]
+    """Every column: ours, gathered forms by tile, the floor, others; those that nothing filled too. The same from a run and from its file."""
+    named = [name for row in document["rows"] for part in ("us", "missing") for name in row.get(part, {})]
+
+    def place(name: str) -> tuple[int, list[int], str]:
+        if name in _FIRST:
+            return _FIRST.index(name), [], ""
+        others = len(_FIRST)
+        if name.startswith(GATHERED):
+            return others, [int(number) for number in re.findall(r"\d+", name)], name
+        return (others + 1, [], "") if name == READ else (others + 2, [], name)
+
+    return sorted({OURS, *named, *document.get("absent", {})}, key=place)
 
 
 def _header(document: Mapping[str, Any]) -> list[str]:
@@ -92,14 +109,14 @@ def markdown(document: Mapping[str, Any]) -> str:
     for op, rows in _by(document["rows"], lambda row: row["op"]).items():
         form = "active experts" if rows[0].get("active") else "dense over all experts"
         lines += [f"## {op}, {rows[0]['a_dtype']} to {rows[0]['c_dtype']}, {form}: microseconds, weights cold", ""]
-        lines += [f"| shape | M | {' | '.join(names)} | T_read / T | T_roofline / T |", f"| --- | --: |{' --: |' * (len(names) + 2)}"]
+        judged = [name for name in (OURS, CHOSEN, WHOLE) if any(name in row["us"] for row in rows)] or [OURS]
+        ratios = [f"T_{bound} / T{'' if name == OURS else f' {name}'}" for name in judged for bound in ("read", "roofline")]
+        lines += [f"| shape | M | {' | '.join([*names, *ratios])} |", f"| --- | --: |{' --: |' * (len(names) + len(ratios))}"]
         for row in rows:
-            own = row["us"].get(OURS)
-            share = row.get("share_of_read", {}).get(OURS)
-            roof = row["roofline_us"] / own if own and row.get("roofline_us") else None
             cells = [_cell(row["us"].get(name)) for name in names]
-            ratios = ["" if each is None else f"{each:.3f}" for each in (share, roof)]
-            lines.append(f"| {row['shape']['name']} | {row['m']} | {' | '.join([*cells, *ratios])} |")
+            shares = [each for name in judged for each in (row.get("share_of_read", {}).get(name), _roof(row, name))]
+            cells += ["" if each is None else f"{each:.3f}" for each in shares]
+            lines.append(f"| {row['shape']['name']} | {row['m']} | {' | '.join(cells)} |")
         lines.append("")
         reasons = {name: reason for row in rows for name, reason in row.get("missing", {}).items()}
         lines += [f"Empty at some points: {name}: {reason}  " for name, reason in reasons.items() if name not in document.get("absent", {})]
@@ -107,6 +124,17 @@ def markdown(document: Mapping[str, Any]) -> str:
         lines += [f"FAILED {row['shape']['name']} M = {row['m']}: {row.get('detail', '')}  " for row in wrong]
         lines.append(f"{len(rows) - len(wrong)} of {len(rows)} points agree with the float64 reference in the same run.\n")
     return "\n".join(lines)
+
+
+def _roof(row: Mapping[str, Any], name: str) -> float | None:
+    """T_roofline / T of a column."""
+    own, roofline = row["us"].get(name), row.get("roofline_us")
+    return roofline / own if own and roofline else None
+
+
+def _chosen(row: Mapping[str, Any]) -> str:
+    """The column of what the layer op runs."""
+    return next((name for name in (WHOLE, CHOSEN) if name in row["us"]), OURS)
 
 
 def _by(rows: Sequence[Mapping[str, Any]], key: Any) -> dict[Any, list[Mapping[str, Any]]]:
@@ -148,7 +176,7 @@ def plots(document: Mapping[str, Any], folder: Path) -> list[Path]:
         written.append(_save(figure, folder / f"{slug(document)}-{op}.svg", pyplot))
         figure, panel = pyplot.subplots(figsize=(_PANEL[0] * 1.6, _PANEL[1] * 1.4))
         for name, own in shapes.items():
-            points = [(row["m"], row["roofline_us"] / row["us"][OURS]) for row in own if row.get("roofline_us") and row["us"].get(OURS)]
+            points = [(row["m"], share) for row in own if (share := _roof(row, _chosen(row))) is not None]
             if points:
                 panel.plot(*zip(*points, strict=True), marker=".", label=name)
         panel.set(title=f"{op}: share of the roofline", xscale="log", xlabel="M (tokens)", ylabel="T_roofline / T", ylim=(0, 1.05))

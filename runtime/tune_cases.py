@@ -34,6 +34,7 @@ __all__ = [
     "parse_shapes",
     "roofline",
     "route_tokens",
+    "worth_a_tile",
 ]
 
 #: The models whose bars the project states, as one rank of them sees a layer.
@@ -42,6 +43,9 @@ MODELS: Final = ("deepseek-v3:tp8", "qwen3-30b-a3b", "qwen3-235b-a22b:tp4", "mix
 HELD_OUT: Final = ("glm-4.5:tp4", "glm-4.5-air:tp2", "64x6x2048x1408", "512x10x2048x128", "8x2x6144x2048")
 TUNE_TOKENS: Final = (1, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 BENCH_TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+FEWEST_ROWS: Final = 8  # of a tile, which is measured however few rows an expert has
+LEAST_FILLED: Final = 8  # a tile is measured where an expert's rows fill an eighth of it
+MOST_TILES: Final = 32  # of an expert, on average
 LARGEST_RISE: Final = 0.15  # of time / roofline between neighbouring buckets
 LEAST_NOISE: Final = 0.02  # of a time; more where the quartiles lie further apart
 #: FLOP/s of dense bf16 (Hopper) or NVFP4 (Blackwell) matrix products that the rooflines count with: measured by cuBLAS on an H200, and what
@@ -156,6 +160,12 @@ def route_tokens(shape: Shape, m: int, seed: int = 0) -> list[list[int]]:
 def active_experts(experts: float, top_k: float, m: int) -> float:
     """Expected number of experts with a token under uniform routing."""
     return experts * (1 - (1 - min(1.0, top_k / experts)) ** m)
+
+
+def worth_a_tile(shape: Shape, m: int, tile: int) -> bool:
+    """Whether tiles of so many rows stand neither almost empty nor in dozens an expert: what is measured of the grouped kernels' tiles."""
+    share = m * shape.top_k / shape.experts
+    return (tile <= FEWEST_ROWS or share >= tile / LEAST_FILLED) and share <= tile * MOST_TILES
 
 
 # ---- roofline

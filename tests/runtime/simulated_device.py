@@ -180,6 +180,11 @@ class SimulatedPlan:
             listed = np.unique(ids)
             self.array("active_list")[: 1 + len(listed)] = [len(listed), *listed]
             return
+        if problem.op == "route":
+            routes = reference.route(self.array("ids"), self.array("router"), self.array("w2_alpha"), group_tile=problem.group_tile)
+            for role, values in routes.packed(problem.m * problem.top_k).items():
+                self.array(role)[:] = values
+            return
         op = problem.op.removeprefix("grouped")
         size = packing.packed_bytes(op, problem.experts, problem.hidden, problem.intermediate)
         unpack = packing.unpack_fc1 if op == "fc1" else packing.unpack_fc2
@@ -238,7 +243,7 @@ def entry(key: str, settings: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> S
     """What tuning reads of a manifest's entry."""
     variant = Variant.parse(key)
     recipe = Recipe((), (1, 1, 1), (32, 1, 1), settings=settings)
-    layout = "none" if variant.op == "prepare" else "sm90a-superblock/1"
+    layout = "none" if variant.op in ("prepare", "route") else "sm90a-superblock/1"
     return SimpleNamespace(key=key, variant=variant, layout=layout, recipe=recipe, sha256="0" * 64)
 
 

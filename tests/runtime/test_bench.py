@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,13 +30,19 @@ KEYS: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
     for op, a, c in ((1, "bf16", "bf16"), (2, "bf16", "bf16"), (1, "nvfp4", "nvfp4"), (2, "nvfp4", "bf16"))
 }
 KEYS["prepare.sm90a.t32x4096.c1x1.i32-f32"] = ()
-KEYS |= {f"grouped{op}.sm90a.t{tile}x64.c1x1.bf16-bf16": () for op in ("fc1", "fc2") for tile in (8, 16)}
+KEYS["route.sm90a.t32x4096.c1x1.i32-f32"] = ()
+KEYS |= {f"grouped{op}.sm90a.t{tile}.c1x1.bf16-bf16": () for op in ("fc1", "fc2") for tile in ("8x64", "16x64", "16x256", "32x256")}
 
 
 def cost(key: str, settings: Mapping[str, int], problem: Problem) -> float:
     if problem.op == "prepare":
         return 1.5
-    tile = int(key.split(".t")[1].split("x")[0])
+    if problem.op == "route":
+        return 2.5
+    tile, width = (int(size) for size in key.split(".")[2].removeprefix("t").split("x"))
+    if problem.group_tile:  # WGMMA is a tenth faster; both are slower than the other form while that needs one pass
+        share = problem.m * problem.top_k / problem.experts
+        return 6 + -(-share // tile) * (14 + tile * 2 / 3) * (0.9 if width == 256 else 1)
     return 3 + -(-problem.m // tile) * (10 + tile * 2 / 3)
 
 
@@ -181,9 +188,19 @@ def test_bench_puts_everything_side_by_side(command: Run, what: str, tmp_path: P
             assert row["missing"]["other"] == "RuntimeError: it has no FC2"
         assert row["missing"]["Humming"] == "humming-kernels is not installed"
         gathered = {name for name in row["us"] if name.startswith("gathered")}
-        rows_an_expert = row["m"] * row["shape"]["top_k"] / row["shape"]["experts"]
-        wanted = {"gathered t8x64", "gathered t16x64"} if rows_an_expert >= 2 else {"gathered t8x64"}
-        assert gathered == (wanted if what == "ops" and row["active"] else set())
+        share = row["m"] * row["shape"]["top_k"] / row["shape"]["experts"]
+        tiles = [tile for tile in ("8x64", "16x64", "16x256", "32x256") if share >= int(tile.split("x")[0]) / 8 or tile == "8x64"]
+        wanted = {f"gathered t{tile}" for tile in tiles} if what == "ops" else {f"gathered t{tile.split('x')[0]} with route" for tile in tiles}
+        assert gathered == (wanted if row["active"] else set())
+        # up to 16 tokens the layer op lists active experts
+        if what == "ops":
+            assert row["same"] == {"densemoe chosen form": "densemoe"}
+            assert row["us"]["densemoe chosen form"] == row["us"]["densemoe"]
+        elif row["active"]:
+            assert row["us"]["densemoe whole layer"] == row["us"]["densemoe with prepare"]
+            assert row["us"]["gathered t8 with route"] == pytest.approx(2.5 + 2 * (6 + 14 + 16 / 3), rel=1e-3)
+        else:
+            assert "densemoe whole layer" not in row["us"]
     active = [row for row in rows if row["active"] and row["m"] == 1]
     dense = [row for row in rows if not row["active"] and row["m"] == 1]
     assert active[0]["weight_bytes"] < dense[0]["weight_bytes"]
@@ -194,10 +211,54 @@ def test_bench_puts_everything_side_by_side(command: Run, what: str, tmp_path: P
     assert names == {f"{what}-simulated-{op}{kind}.svg" for op in (("fc1", "fc2") if what == "ops" else ("layer",)) for kind in ("", "-roofline")}
 
 
-def test_bench_finds_a_wrong_grouped_kernel(command: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["ops", "layer"])
+def test_beyond_16_tokens_the_chosen_form_gathers(command: Run, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--models", SHAPES[1], "--tokens", "16", "32", "64", "--form", "active", "--a-dtype", "bf16", "--out", "out")
+    assert command("bench", what, *options) == 0
+    rows = json.loads((tmp_path / "out" / f"{what}-simulated.json").read_text())["rows"]
+    name = "densemoe chosen form" if what == "ops" else "densemoe whole layer"
+    listed, tile = ("densemoe", "16x256") if what == "ops" else ("densemoe with prepare", "16 with route")
+    for row in rows:
+        # 5 experts of one a token: 6.4 rows at M = 32, which the table gives tiles of 16; 12.8 at M = 64, tiles of 32
+        gathered = f"gathered t{tile if row['m'] == 32 else tile.replace('16', '32', 1)}"
+        assert row["same"] == {name: listed if row["m"] == 16 else gathered}
+        assert row["us"][name] == row["us"][row["same"][name]]
+        assert row["share_of_read"][name] == row["share_of_read"][row["same"][name]]
+    one = next(row for row in rows if row["m"] == 32)["us"][name]
+    gemm = 6 + (14 + 16 * 2 / 3) * 0.9
+    assert one == pytest.approx(gemm if what == "ops" else 2.5 + 2 * gemm, rel=1e-3)
+    head = next(line for line in (tmp_path / "out" / f"{what}-simulated.md").read_text().splitlines() if line.startswith("| shape"))
+    named = [cell.strip() for cell in head.split("|")[3:-1]]
+    ours = ["densemoe", name] if what == "ops" else ["densemoe", name, "densemoe with prepare"]
+    assert named[: len(ours)] == ours
+    gathered_columns = [each for each in named if each.startswith("gathered")]
+    assert gathered_columns == sorted(gathered_columns, key=lambda each: [int(part) for part in re.findall(r"\d+", each)])
+    assert named.index("read-only") == len(ours) + len(gathered_columns)
+    assert named[-4:] == ["T_read / T", "T_roofline / T", f"T_read / T {name}", f"T_roofline / T {name}"]
+    assert cli.main(["bench", what, "--from", f"out/{what}-simulated.json", "--out", "again"]) == 0
+    assert (tmp_path / "again" / f"{what}-simulated.md").read_text() == (tmp_path / "out" / f"{what}-simulated.md").read_text()
+
+
+@pytest.mark.parametrize("what", ["ops", "layer"])
+def test_bench_finds_a_wrong_grouped_kernel(
+    command: Run, what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(SimulatedPlan, "grouped", lambda self, a, weights: np.full(self.array("c").shape, 3.0))
-    assert command("bench", "ops", "--models", SHAPES[0], "--tokens", "8", "--form", "active", "--a-dtype", "bf16") == 1
+    assert command("bench", what, "--models", SHAPES[0], "--tokens", "8", "--form", "active", "--a-dtype", "bf16") == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_bench_layer_finds_a_wrong_route(command: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = SimulatedPlan.compute
+
+    def wrong_scales(self: SimulatedPlan) -> None:
+        real(self)
+        if self.problem.op == "route":
+            self.array("row_alpha")[:2] = self.array("row_alpha")[1::-1] * 1.001
+
+    monkeypatch.setattr(SimulatedPlan, "compute", wrong_scales)
+    assert command("bench", "layer", "--models", SHAPES[0], "--tokens", "8", "--form", "active", "--a-dtype", "bf16") == 1
+    assert "gathered t8: route over tiles of 8: its tiles, rows or scales are not the reference's" in capsys.readouterr().out
 
 
 def test_bench_finds_a_wrong_kernel(command: Run, capsys: pytest.CaptureFixture[str]) -> None:

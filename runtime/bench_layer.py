@@ -1,0 +1,187 @@
+"""``densemoe bench layer``: FC1 and FC2 in one graph, alone and behind what the layer op launches before them, in both of its forms.
+
+    listed     [prepare ─►] FC1 ─► FC2                    over the list of active experts, all tokens; or dense
+    gathered   route ─► grouped FC1 ─► grouped FC2        each expert over the tokens that chose it, a column a tile
+
+The column of the whole layer is whichever of them the layer op takes at that M (grouping.py). Needs the extra [host].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from densemoe.runtime.bench import Bench, Point, grouped_tiles, regions
+from densemoe.runtime.bench_competitors import Workload
+from densemoe.runtime.bench_gathered import GatheredLayer, plain
+from densemoe.runtime.bench_report import GATHERED, OURS, WHOLE, WITH_PREPARE
+from densemoe.runtime.bench_timing import Launch
+from densemoe.runtime.grouping import group_tile
+from densemoe.runtime.plan import Plan
+from densemoe.runtime.problem import Problem
+from densemoe.runtime.select import load_table
+from densemoe.runtime.tune_cases import Case, Shape, worth_a_tile
+from densemoe.runtime.tune_data import DeviceMemory, OpData
+
+__all__ = ["LayerBench"]
+
+EARLY: Final = "early_list"  # the setting of kernels that may read lists before the launch before them ends
+
+
+class LayerBench(Bench):
+    """Benchmarks of whole layers on a Tuner's device; arguments as Bench."""
+
+    def layer(self, shapes: Sequence[Shape], tokens: Sequence[int], active: bool, dtypes: tuple[str, str, str]) -> Iterator[dict[str, Any]]:
+        """A row for each (shape, M)."""
+        first, middle, last = dtypes
+        for shape in shapes:
+            one = self._data("fc1", shape, first, middle, max(tokens), active)
+            try:
+                two = self._data("fc2", shape, middle, last, max(tokens), active)
+                gathered = None
+                try:
+                    if active and self._tiles(dtypes):
+                        gathered = GatheredLayer(one, two)
+                    for m in tokens:
+                        yield self._layer(one, two, m, gathered)
+                finally:
+                    if gathered is not None:
+                        gathered.close()
+                    two.close()
+            finally:
+                one.close()
+                self._release()
+
+    def _layer(self, one: OpData, two: OpData, m: int, gathered: GatheredLayer | None) -> dict[str, Any]:
+        tuner, shape = self.tuner, one.shape
+        count = max(one.rotation_count(m), two.rotation_count(m))
+        first, second = _cycled(one.bind(m), count), _cycled(two.bind(m), count)
+        into = {"c": "a", "c.codes": "a.codes", "c.scales": "a.scales"}
+        second = [{**own, **{into[role]: before[role] for role in into if role in before}} for before, own in zip(first, second, strict=True)]
+        memory = DeviceMemory(tuner.driver)
+        plans: list[Plan] = []
+        point = Point()
+        try:
+            problems = (one.problem(m), two.problem(m))
+            plans += [self._planned(problem, own[0]) for problem, own in zip(problems, (first, second), strict=True)]
+            point.columns[OURS] = (_alternate([tuner._launches(plan, own) for plan, own in zip(plans, (first, second), strict=True)]), 2)
+            self._add_prepare(point, plans, memory, one, m, (first, second))
+            touched = one.touched_bytes(m), two.touched_bytes(m)
+            read = [regions(made.weights, size, count) for made, size in zip((one, two), touched, strict=True)]
+            self._add_read(point, [list(pair) for pair in zip(*read, strict=True)])
+            found = self._add_gathered_layer(point, plans, one, two, m, count, gathered)
+            routings = [one.routing(m, rotation) for rotation in range(count)]
+            self._add_competitors(point, Workload("layer", shape, m, routings))
+            row = self._timed(point, Case("layer", shape, m, one.a_dtype, two.c_dtype, one.active), sum(touched))
+            passed = self._layer_passed(plans, first[0], second[0], one, two, m)
+            detail = "" if passed else "FC1 and FC2 with a list of active experts, or dense"
+            row.update(variant=[plan.key for plan in plans[:2]], passed=passed and not found, detail="; ".join(filter(None, [detail, *found])))
+        finally:
+            for plan in plans:
+                plan.close()
+            memory.close()
+        return row
+
+    def _tiles(self, dtypes: Sequence[str]) -> set[int]:
+        """Rows of the tiles that a layer of these dtypes may be gathered into."""
+        if not any(entry.variant.op == "route" for entry in self.tuner.entries.values()):
+            return set()
+        return grouped_tiles(self.tuner, dtypes, "groupedfc1", "groupedfc2") if plain(*dtypes[:2]) else set()
+
+    def _planned(self, problem: Problem, addresses: Mapping[str, int]) -> Plan:
+        """The selection's variant; FC2 fetches weights before FC1 ends where its kernel can, as the layer op tells it to."""
+        tuner = self.tuner
+        key = tuner.loader.select(problem, tuner.device).variant.key
+        has = any(name == EARLY for name, _ in tuner.entries[key].recipe.settings)
+        early = {EARLY: 1} if has and problem.op.endswith("fc2") and (problem.active_list or problem.group_tile) else None
+        return tuner.loader.plan(problem, addresses, tuner.device, settings=early)
+
+    def _add_gathered_layer(
+        self, point: Point, plans: list[Plan], one: OpData, two: OpData, m: int, count: int, gathered: GatheredLayer | None
+    ) -> list[str]:
+        """Columns of the gathered form: its two GEMMs, and the same behind ``route``; which form the layer op takes. What was wrong."""
+        tuner, shape = self.tuner, one.shape
+        dtypes = (one.a_dtype, one.c_dtype, two.c_dtype)
+        point.same[WHOLE] = WITH_PREPARE
+        if not one.active:
+            del point.same[WHOLE]  # the layer op always skips idle experts
+            return []
+        if gathered is None:
+            if not plain(*dtypes[:2]):
+                point.missing[f"{GATHERED} forms"] = "grouped kernels of NVFP4 activations or outputs are not benchmarked yet"
+            return []
+        tiles = self._tiles(dtypes)
+        wanted = group_tile(load_table(self.arch).get("grouping"), tiles, m, shape.top_k, shape.experts)
+        found = []
+        for tile in sorted(tiles):
+            if tile != wanted and not worth_a_tile(shape, m, tile):
+                continue
+            own = gathered.bind(m, tile, count)
+            steps = [self._planned(problem, each[0]) for problem, each in zip(gathered.problems(m, tile), own, strict=True)]
+            plans += steps
+            gathered.poison(m, tile)
+            for plan in steps:
+                plan.launch(tuner.timer.stream)
+            tuner.driver.synchronize()
+            passed, detail = gathered.check(m, tile)
+            if not passed:
+                found.append(f"{GATHERED} t{tile}: {detail}")
+            launches = [tuner._launches(plan, each) for plan, each in zip(steps, own, strict=True)]
+            name = f"{GATHERED} t{tile}"
+            if not passed:
+                point.missing[name] = "it disagrees with the reference"
+                continue
+            point.columns[f"{name} with route"] = (_alternate(launches), 3)
+            if tile == wanted:
+                point.same[WHOLE] = f"{name} with route"
+        return found
+
+    def _layer_passed(
+        self, plans: Sequence[Plan], first: Mapping[str, int], second: Mapping[str, int], one: OpData, two: OpData, m: int
+    ) -> bool:
+        """FC1's output against the reference; that FC2 read it is seen by FC2's output being finite and not what was poisoned."""
+        one.poison(m)
+        two.poison(m)
+        for plan, own in zip(plans, (first, second), strict=False):
+            plan.rebind(own)
+            plan.launch(self.tuner.timer.stream)
+        self.tuner.driver.synchronize()
+        return one.check(m, one.fetch(m)).passed and two.written(m)
+
+    def _add_prepare(
+        self,
+        point: Point,
+        plans: list[Plan],
+        memory: DeviceMemory,
+        one: OpData,
+        m: int,
+        pairs: tuple[Sequence[Mapping[str, int]], Sequence[Mapping[str, int]]],
+    ) -> None:
+        """The same two launches behind ``prepare``, which makes alpha and the list of active experts from the router's choice."""
+        tuner, shape = self.tuner, one.shape
+        problem = Problem("prepare", m, shape.experts, 0, 0, "i32", "f32", top_k=shape.top_k)
+        if not any(entry.variant.op == "prepare" for entry in tuner.entries.values()):
+            point.missing[WITH_PREPARE] = "the set has no prepare kernel"
+            return
+        made = {role: memory.empty(spec.nbytes) for role, spec in problem.tensors().items() if spec.output}
+        common = {**made, "w2_alpha": memory.put(np.ones(shape.experts, np.float32)), "alpha_divisor": memory.put(np.ones(1, np.float32))}
+        common["router"] = memory.put(np.full((m, shape.top_k), 1 / shape.top_k, np.float32))
+        routed = [{**common, "ids": memory.put(np.array(one.routing(m, index), np.int32))} for index in range(len(pairs[0]))]
+        listed = {"active_experts": made["active_list"]} if one.active else {}
+        first = [{**own, **listed} for own in pairs[0]]
+        second = [{**own, **listed, "alpha": made["alpha"]} for own in pairs[1]]
+        prepare = tuner.loader.plan(problem, routed[0], tuner.device)
+        plans.append(prepare)
+        steps = [tuner._launches(plan, own) for plan, own in zip((prepare, *plans[:2]), (routed, first, second), strict=True)]
+        point.columns[WITH_PREPARE] = (_alternate(steps), 3)
+
+
+def _cycled(rotations: Sequence[dict[str, int]], count: int) -> list[dict[str, int]]:
+    return [rotations[index % len(rotations)] for index in range(count)]
+
+
+def _alternate(steps: Sequence[Sequence[Launch]]) -> list[Launch]:
+    """One launch of each step, rotation after rotation."""
+    return [each for unit in zip(*steps, strict=True) for each in unit]
