@@ -58,8 +58,9 @@ wheel: $(STAMP)
 	    -C cmake.define.DENSEMOE_ARTIFACTS=$(CURDIR)/$(BUILT) -C cmake.define.DENSEMOE_LOCKED=$(LOCKED) \
 	    -C cmake.define.DENSEMOE_PROFILE=$(PROFILE) -C cmake.define.DENSEMOE_ARCHITECTURES=$(ARCHITECTURES)
 
+# DEVICE_PYTHON is the GPU machine's, as in 3.12, where it is not this one's
 device-bundle: wheel
-	$(BIN)/python scripts/device_bundle.py
+	$(BIN)/python scripts/device_bundle.py $(if $(DEVICE_PYTHON),--python $(DEVICE_PYTHON))
 
 # for an owner of a B200 or B300 (docs/blackwell.md); refused on another device. --locked: a record is of the cubins that ship
 PROOF ?= blackwell-proof.json
