@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from densemoe.runtime import bench_cli, records, release_cli, tune_cli, verify_cli
+from densemoe.runtime import bench_cli, mutate_cli, records, release_cli, tune_cli, verify_cli
 from densemoe.runtime.errors import (
     ArtifactError,
     BuildError,
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     _common(show)
 
     verify_cli.add_command(add, _executor, _common)
+    mutate_cli.add_command(add, _executor)
 
     explain = add(
         "explain",

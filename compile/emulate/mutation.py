@@ -27,7 +27,10 @@ from densemoe.runtime.errors import DensemoeError, EmulatorError, ProblemError
 from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.variant import Variant
 
-__all__ = ["EQUIVALENTS", "SUBJECTS", "Equivalent", "Finding", "Report", "Subject", "Task", "equivalents", "run", "run_mutant", "sample", "subject"]
+__all__ = [
+    "EQUIVALENTS", "OUTCOMES", "SUBJECTS", "Equivalent", "Finding", "Report", "Subject", "Task",
+    "equivalents", "run", "run_mutant", "sample", "subject",
+]  # fmt: skip
 
 EQUIVALENTS: Final = Path(__file__).with_name("equivalent_mutants.json")
 Runs = tuple[tuple[str, str], ...]
@@ -80,6 +83,8 @@ SUBJECTS: Final[Mapping[str, Runs]] = {
         "m=1,e=1,h=128,i=256,kind=exact,scalar=1,sms=1",
     ),
 }
+#: What can become of a mutant.
+OUTCOMES: Final = ("error", "output", "remark", "hangs", "equivalent", "survived")
 _ERROR: Final = 300  # characters of a message that are kept
 
 
@@ -183,15 +188,15 @@ class Report:
         """Counted as equivalent, of all."""
         return self.count("equivalent") / max(len(self.findings), 1)
 
-    def of(self, key: str) -> Report:
-        """Of one kernel."""
-        return Report([each for each in self.findings if each.key == key])
+    def by_kernel(self) -> dict[str, Report]:
+        """Of each kernel."""
+        keys = dict.fromkeys(each.key for each in self.findings)
+        return {key: Report([each for each in self.findings if each.key == key]) for key in keys}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        keys = dict.fromkeys(each.key for each in self.findings)
         return {
-            "kernels": {key: self.of(key)._summary() for key in keys},
+            "kernels": {key: each._summary() for key, each in self.by_kernel().items()},
             "all": self._summary(),
             "findings": [asdict(each) for each in self.findings],
             "unused_proofs": [asdict(each) for each in self.unused],

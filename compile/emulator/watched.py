@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WatchedAccesses"]
 
-_FENCES = ("fence.acq_rel", "fence.sc", "fence.acquire.", "fence.release.", "membar.cta", "membar.gl", "membar.sys", "fence.cta", "fence.cluster", "fence.gpu")
+_FENCES = ("fence.acq_rel.", "fence.sc.", "fence.acquire.", "fence.release.", "membar.", "fence.cta", "fence.cluster", "fence.gpu", "fence.sys")
 _STRONG_BYTES = 8  # of a scalar that may be a flag
 
 
@@ -108,7 +108,8 @@ class WatchedAccesses(Accesses):
         if not self.programmatic or self.races is None or (buffer.early and not write):
             return
         if clock is None or not clock.order[self.races.before]:
-            raise EmulatorError(f"{'writes' if write else 'reads'} {buffer.name} without griddepcontrol.wait before: a launch before may still use it")
+            verb = "writes" if write else "reads"
+            raise EmulatorError(f"{verb} {buffer.name} without griddepcontrol.wait before: a launch before may still use it")
 
     # --- fences
 
