@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +21,39 @@ for _folder in ("emulator", "gpu", "runtime"):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the long grids too")
+    parser.addoption("--cutlass-examples", help="examples/python/CuTeDSL of a checkout of NVIDIA's CUTLASS (or DENSEMOE_CUTLASS_EXAMPLES)")
+    parser.addoption("--sample", metavar="SEED", help="seed of the sampled grids (default: the commit)")
+
+
+def _sample_seed(config: pytest.Config) -> str:
+    """What ``--sample`` gives, else the commit that is tested; ``none`` outside of a repository."""
+    given = config.getoption("--sample")
+    if given:
+        return str(given)
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+@pytest.fixture(scope="session")
+def sample_seed(pytestconfig: pytest.Config) -> str:
+    """Decides which cases sampled grids run."""
+    return _sample_seed(pytestconfig)
+
+
+@pytest.fixture(autouse=True)
+def _variables_are_left_as_they_were() -> Iterator[None]:
+    """A test that leaves one of densemoe's environment variables behind fails (contract section 10)."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("DENSEMOE_")}
+    yield
+    after = {name: value for name, value in os.environ.items() if name.startswith("DENSEMOE_")}
+    assert after == before, "this test leaks environment variables: use monkeypatch"
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    terminalreporter.write_line(f"sampled grids: seed {_sample_seed(config)} (repeat with --sample {_sample_seed(config)})")
 
 
 def _gpu_missing() -> str:

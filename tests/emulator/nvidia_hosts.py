@@ -109,4 +109,5 @@ def _grouped(  # type: ignore[no-untyped-def]
 def grouped(kernel: Any, ab: str, c: str, groups: int, buffers: int, total_clusters: int) -> tuple[Any, list[Any]]:
     """The same of a grouped GEMM: sizes, strides and addresses of each group lie in memory, tensor maps are made by the kernel."""
     tables = [_pointer("Int32"), _pointer("Int32"), _pointer("Int64"), _pointer("Int64", 128)]
-    return _grouped, [kernel, _pointer(ab), _pointer(ab), _pointer(c), *tables, cutlass.Int32(0), groups, buffers, total_clusters, CLUSTERS, cuda.CUstream(0)]
+    counts = [groups, buffers, total_clusters, CLUSTERS]
+    return _grouped, [kernel, _pointer(ab), _pointer(ab), _pointer(c), *tables, cutlass.Int32(0), *counts, cuda.CUstream(0)]
