@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from moe_models import FAMILIES, tiny
+from safetensors.torch import load_file, save_file
 
 from densemoe.runtime import packing
 from densemoe.runtime.errors import CheckpointError, ProblemError
+from densemoe.runtime.torch import DenseGemmMoE, MoEConfig, cpu
 from densemoe.runtime.torch import checkpoint as reading
-from densemoe.runtime.torch import cpu
 from densemoe.runtime.torch.safetensors_file import Checkpoint
 from densemoe.runtime.torch.weights import PROJECTIONS, MoEWeights, Projection, WeightStore, quantize_projection
 
@@ -99,6 +100,71 @@ def test_a_checkpoint_is_worth_what_its_tool_says(tmp_path: Path, tool: Any, nam
             for projection in PROJECTIONS:
                 expected = values[number, expert, projection].double()
                 torch.testing.assert_close(worth(weights, expert, projection), expected, rtol=2**-7, atol=1e-9)  # the tools work in bf16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_modelopt_exports_is_worth_what_modelopt_says(tmp_path: Path, family: str) -> None:
+    """Quantised, calibrated and exported whole by the public tool, in the names of the family's checkpoints."""
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export import export_hf_checkpoint
+    from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
+
+    model, ids = tiny(family), torch.arange(24).reshape(2, 12) * 7 % 97
+    model.config.architectures = [type(model).__name__]
+    mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, lambda quantised: quantised(ids))
+    export_hf_checkpoint(model, export_dir=str(tmp_path))
+    stored = {}
+    for file in tmp_path.glob("*.safetensors"):
+        stored.update(load_file(file))
+    checkpoint = Checkpoint(tmp_path)
+    layers = reading.find_layers(checkpoint)
+    assert len(layers) == 2
+    for layer in layers:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # gate and up may have been given a scale each
+            weights = reading.load_layer(checkpoint, layer)
+        gate_scales, inputs = [], {projection: [] for projection in PROJECTIONS}
+        for expert in range(layer.experts):
+            for projection in PROJECTIONS:
+                base = layer.name(expert, projection, "weight")
+                codes, scale, scale_2 = stored[base], stored[f"{base}_scale"], stored[f"{base}_scale_2"]
+                shape = torch.Size((codes.shape[0], codes.shape[1] * 2))
+                values = NVFP4QTensor(shape, torch.float32, codes).dequantize(
+                    dtype=torch.float32, scale=scale, double_scale=scale_2, block_sizes={-1: 16}
+                )
+                ratio = 1.0 if projection != "down" else float(stored[layer.name(expert, "up", "weight_scale_2")]) / gate_scales[-1]
+                if projection == "gate":
+                    gate_scales.append(float(scale_2))
+                if projection == "up":
+                    ratio = gate_scales[-1] / float(scale_2)  # moved into FC2's alpha
+                torch.testing.assert_close(worth(weights, expert, projection), values.double() * ratio, rtol=1e-5, atol=1e-12)
+                inputs[projection].append(float(stored[layer.name(expert, projection, "input_scale")]))
+        assert weights.input_scale == pytest.approx(max(inputs["gate"] + inputs["up"]))
+        assert weights.between_scale == pytest.approx(max(inputs["down"]))
+        config = MoEConfig(layer.experts, 2, layer.hidden, layer.intermediate, activations="nvfp4", between="nvfp4")
+        out = DenseGemmMoE(config, weights)(torch.randn(3, layer.hidden).bfloat16(), torch.randn(3, layer.experts))
+        assert torch.isfinite(out).all()
+
+
+def test_a_model_that_llm_compressor_wrote_is_worth_what_compressed_tensors_says() -> None:
+    """Written by data/write_llmcompressor.py: llm-compressor does not install beside the versions that are pinned here."""
+    from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    path = Path(__file__).parent / "data" / "llmcompressor_qwen3.safetensors"
+    stored, checkpoint = load_file(path), Checkpoint(path)
+    (layer,) = reading.find_layers(checkpoint)
+    assert (layer.experts, layer.hidden, layer.intermediate) == (2, 64, 64)
+    weights, scheme = reading.load_layer(checkpoint, layer), preset_name_to_scheme("NVFP4", ["Linear"])
+    for expert in range(2):
+        for projection in PROJECTIONS:
+            base = layer.name(expert, projection, "")
+            tensors = {name.removeprefix(base): each for name, each in stored.items() if name.startswith(base)}
+            values = NVFP4PackedCompressor.decompress(dict(tensors), scheme)["weight"]
+            torch.testing.assert_close(worth(weights, expert, projection), values.double(), rtol=2**-7, atol=1e-9)  # the tool works in bf16
+    scales = {suffix: [1 / float(each) for name, each in stored.items() if name.endswith(f"{suffix}.input_global_scale")] for suffix in QWEN.values()}
+    assert weights.input_scale == pytest.approx(max(scales["gate_proj"] + scales["up_proj"]))
+    assert weights.between_scale == pytest.approx(max(scales["down_proj"]))
 
 
 def test_unquantised_experts_are_quantised_as_the_contract_says(tmp_path: Path) -> None:
@@ -235,8 +301,6 @@ def test_loading_holds_one_expert_beside_the_packed_weights(tmp_path: Path) -> N
     ],
 )
 def test_a_damaged_checkpoint_says_what_is_wrong(tmp_path: Path, change: Any, said: str) -> None:
-    from safetensors.torch import load_file
-
     folder, _ = write(tmp_path, modelopt, layers=1)
     tensors = load_file(folder / "model-0.safetensors")
     change(tensors)
