@@ -58,11 +58,13 @@ class WatchedAccesses(Accesses):
             self._check_early(rows, addresses, size * count, write)
         if races.everywhere is None:
             return
-        if order and size * count <= _STRONG_BYTES and count == 1:
-            self._order(g, picked, addresses, None if write else order == "acquire", order == "release" if write else None)
-            if not write:
-                return
+        strong = bool(order) and size * count <= _STRONG_BYTES and count == 1
+        if strong and not write:
+            self._order(g, picked, addresses, order == "acquire", None)
+            return
         races.everywhere.access(rows, addresses, size * count, (ATOMIC if order else WRITE) if write else READ)
+        if strong:  # whoever acquires it knows of the store itself
+            self._order(g, picked, addresses, None, order == "release")
 
     def note_atomic(self, g: Gang, space: str, address: Any, mask: Any, size: int, count: int, order: str, reads: bool) -> None:
         races = self.races
@@ -81,9 +83,12 @@ class WatchedAccesses(Accesses):
             self._check_early(rows, addresses, size * count, True)
         if races.everywhere is None:
             return
-        if not (count > 1 or (order in ("", "relaxed") and not reads)):
-            self._order(g, picked, addresses, order in ("acquire", "acq_rel") if reads else None, order in ("release", "acq_rel"))
+        orders = not (count > 1 or (order in ("", "relaxed") and not reads))
+        if orders and reads:
+            self._order(g, picked, addresses, order in ("acquire", "acq_rel"), None)
         races.everywhere.access(rows, addresses, size * count, ATOMIC)
+        if orders:  # after the access: whoever acquires it knows of the atomic itself
+            self._order(g, picked, addresses, None, order in ("release", "acq_rel"))
 
     def _order(self, g: Gang, picked: Any, addresses: Any, acquire: bool | None, release: bool | None) -> None:
         assert self.races is not None
