@@ -83,12 +83,15 @@ class WatchedAccesses(Accesses):
             self._check_early(rows, addresses, size * count, True)
         if races.everywhere is None:
             return
-        orders = not (count > 1 or (order in ("", "relaxed") and not reads))
-        if orders and reads:
-            self._order(g, picked, addresses, order in ("acquire", "acq_rel"), None)
-        races.everywhere.access(rows, addresses, size * count, ATOMIC)
-        if orders:  # after the access: whoever acquires it knows of the atomic itself
-            self._order(g, picked, addresses, None, order in ("release", "acq_rel"))
+        if count > 1 or (order in ("", "relaxed") and not reads):
+            races.everywhere.access(rows, addresses, size * count, ATOMIC)
+            return
+        # one after another, and the release last: whoever acquires an atomic's value knows of the atomic itself
+        acquire, release = order in ("acquire", "acq_rel") if reads else None, order in ("release", "acq_rel")
+        for position in range(picked.size):
+            self._order(g, picked[position : position + 1], addresses[position : position + 1], acquire, None)
+            races.everywhere.access(rows[position : position + 1], addresses[position : position + 1], size, ATOMIC)
+            self._order(g, picked[position : position + 1], addresses[position : position + 1], None, release)
 
     def _order(self, g: Gang, picked: Any, addresses: Any, acquire: bool | None, release: bool | None) -> None:
         assert self.races is not None
