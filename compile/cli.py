@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -32,7 +33,7 @@ def build(args: argparse.Namespace) -> int:
     lock = Lock.read() if args.locked else None
     if lock is not None:
         locking.check_toolchain(lock)
-    verified: list[str] = []
+    verified: dict[str, verification.Mask] = {}
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("building", total=None)
         result = building.build(
@@ -56,7 +57,7 @@ def build(args: argparse.Namespace) -> int:
             )
             result.failures += unequal
     if args.json:
-        print(json.dumps({**dataclasses.asdict(result), "verified": verified}, indent=2, sort_keys=True))
+        print(json.dumps({**dataclasses.asdict(result), "verified": sorted(verified), "masks": verified}, indent=2, sort_keys=True))
     else:
         seconds = sum(result.seconds.values())
         print(f"{out}: {len(result.built)} built ({seconds:.1f} s of compiling), {len(result.reused)} unchanged, {len(result.removed)} removed")
@@ -64,6 +65,8 @@ def build(args: argparse.Namespace) -> int:
             print(f"  removed {name}: its variant is no longer in the matrix")
         if args.oracle:
             print(f"  {len(verified)} compared with the compiler's own launches now; earlier records stay")
+            for line in _masks(verified):
+                print(line)
     for failure in result.failures:
         print(f"FAILED {failure.key}\n  {failure.error}", file=sys.stderr)
     if result.failures:
@@ -77,6 +80,18 @@ def build(args: argparse.Namespace) -> int:
             print(f"NOT AS LOCKED {each}", file=sys.stderr)
         print(f"{differing} of {len(result.built) + len(result.reused)} cubins are not as locked", file=sys.stderr)
     return 1 if result.failures or differing else 0
+
+
+def _masks(verified: Mapping[str, verification.Mask]) -> list[str]:
+    """The bytes of the parameter block that were compared, and for which variants."""
+    keys: dict[verification.Mask, list[str]] = {}
+    for key, mask in verified.items():
+        keys.setdefault(mask, []).append(key)
+    lines = []
+    for mask, named in keys.items():
+        bytes_ = " ".join(f"{offset}+{size}" for offset, size in mask)
+        lines.append(f"  mask of {named[0]}{f' and {len(named) - 1} more' if len(named) > 1 else ''} (offset+bytes): {bytes_}")
+    return lines
 
 
 def list_profile(args: argparse.Namespace) -> int:

@@ -38,8 +38,11 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def oracle_record(planned: Planned) -> dict[str, Any]:
-    """Runs the launch oracle on one variant; its record.
+Mask = tuple[tuple[int, int], ...]
+
+
+def oracle_record(planned: Planned) -> tuple[dict[str, Any], Mask]:
+    """Runs the launch oracle on one variant; its record, and the (offset, bytes) of the parameter block that were compared.
 
     Raises:
         BuildError: a launch that the recipe packs is not the compiler's own; or it could not be compared.
@@ -49,20 +52,21 @@ def oracle_record(planned: Planned) -> dict[str, Any]:
     if faults:
         raise BuildError("the recipe's launch is not the compiler's: " + "; ".join(faults))
     mask = comparisons[0].mask
-    return {
+    record = {
         "kind": "oracle",
         "launches": len(comparisons),
         "parameters": len(mask),
         "compared_bytes": sum(size for _, size in mask),
         "sources": sources(),
     }
+    return record, mask
 
 
-def _work(planned: Planned) -> tuple[dict[str, Any] | None, str]:
+def _work(planned: Planned) -> tuple[dict[str, Any] | None, Mask, str]:
     try:
-        return oracle_record(planned), ""
+        return *oracle_record(planned), ""
     except (DensemoeError, OSError) as error:
-        return None, f"{type(error).__name__}: {error}"
+        return None, (), f"{type(error).__name__}: {error}"
 
 
 def _recorded(out: Path, arch: str) -> Mapping[str, tuple[Mapping[str, Any], ...]]:
@@ -73,13 +77,13 @@ def _recorded(out: Path, arch: str) -> Mapping[str, tuple[Mapping[str, Any], ...
 
 def record_oracle(
     out: Path, chosen: Iterable[Planned], jobs: int | None = None, progress: Callable[[str, str], None] = lambda key, state: None
-) -> tuple[list[str], list[build.Failure]]:
+) -> tuple[dict[str, Mask], list[build.Failure]]:
     """Runs the oracle for the built variants that have no record of it yet, and writes the records into the manifests.
 
     A variant that fails keeps no record; the set itself is unchanged.
 
     Returns:
-        Keys that were recorded now, and every failure.
+        Masks of compared bytes by the keys that were recorded now, and every failure.
 
     Raises:
         ArtifactError: a set is not there.
@@ -88,18 +92,20 @@ def record_oracle(
     records: dict[str, dict[str, dict[str, Any]]] = {}
     failures: list[build.Failure] = []
     planned = [each for each in chosen if not _has_record(_recorded(out, each.variant.arch)[each.variant.key])]
+    masks: dict[str, Mask] = {}
     if not planned:
-        return [], []
+        return masks, []
     workers = min(jobs or len(os.sched_getaffinity(0)), len(planned))
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for each, (record, error) in zip(planned, pool.map(_work, planned), strict=True):
+        for each, (record, mask, error) in zip(planned, pool.map(_work, planned), strict=True):
             if record is None:
                 failures.append(build.Failure(each.variant.key, error))
             else:
                 records.setdefault(each.variant.arch, {})[each.variant.key] = record
+                masks[each.variant.key] = mask
             progress(each.variant.key, "failed" if record is None else "verified")
     write_records(out, records)
-    return sorted(key for found in records.values() for key in found), failures
+    return dict(sorted(masks.items())), failures
 
 
 def write_records(out: Path, records: Mapping[str, Mapping[str, Mapping[str, Any]]], images: Mapping[str, str] | None = None) -> None:

@@ -32,15 +32,16 @@ def records(root: Path) -> dict[str, list[dict[str, Any]]]:
 def test_records_are_written_once_and_kept(artifacts_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.read_bytes() for path in (artifacts_copy / "sm_90a").glob("*.cubin")}
     done, failures = verification.record_oracle(artifacts_copy, [PLANNED[KEY]], jobs=1)
-    assert (done, failures) == ([KEY], [])
+    assert (list(done), failures) == ([KEY], [])
     (record,) = records(artifacts_copy)[KEY]
     parameters = ArtifactSet(artifacts_copy).manifest("sm_90a").variants[KEY].parameters
+    assert done[KEY] == parameters  # the mask: every byte of every parameter, padding alone is left out
     compared = sum(size for _, size in parameters)
     counts = {"launches": 3, "parameters": len(parameters), "compared_bytes": compared}
     assert record == {"kind": "oracle", "sources": verification.sources(), **counts}
     assert {path.name: path.read_bytes() for path in (artifacts_copy / "sm_90a").glob("*.cubin")} == before
     assert cli.main(["verify", "--artifacts", str(artifacts_copy)]) == 0
-    assert verification.record_oracle(artifacts_copy, [PLANNED[KEY]]) == ([], [])
+    assert verification.record_oracle(artifacts_copy, [PLANNED[KEY]]) == ({}, [])
     assert build.build(matrix.load(), artifacts_copy, profile="quick").built == []
     assert records(artifacts_copy)[KEY] == [record]
     capsys.readouterr()
@@ -50,9 +51,20 @@ def test_records_are_written_once_and_kept(artifacts_copy: Path, capsys: pytest.
 
 
 @needs_cc
+def test_the_command_prints_the_mask_of_compared_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["build", "--profile", "quick", "--filter", KEY, "--oracle", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    parameters = ArtifactSet(tmp_path).manifest("sm_90a").variants[KEY].parameters
+    said = capsys.readouterr().out
+    assert f"mask of {KEY} (offset+bytes): " + " ".join(f"{offset}+{size}" for offset, size in parameters) + "\n" in said
+    assert cli.main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["masks"] == {}  # recorded before: not compared again
+
+
+@needs_cc
 def test_a_record_of_other_packing_is_made_again(artifacts_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verification.write_records(artifacts_copy, {"sm_90a": {KEY: {"kind": "oracle", "sources": "0" * 64}}})
-    assert verification.record_oracle(artifacts_copy, [PLANNED[KEY]], jobs=1)[0] == [KEY]
+    assert verification.record_oracle(artifacts_copy, [PLANNED[KEY]], jobs=1)[0].keys() == {KEY}
     (record,) = records(artifacts_copy)[KEY]
     assert record["sources"] == verification.sources()
 
@@ -85,8 +97,8 @@ def test_a_second_writer_is_kept_out(artifacts_copy: Path, monkeypatch: pytest.M
             return self
 
         def __exit__(self, *error: object) -> None: ...
-        def map(self, function: Any, items: list[Any]) -> list[tuple[dict[str, Any], str]]:
-            return [({"kind": "oracle"}, "") for _ in items]
+        def map(self, function: Any, items: list[Any]) -> list[tuple[dict[str, Any], verification.Mask, str]]:
+            return [({"kind": "oracle"}, (), "") for _ in items]
 
     monkeypatch.setattr(verification.concurrent.futures, "ProcessPoolExecutor", Pool)
     with (artifacts_copy / LOCK_NAME).open("w") as lock:
