@@ -17,6 +17,7 @@ from typing import Any, Final
 from densemoe.compile.elf import read_sections
 from densemoe.runtime.canonical import read_file
 from densemoe.runtime.errors import ArtifactError, AuditError, ManifestError
+from densemoe.runtime.fields import plain
 from densemoe.runtime.loader import ArtifactSet
 from densemoe.runtime.manifest import LARGEST_CUBIN, ManifestVariant
 from densemoe.runtime.wheels import extract
@@ -77,6 +78,8 @@ def _root(path: Path, folder: Path) -> Path:
 
 
 def _entries(artifacts: ArtifactSet) -> dict[str, ManifestVariant]:
+    for arch in artifacts.architectures:
+        artifacts.manifest(arch).check()
     return {entry.key: entry for arch in artifacts.architectures for entry in artifacts.manifest(arch).variants.values()}
 
 
@@ -183,7 +186,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         found = compare(Path(args.first), Path(args.second))
     except (ArtifactError, OSError, ValueError) as error:
-        print(f"densemoe diff: {error}", file=sys.stderr)
+        print(f"densemoe diff: {plain(error)}", file=sys.stderr)
         return UNREADABLE
     if args.json:
         print(json.dumps({**vars(found), "different": found.different}, indent=2, sort_keys=True))
@@ -193,28 +196,31 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _print(found: Comparison) -> None:
+    def say(line: str) -> None:
+        print(plain(line))
+
     for arch, pairs in found.sets.items():
         for name, (a, b) in pairs.items():
-            print(f"{arch}: {name}: {_short(a)} -> {_short(b)}")
+            say(f"{arch}: {name}: {_short(a)} -> {_short(b)}")
     for key in found.removed:
-        print(f"- {key}")
+        say(f"- {key}")
     for key in found.added:
-        print(f"+ {key}")
+        say(f"+ {key}")
     for key, changes in found.changed.items():
-        print(f"~ {key}")
+        say(f"~ {key}")
         for name, value in changes.items():
             if name == "sections":
-                print(f"    sections that differ: {', '.join(value)}")
+                say(f"    sections that differ: {', '.join(value)}")
             elif name in ("recipe", "verification"):
-                print(f"    {FIELDS[name]} changed")
+                say(f"    {FIELDS[name]} changed")
             else:
-                print(f"    {FIELDS[name]}: {_short(value[0])} -> {_short(value[1])}")
+                say(f"    {FIELDS[name]}: {_short(value[0])} -> {_short(value[1])}")
     for arch, rules in found.selection.items():
         for sign, name in (("-", "removed"), ("+", "added")):
             for rule in rules[name]:
-                print(f"{sign} selection {arch}: {rule}")
+                say(f"{sign} selection {arch}: {rule}")
         if not rules["added"] and not rules["removed"]:
-            print(f"~ selection {arch}: the order of its rules")
+            say(f"~ selection {arch}: the order of its rules")
     counts = f"{len(found.added)} added, {len(found.removed)} removed, {len(found.changed)} changed, {found.equal} equal"
     print(f"{counts}; selection of {len(found.selection)} architectures changed", file=sys.stderr)
 

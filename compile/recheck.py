@@ -7,6 +7,7 @@ from typing import Any
 
 from densemoe.compile.elf import read_cubin
 from densemoe.runtime.errors import AuditError
+from densemoe.runtime.fields import plain
 from densemoe.runtime.manifest import ManifestVariant
 
 __all__ = ["recheck"]
@@ -37,4 +38,4 @@ def recheck(entry: ManifestVariant, image: bytes, ptxas: str) -> list[str]:
         ("code bytes", facts.text_bytes, entry.audit.get("text_bytes")),
         ("assembler", facts.ptxas, ptxas),
     ]
-    return [f"{entry.file}: {name} {found}, the manifest says {stated}" for name, found, stated in pairs if found != stated]
+    return [f"{entry.file}: {name} {plain(found)}, the manifest says {plain(stated)}" for name, found, stated in pairs if found != stated]

@@ -98,6 +98,7 @@ def reference(root: Path | None, lock: Lock, source: str = "") -> Reference:
     found, sides = ArtifactSet(root), {}
     for arch in found.architectures:
         manifest = found.manifest(arch)
+        manifest.check()
         toolchain = {each["name"]: each["version"] for each in manifest.toolchain["distributions"]}
         for key, entry in manifest.variants.items():
             locked = lock.cubins.get(key)

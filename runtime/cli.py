@@ -12,7 +12,7 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from densemoe.runtime import bench_cli, mutate_cli, records, release_cli, tune_cli, verify_cli
@@ -28,6 +28,7 @@ from densemoe.runtime.errors import (
     ToolchainError,
     VariantError,
 )
+from densemoe.runtime.fields import plain
 
 if TYPE_CHECKING:
     from densemoe.runtime.loader import Loader
@@ -254,32 +255,43 @@ def _show(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(document)
         return OK
-    for name in ("key", "kernel", "symbol", "file", "size", "sha256", "layout", "registers", "stack", "static_smem", "parameter_bytes"):
-        print(f"{name:16} {document[name]}")
-    recipe = entry.recipe
-    print(f"{'block':16} {recipe.block}   cluster {recipe.cluster}   dynamic smem {recipe.dynamic_smem}")
-    print(f"{'grid':16} {recipe.grid}")
-    for parameter, (offset, size) in zip(recipe.parameters, entry.parameters, strict=True):
-        print(f"  +{offset:<4} {size:>3} B  {parameter.kind:10} {parameter.name} = {parameter.value}")
-    for workspace in recipe.workspaces:
-        print(f"  {workspace.role}: {workspace.nbytes} bytes{', zeroed' if workspace.zeroed else ''}")
-    for setting, allowed in recipe.settings:
-        print(f"  setting {setting}: {', '.join(map(str, allowed))}")
-    for line in _design_lines(entry.audit.get("design", {})):
-        print(line)
-    for name, value in entry.audit.items():
-        if name != "design":
-            print(f"{name:16} {value}")
-    for record in entry.verification:
-        for number, line in enumerate(records.lines(record)):
-            print(f"{'' if number else 'verified':16} {line}")
+    for line in _shown_lines(entry, document):
+        print(plain(line))
     return OK
 
 
-def _design_lines(design: dict[str, int]) -> list[str]:
-    """The audit's sizes of a tcgen05 kernel, as sentences; as they are where a kernel states others."""
-    if "latency_bandwidth_bytes" not in design:
-        return [f"{'design':16} {dict(design)}"] if design else []
+def _shown_lines(entry: Any, document: dict[str, Any]) -> Iterator[str]:
+    for name in ("key", "kernel", "symbol", "file", "size", "sha256", "layout", "registers", "stack", "static_smem", "parameter_bytes"):
+        yield f"{name:16} {document[name]}"
+    recipe = entry.recipe
+    yield f"{'block':16} {recipe.block}   cluster {recipe.cluster}   dynamic smem {recipe.dynamic_smem}"
+    yield f"{'grid':16} {recipe.grid}"
+    for parameter, (offset, size) in zip(recipe.parameters, entry.parameters, strict=True):
+        yield f"  +{offset:<4} {size:>3} B  {parameter.kind:10} {parameter.name} = {parameter.value}"
+    for workspace in recipe.workspaces:
+        yield f"  {workspace.role}: {workspace.nbytes} bytes{', zeroed' if workspace.zeroed else ''}"
+    for setting, allowed in recipe.settings:
+        yield f"  setting {setting}: {', '.join(map(str, allowed))}"
+    yield from _design_lines(entry.audit.get("design", {}))
+    for name, value in entry.audit.items():
+        if name != "design":
+            yield f"{name:16} {value}"
+    for record in entry.verification:
+        for number, line in enumerate(records.lines(record)):
+            yield f"{'' if number else 'verified':16} {line}"
+
+
+_DESIGN: Final = (
+    *("accumulators", "latency_bandwidth_bytes", "smem_bytes", "smem_limit", "stage_bytes", "stages"),
+    *("tma_bytes_in_flight", "tmem_columns", "tmem_limit", "weight_bytes_in_flight"),
+)
+
+
+def _design_lines(design: Any) -> list[str]:
+    """The audit's sizes of a tcgen05 kernel, as sentences; as they are where a kernel, or whoever wrote the manifest, states others."""
+    stated = design if isinstance(design, dict) else {}
+    if not all(type(stated.get(name)) is int for name in _DESIGN) or not stated["latency_bandwidth_bytes"]:
+        return [f"{'design':16} {design}"] if design else []
     weights, needed = design["weight_bytes_in_flight"], design["latency_bandwidth_bytes"]
     return [
         f"{'in flight':16} {design['tma_bytes_in_flight']} bytes of TMA a CTA ({design['stages']} stages of {design['stage_bytes']}),"
@@ -461,7 +473,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _build_side(args.run)(args)
         return _COMMANDS[args.run](args)
     except DensemoeError as error:
-        print(f"densemoe {args.command}: {error}", file=sys.stderr)
+        lines = (plain(line) for line in str(error).splitlines())
+        print(f"densemoe {args.command}:", "\n".join(lines), file=sys.stderr)
         return _exit_code(error)
     except BrokenPipeError:
         return OK

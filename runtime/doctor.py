@@ -10,6 +10,7 @@ from typing import Any
 
 from densemoe.runtime.driver import version_text
 from densemoe.runtime.errors import ArtifactError, DensemoeError
+from densemoe.runtime.fields import Fields, plain
 from densemoe.runtime.loader import ENVIRONMENT, ArtifactSet, Loader
 from densemoe.runtime.select import load_table
 from densemoe.runtime.variant import Architecture, architecture
@@ -34,7 +35,7 @@ class Report:
     def lines(self) -> list[str]:
         """For a terminal."""
         width = max(len(name) for name, _ in self.facts)
-        return [f"{name.ljust(width)}  {value}" for name, value in self.facts]
+        return [f"{name.ljust(width)}  {plain(value)}" for name, value in self.facts]
 
     def to_json(self) -> dict[str, Any]:
         """For a program."""
@@ -83,7 +84,8 @@ def diagnose(artifacts: str | None = None) -> Report:
         for arch in found.architectures:
             manifest = found.manifest(arch)
             needed = version_text(manifest.minimum_driver)
-            stated = f"{len(manifest.variants)} variants, {manifest.toolchain['ptxas']}, needs a driver for CUDA {needed}"
+            ptxas = Fields(manifest.toolchain, f"{manifest.source}.toolchain").get("ptxas", str)
+            stated = f"{len(manifest.variants)} variants, {plain(ptxas)}, needs a driver for CUDA {needed}"
             report.facts.append((f"artifacts {arch}", stated))
         report.artifacts_found = True
     except ArtifactError as error:

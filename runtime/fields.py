@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from densemoe.runtime.errors import ManifestError
 
-__all__ = ["Fields", "check_schema", "is_sha256", "parse_document", "shown"]
+__all__ = ["Fields", "check_schema", "is_sha256", "parse_document", "plain", "shown"]
 
 _LONGEST_SHOWN = 60  # characters of a value that an error message repeats
 
@@ -99,6 +99,12 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def plain(value: Any) -> str:
+    """``value`` as text that a terminal may be given: what would move its cursor, or is no text, is spelled out."""
+    text = str(value)
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def parse_document(data: bytes, source: str, schema: int, largest: int) -> Fields:

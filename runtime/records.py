@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from densemoe.runtime.fields import plain
+
 __all__ = ["lines", "summary"]
 
 _DIGEST: Final = 12  # digits of a sha256 that are shown
@@ -17,20 +19,21 @@ def summary(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _short(record: Mapping[str, Any]) -> str:
-    kind = str(record.get("kind"))
+    kind = plain(record.get("kind"))
     facts = []
     if "cases" in record:
-        facts.append(f"{record['cases']} cases")
+        facts.append(f"{plain(record['cases'])} cases")
     if "worst" in record:
-        facts.append(f"worst {record['worst']:g}" if isinstance(record["worst"], (int, float)) else f"worst {record['worst']}")
+        worst = record["worst"]
+        facts.append(f"worst {worst:g}" if isinstance(worst, float) else f"worst {plain(worst)}")
     return f"{kind} ({', '.join(facts)})" if facts else kind
 
 
 def lines(record: Mapping[str, Any]) -> list[str]:
     """A record line by line: what ran, by which code, and what it counted."""
-    plain = {name: value for name, value in record.items() if name not in (*_DIGESTS, "kind", "counters")}
-    found = [f"{record.get('kind')}: " + ", ".join(f"{name} {_value(value)}" for name, value in plain.items())]
-    digests = [f"{name} {str(record[name])[:_DIGEST]}" for name in _DIGESTS if name in record]
+    stated = {name: value for name, value in record.items() if name not in (*_DIGESTS, "kind", "counters")}
+    found = [f"{plain(record.get('kind'))}: " + ", ".join(f"{plain(name)} {_value(value)}" for name, value in stated.items())]
+    digests = [f"{name} {plain(record[name])[:_DIGEST]}" for name in _DIGESTS if name in record]
     if digests:
         found.append("of " + ", ".join(digests))
     counters = record.get("counters")
@@ -38,20 +41,26 @@ def lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def _value(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(plain, value)) if isinstance(value, list) else plain(value)
+
+
+def _counts(value: Any) -> dict[str, int]:
+    """Counts by name; what is none is left out."""
+    return {plain(name): count for name, count in value.items() if type(count) is int} if isinstance(value, Mapping) else {}
 
 
 def _counted(counters: Mapping[str, Any]) -> list[str]:
     """Counters of one case. Global traffic beside the size of the problem's tensors says whether a kernel moves more than it must."""
-    moved = counters.get("bytes", {})
+    moved, plain_counts = _counts(counters.get("bytes")), _counts(counters)
     traffic = sum(count for path, count in moved.items() if "global" in path)
-    needed = counters.get("needed_bytes", 0)
+    needed = plain_counts.get("needed_bytes", 0)
     times = f", {traffic / needed:.2f} times the problem's {needed}" if needed else ""
-    products = ", ".join(f"{count} {name}" for name, count in counters.get("products", {}).items()) or "no matrix instructions"
-    waits = sum(counters.get("waits", {}).values())
+    products = ", ".join(f"{count} {name}" for name, count in _counts(counters.get("products")).items()) or "no matrix instructions"
+    waits = sum(_counts(counters.get("waits")).values())
+    instructions, conflicts = (plain_counts.get(name, 0) for name in ("instructions", "bank_conflicts"))
     return [
-        f"counted on the emulator for {counters.get('case')}:",
-        f"  {products}, {counters.get('instructions')} warp instructions, {waits} waits, {counters.get('bank_conflicts')} cycles of bank conflicts",
+        f"counted on the emulator for {plain(counters.get('case'))}:",
+        f"  {products}, {instructions} warp instructions, {waits} waits, {conflicts} cycles of bank conflicts",
         f"  {traffic} bytes to and from global memory{times}",
         *(f"  {count:>12} bytes {path}" for path, count in moved.items()),
     ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from densemoe.runtime.errors import ProblemError
+from densemoe.runtime.fields import plain
 
 if TYPE_CHECKING:
     from densemoe.runtime.coverage import Cell
@@ -196,7 +197,7 @@ def check(args: argparse.Namespace) -> int:
             driver_text = checking.version_text(each.device.driver)
             print(f"{each.device.where}: {each.device.name}, driver for CUDA {driver_text}{served}: {each.state.upper()}")
             for finding in each.findings:
-                print(f"  [{finding.state}] {finding.reason}\n      do: {finding.remedy}")
+                print(f"  [{finding.state}] {plain(finding.reason)}\n      do: {plain(finding.remedy)}")
     states = {each.state for each in verdicts}
     return int(checking.INVALID in states or (args.strict and checking.NOT_OPTIMAL in states))
 

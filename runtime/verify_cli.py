@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from densemoe.runtime.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, ManifestError, ProblemError
+from densemoe.runtime.fields import plain
 
 if TYPE_CHECKING:
     from densemoe.runtime.loader import ArtifactSet
@@ -86,7 +87,7 @@ def verify(args: argparse.Namespace) -> int:
             print(each)
         print(f"{found['root']}: {found['verified']} cubins are what their manifests say")
         for fault in found["faults"]:
-            print(f"  FAULT {fault}")
+            print(f"  FAULT {plain(fault)}")
     return int(bool(found["faults"]))
 
 
