@@ -220,6 +220,8 @@ class DenseGemmMoE(torch.nn.Module):  # type: ignore[misc]
             c.ep_size > 1,
         ).reshape(shape)
         if c.reduce and c.ranks > 1:
+            if not torch.distributed.is_initialized():
+                raise ProblemError("reduce=True before torch.distributed.init_process_group: start the process group, or sum over ranks yourself")
             torch.distributed.all_reduce(out, group=self._group)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)

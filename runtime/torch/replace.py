@@ -95,7 +95,24 @@ def _is_experts(module: Any) -> bool:
     return all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in ("gate_up_proj", "down_proj"))
 
 
+def _refusal(module: Any) -> str:
+    """What an experts module does that the layer does not, by the marks that transformers puts on it; nothing where it is plain SwiGLU."""
+    gate = getattr(type(module), "_apply_gate", None)
+    marks = (
+        (getattr(module, "has_bias", False), "its experts have biases, the kernels add none"),
+        (not getattr(module, "has_gate", True), "its experts have no gate, only SwiGLU is supported"),
+        (getattr(module, "has_post_expert_norm", False), "it normalises every expert's output, the kernels do not"),
+        (gate is not None and gate.__name__ != "_default_apply_gate", "its gate is its own (gpt-oss's, a limit), only up · silu(gate) is supported"),
+        (getattr(module, "is_transposed", False), "its experts are stored transposed, [E, 2I, H] and [E, H, I] are read"),
+        (not getattr(module, "is_concatenated", True), "its gate and up projections are interleaved, gate first and up behind it are read"),
+    )
+    return next((reason for found, reason in marks if found), "")
+
+
 def _config(model: Any, name: str, module: Any, layout: str, fused_alpha: bool | None) -> MoEConfig:
+    reason = _refusal(module)
+    if reason:
+        raise ProblemError(f"{name} ({type(module).__name__}): {reason}")
     experts, rows, hidden = module.gate_up_proj.shape
     down = tuple(module.down_proj.shape)
     if down != (experts, hidden, rows // 2):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -159,6 +161,32 @@ def test_the_fused_form_is_refused_where_it_is_not_legal(scale: float) -> None:
                 torch.tensor([scale]), 128, 128, packing.LAYOUT, "bf16")  # fmt: skip
 
 
+def _family(name: str, **changes: Any) -> Any:
+    import transformers
+
+    common = {
+        "vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "intermediate_size": 64, "moe_intermediate_size": 64, "num_experts_per_tok": 2,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+    }  # fmt: skip
+    text = "Text" if name == "Llama4" else ""
+    return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}{text}Config")(**{**common, **changes}))
+
+
+#: Family → (why it is refused, its model); those of FAMILIES apart.
+OTHER_FAMILIES: dict[str, tuple[str, Any]] = {
+    "DeepSeek-V3, Kimi-K2": ("", lambda: _family(
+        "DeepseekV3", num_key_value_heads=4, head_dim=16, n_routed_experts=8, n_group=2, topk_group=1, n_shared_experts=1, first_k_dense_replace=1,
+        q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
+    )),
+    "GLM-4.5": ("", lambda: _family("Glm4Moe", n_routed_experts=8, n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1)),
+    "MiniMax-M2": ("", lambda: _family("MiniMaxM2", num_local_experts=8)),
+    "Qwen2-MoE": ("", lambda: _family("Qwen2Moe", shared_expert_intermediate_size=64, num_experts=8)),
+    "gpt-oss": ("biases", lambda: _family("GptOss", num_local_experts=8)),
+    "Llama4": ("belong together", lambda: _family("Llama4", intermediate_size_mlp=64, num_local_experts=8, num_experts_per_tok=1)),
+}  # fmt: skip
+
+
 REFUSED = [
     ({"activation": "gelu"}, "only SwiGLU"),
     ({"gated_limit": 7.0}, "gpt-oss"),
@@ -219,6 +247,30 @@ def _rank(rank: int, folder: str, config: MoEConfig) -> None:
     torch.distributed.destroy_process_group()
 
 
+def test_tensor_and_expert_parallelism_together_add_up() -> None:
+    x, logits = tokens()
+    total = torch.zeros(6, 128)
+    for tp_rank, ep_rank in itertools.product(range(2), range(2)):
+        own = dataclasses.replace(CONFIG, tp_size=2, tp_rank=tp_rank, ep_size=2, ep_rank=ep_rank)
+        part = weights_of(slice(64 * tp_rank, 64 * tp_rank + 64), slice(4 * ep_rank, 4 * ep_rank + 4))
+        total += DenseGemmMoE(own, part)(x, logits).float()
+    assert marks.layer_mark(total.double(), exact(*DenseGemmMoE(CONFIG).route(logits))).passed
+
+
+def test_a_sum_over_ranks_without_a_process_group_is_refused() -> None:
+    own = dataclasses.replace(CONFIG, ep_size=2, reduce=True)
+    with pytest.raises(ProblemError, match="init_process_group"):
+        DenseGemmMoE(own, weights_of(slice(0, 128), slice(0, 4)))(*tokens())
+
+
+def test_the_module_compiles_into_one_graph() -> None:
+    x, logits = tokens()
+    for method in ("Renormalize", "DeepSeekV3"):
+        layer = DenseGemmMoE(dataclasses.replace(CONFIG, routing=method, between="nvfp4"), weights_of(between_scale=16 / 2688))
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x, logits), layer(x, logits))
+
+
 def test_two_ranks_give_what_one_gives(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_rank, (str(tmp_path), CONFIG), nprocs=2)
     x, logits = tokens()
@@ -258,6 +310,34 @@ def test_a_decoding_step_is_one_graph_and_gives_what_generate_gives(kind: str) -
     torch._dynamo.utils.counters.clear()
     assert decoder.decode(8, compiled) == expected
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("family", sorted(OTHER_FAMILIES))
+def test_other_families_run_or_say_why_not(family: str) -> None:
+    said, make = OTHER_FAMILIES[family]
+    torch.manual_seed(0)
+    plain = make().to(torch.bfloat16).eval()
+    model, ids = copy.deepcopy(plain), torch.arange(16).reshape(2, 8) * 7 % 64
+    if said:
+        with pytest.raises(ProblemError, match=said):
+            replace_moe(model)
+        return
+    assert replace_moe(model)
+    dequantise_experts(plain)
+    with torch.no_grad():
+        ours, theirs = model(ids).logits.float(), plain(ids).logits.float()
+    assert float((ours - theirs).abs().max()) < 0.05 * float(theirs.std())
+
+
+def test_marks_of_other_experts_are_seen() -> None:
+    marks = {"is_concatenated": (False, "interleaved"), "is_transposed": (True, "transposed"), "has_gate": (False, "no gate"),
+             "has_post_expert_norm": (True, "normalises"), "has_bias": (True, "biases")}  # fmt: skip
+    for name, (value, said) in marks.items():
+        model = tiny("qwen3")
+        setattr(model.model.layers[1].mlp.experts, name, value)
+        with pytest.raises(ProblemError, match=said):
+            replace_moe(model)
+        assert hasattr(model.model.layers[0].mlp.experts, "gate_up_proj")
 
 
 def test_a_model_without_experts_or_with_another_activation_is_refused_untouched() -> None:
