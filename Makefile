@@ -20,8 +20,10 @@ help:
 	@echo "device-bundle  one folder for a GPU machine without registry or compiler"
 	@echo "blackwell-proof  on a B200 or B300: correctness, tuning and speed into PROOF (blackwell-proof.json)"
 
+# a half-made environment would be taken for a whole one by the next call
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: name one, as in make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no environment was made: on Debian install python3-venv" >&2; exit 1; }
 
 # torch first and pinned: an unpinned one brings gigabytes of CUDA packages to a machine that only tests
 $(STAMP): pyproject.toml | $(VENV)/bin/python

@@ -22,7 +22,8 @@ CU12_DRIVER = 12090
 def old_driver(tmp_path: Path) -> dict[str, str]:
     """An environment whose libcuda.so.1 says that it supports CUDA 12.9, and where every Python imports cutlass as it starts."""
     folder = reproduction.fake_driver(tmp_path / "driver", CU12_DRIVER)
-    assert folder is not None, "this test needs a C compiler"
+    if folder is None:
+        pytest.skip("a driver that says another version is compiled, and there is no C compiler")
     early = tmp_path / "early"
     early.mkdir()
     (early / "sitecustomize.py").write_text("import cutlass.cute\n")

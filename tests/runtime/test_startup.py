@@ -22,7 +22,8 @@ BARS = {100.0: "import densemoe.runtime", 1000.0: "first kernel", 150.0: "a late
 def stub_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the stub's ``libcuda.so.1``."""
     compiler = shutil.which("cc") or shutil.which("gcc")
-    assert compiler is not None, "this test needs a C compiler"
+    if compiler is None:
+        pytest.skip("the stub driver is compiled, and there is no C compiler")
     folder = tmp_path_factory.mktemp("stub")
     source = Path(__file__).parent / "stub_driver.c"
     subprocess.run([compiler, "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1", source], check=True)
