@@ -6,7 +6,7 @@ A CTA is warp-specialised and persistent. One warp issues TMA copies, one issues
                         │                              │ tcgen05.cp
                         └────────► tcgen05.mma ◄───────┘ tensor memory: scale factors
                                        │
-                          ring of accumulators in tensor memory      accumulator_full[i]: MMA done   accumulator_empty[i]: epilogue has read
+                          ring of accumulators in tensor memory      accumulator_full: MMA done   accumulator_empty[i]: epilogue has read
                                        │ tcgen05.ld
                                    epilogue warps ──► global
 
@@ -324,7 +324,8 @@ class Shared:
     Attributes:
         a, b, a_scales, b_scales: the ring's operands, each ``[stages][bytes]``.
         full, empty: mbarriers of the stages.
-        accumulator_full, accumulator_empty: mbarriers of the accumulators.
+        accumulator_full: mbarriers of the tiles' accumulators, all of a tile by one.
+        accumulator_empty: mbarriers of the accumulators.
         tmem: where tcgen05.alloc writes the base address.
         words: three words for the epilogues.
     """
@@ -386,18 +387,20 @@ def synchronise(config: Config) -> None:
 
 @cute.jit
 def set_up(config: cutlass.Constexpr, shared: cutlass.Constexpr, warp):
-    """Barriers and tensor memory; returns after the whole cluster has them. Gives the base address of tensor memory."""
+    """Barriers and tensor memory; returns after the whole cluster has its barriers. Gives the base address of tensor memory."""
     if warp == 0:
         if pr.elect_sync():
             initialise_barriers(config, shared)
         pr.fence_mbarrier_init()
     if cutlass.const_expr(config.cluster_size > 1):
-        synchronise(config)  # both CTAs of a pair run before either allocates for both
+        # the fence above has released the barriers: an arrival that orders memory would cost a fence of the whole device
+        pr.barrier_cluster_arrive_relaxed()
+        pr.barrier_cluster_wait()
     if warp == config.mma_warp:
         pr.tcgen05_alloc(shared.tmem, TMEM_COLUMNS, group=config.group)
         pr.tcgen05_relinquish_alloc_permit(group=config.group)
     pr.tcgen05_fence(pr.Tcgen05Fence.BEFORE_THREAD_SYNC)
-    synchronise(config)
+    pr.barrier_cta_sync(0)  # a pair allocates together: where one CTA is done, so is its peer
     pr.tcgen05_fence(pr.Tcgen05Fence.AFTER_THREAD_SYNC)
     return shared.tmem.load()
 
@@ -425,3 +428,9 @@ def stage_of(config: Config, count: Any) -> tuple[Any, Any]:
 def accumulator_of(config: Config, count: Any) -> tuple[Any, Any]:
     """Accumulator and parity of its ring's ``count``-th use."""
     return count % Uint32(config.accumulators), (count // Uint32(config.accumulators)) & Uint32(1)
+
+
+def published_of(config: Config, count: Any) -> tuple[Any, Any]:
+    """Barrier and parity that tell of the accumulators' ``count``-th use. All accumulators of a tile are published by one commit on one barrier,
+    so that every epilogue group meets every phase of it: a group that met only some could take an old phase for a later one of the same parity."""
+    return accumulator_of(config, count // Uint32(config.halves))

@@ -132,8 +132,7 @@ def fc1_kernel(
                     pipeline.release_stage(config, place, shared, stage)
                 used = used + Uint32(1)
             if pr.elect_sync():
-                for half in cutlass.range_constexpr(config.halves):
-                    pipeline.publish_accumulator(config, place, shared, accumulators[half][0])
+                pipeline.publish_accumulators(config, place, shared, turn)
             turn = turn + Uint32(config.halves)
 
     if warp < config.epilogue_warps:
@@ -159,8 +158,9 @@ def fc1_kernel(
             if has_post == 0:
                 post = Float32(1.0)
             for half in cutlass.range(config.halves, unroll=1):
-                index, phase = common.accumulator_of(config, turn)
-                common.wait(shared.accumulator_full.subview(index), phase)
+                index, _ = common.accumulator_of(config, turn)
+                full, phase = common.published_of(config, turn)
+                common.wait(shared.accumulator_full.subview(full), phase)
                 pr.tcgen05_fence(pr.Tcgen05Fence.AFTER_THREAD_SYNC)
                 first_column = pipeline.accumulator_address(config, lane_base, index)
                 unit = n_tile * config.halves + half  # of 64 output columns

@@ -11,7 +11,8 @@ row is one accumulation. Split-K cuts the row into equal parts, anywhere, also i
                 split: store the sums in the workspace ─ take a ticket; the last of a tile adds the parts in order, converts, stores and clears
                 the ticket. The order is fixed, so the result does not depend on who came last, and a CUDA graph may replay the launch.
 
-Outputs leave registers directly: they are M·H elements once a tile, beside E·I·H weights, and a staging buffer would cost a stage of the ring.
+A CTA's last tile leaves by TMA: the ring is drained by then, and each epilogue warp stages its 32 rows in it, so that the store costs no stage. The
+ring holds the next tile's operands while an earlier tile ends: such tiles (many tokens) leave from registers.
 
 Run-time switches: strides of alpha (0 for a scalar); ``active_experts`` null or ``[count, expert, …]``; splits; L2 prefetch; programmatic launch.
 """
@@ -43,6 +44,8 @@ WEIGHT_LAYOUT = common.WEIGHT_LAYOUT
 TILES_N = (64, 128, 256)
 SPLITS = (1, 2, 4)
 BLOCK = 32  # columns that an epilogue thread reads at once
+BOX_WORDS = launch.STORE_ROW_BYTES // 4  # of a row of one TMA store
+BOX_BYTES = launch.STORE_ROWS * launch.STORE_ROW_BYTES
 SCALE_ROWS_GRANULE = 64  # H is a multiple of it (contract section 8): 64 columns are stored or none
 
 
@@ -52,6 +55,7 @@ def fc2_kernel(
     map_b: cutlass.GridConstant[cuda_types.TensorMap],
     map_a_scales: cutlass.GridConstant[cuda_types.TensorMap],
     map_b_scales: cutlass.GridConstant[cuda_types.TensorMap],
+    map_c: cutlass.GridConstant[cuda_types.TensorMap],
     alpha: cutlass.Pointer,
     c: cutlass.Pointer,
     active_experts: cutlass.Pointer,
@@ -106,8 +110,9 @@ def fc2_kernel(
                 expert = common.load_i32_or(active_experts + Int64(group + 1) * 4, listed, group)
                 at = Int64(row) * Int64(alpha_stride_m) + Int64(expert) * Int64(alpha_stride_e)
                 scale = common.load_f32_if(alpha + at * 4, writes)
-                index, phase = common.accumulator_of(config, turn)
-                common.wait(shared.accumulator_full.subview(index), phase)
+                index, _ = common.accumulator_of(config, turn)
+                full, phase = common.published_of(config, turn)
+                common.wait(shared.accumulator_full.subview(full), phase)
                 pr.tcgen05_fence(pr.Tcgen05Fence.AFTER_THREAD_SYNC)
                 first_column = pipeline.accumulator_address(config, lane_base, index)
                 for block in cutlass.range_constexpr(config.columns // BLOCK):
@@ -128,14 +133,13 @@ def fc2_kernel(
                 own = partials + partial_offset(config, tile * Int64(splits) + Int64(split), thread)
                 for quad in cutlass.range_constexpr(config.columns // 4):
                     common.store_if("v4.f32", own + quad * (common.CTA_ROWS * 16), writes, sums[4 * quad : 4 * quad + 4])
-                cute.arch.fence_acq_rel_gpu()
+                # the ticket's release covers what the barrier has ordered before it, and its acquire what the next barrier orders behind it
                 pr.barrier_cta_sync(1 + half, thread_count=common.CTA_ROWS)
                 if thread == 0:
                     shared.words[half] = take_ticket(tickets + tile * 4)
                 pr.barrier_cta_sync(1 + half, thread_count=common.CTA_ROWS)
                 finishes = Int32(shared.words[half] == splits - 1)
                 if finishes != 0:
-                    cute.arch.fence_acq_rel_gpu()
                     sums = load_partials(config, partials + partial_offset(config, tile * Int64(splits), thread), writes)
                     for other in cutlass.range(1, splits, unroll=1):
                         at = partial_offset(config, tile * Int64(splits) + Int64(other), thread)
@@ -147,10 +151,15 @@ def fc2_kernel(
                 bits = epilogue.OUTPUT_BITS[config.c_dtype]
                 address = c + (Int64(row) * Int64(hidden) + Int64(column)) * bits // 8
                 words = epilogue.convert(config.c_dtype, sums)
-                for chunk in cutlass.range_constexpr(0, len(words), 4):
-                    inside = chunk * 32 // bits // SCALE_ROWS_GRANULE * SCALE_ROWS_GRANULE
-                    stored = writes & Int32(column + inside < hidden)
-                    common.store_if("v4.b32", address + chunk * 4, stored, words[chunk : chunk + 4])
+                if (Int32(staging_bytes(config) != 0) & Int32(item + stride >= work)) != 0:
+                    first_row = row - thread % common.WARP
+                    if (exists & Int32(first_row < tokens_total)) != 0:
+                        store_tile(config, shared, map_c, warp, thread % common.WARP, words, column, first_row)
+                else:
+                    for chunk in cutlass.range_constexpr(0, len(words), 4):
+                        inside = chunk * 32 // bits // SCALE_ROWS_GRANULE * SCALE_ROWS_GRANULE
+                        stored = writes & Int32(column + inside < hidden)
+                        common.store_if("v4.b32", address + chunk * 4, stored, words[chunk : chunk + 4])
     else:
         if cutlass.const_expr(config.moves_registers):
             pr.setmaxregister(launch.ISSUE_REGISTERS, pr.SetMaxRegisterAction.DECREASE)
@@ -161,18 +170,19 @@ def fc2_kernel(
             early = Int32(0)
             if first < work:
                 early = min(end - begin, Int32(config.stages))
+            at, k_tile, left = walk_from(active_experts, listed, begin, Int32(early > 0), steps_per_expert)
             for ahead in cutlass.range(early, unroll=1):
-                k_tile = k_tile_of(active_experts, listed, begin + ahead, steps_per_expert)
                 if pr.elect_sync():
                     pipeline.expect_stage(config, shared, ahead, place.pair_rank)
                     pipeline.load_weights(config, place, shared, maps, ahead, k_tile, n_tile)
+                at, k_tile, left = walk_on(active_experts, listed, at, k_tile, left, Int32(ahead + 1 < early), steps_per_expert)
             pr.griddepcontrol("wait")
             pr.griddepcontrol("launch_dependents")
             used = Uint32(0)
             for item in cutlass.range(first, work, stride, unroll=1):
                 row_tile, n_tile, begin, end = part_of(config, place, item, cluster_rows, splits, steps)
+                at, k_tile, left = walk_from(active_experts, listed, begin, Int32(begin < end), steps_per_expert)
                 for step in cutlass.range(begin, end, unroll=1):
-                    k_tile = k_tile_of(active_experts, listed, step, steps_per_expert)
                     stage, phase = common.stage_of(config, used)
                     if used >= Uint32(early):
                         common.wait(shared.empty.subview(stage), phase ^ Uint32(1))
@@ -185,6 +195,7 @@ def fc2_kernel(
                             ahead_tile = k_tile_of(active_experts, listed, step + prefetch, steps_per_expert)
                             pipeline.prefetch_weights(config, place, maps, ahead_tile, n_tile)
                     used = used + Uint32(1)
+                    at, k_tile, left = walk_on(active_experts, listed, at, k_tile, left, Int32(step + 1 < end), steps_per_expert)
             pipeline.drain(config, shared, used)
 
         if (warp == config.mma_warp) & (place.pair_rank == 0):
@@ -212,8 +223,7 @@ def fc2_kernel(
                             pipeline.release_stage(config, place, shared, stage)
                         used = used + Uint32(1)
                     if pr.elect_sync():
-                        for half in cutlass.range_constexpr(config.halves):
-                            pipeline.publish_accumulator(config, place, shared, accumulators[half][0])
+                        pipeline.publish_accumulators(config, place, shared, turn)
                     turn = turn + Uint32(config.halves)
 
     common.tear_down(config, warp, tmem)
@@ -235,6 +245,27 @@ def k_tile_of(active_experts: Any, listed: Any, step: Any, steps_per_expert: Any
     return expert * steps_per_expert + step % steps_per_expert
 
 
+def walk_from(active_experts: Any, listed: Any, step: Any, exists: Any, steps_per_expert: Any) -> tuple[Any, Any, Any]:
+    """Begins a walk along the row at ``step``: the expert's place, the K tile, and the steps up to the next expert. ``walk_on`` goes on without
+    a division. Nothing is read unless the step ``exists``."""
+    at = step // steps_per_expert
+    expert = common.load_i32_or(active_experts + Int64(at + 1) * 4, listed & exists, at)
+    inside = step - at * steps_per_expert
+    return at, expert * steps_per_expert + inside, steps_per_expert - inside
+
+
+@cute.jit
+def walk_on(active_experts, listed, at, k_tile, left, exists, steps_per_expert):
+    """The next step of a walk. The list's next entry is asked for here, behind this step's copies and before the wait for the next stage."""
+    k_tile = k_tile + 1
+    left = left - 1
+    if left == 0:
+        at = at + 1
+        k_tile = common.load_i32_or(active_experts + Int64(at + 1) * 4, listed & exists, at) * steps_per_expert
+        left = steps_per_expert
+    return at, k_tile, left
+
+
 def accumulated_steps(alpha_stride_e: Any, steps: Any, steps_per_expert: Any) -> Any:
     """Steps that one accumulator holds: an expert's, or all of them under a scalar alpha; at least 1, as a divisor."""
     return common.select(Int32(alpha_stride_e != 0), steps_per_expert, common.select(Int32(steps > 0), steps, Int32(1)))
@@ -243,6 +274,37 @@ def accumulated_steps(alpha_stride_e: Any, steps: Any, steps_per_expert: Any) ->
 def groups_end(begin: Any, end: Any, span: Any) -> Any:
     """One past the last group of ``span`` steps that [begin, end) touches; ``begin // span`` where it is empty."""
     return common.select(Int32(end > begin), (end + (span - 1)) // span, begin // span)
+
+
+def staging_bytes(config: common.Config) -> int:
+    """Bytes of the ring that a tile's output is staged in; 0 where no operand's stages hold it (256 x 256 x float32, which is not shipped)."""
+    size = common.CTA_ROWS * config.tile_n * epilogue.OUTPUT_BITS[config.c_dtype] // 8
+    return size if size <= max(config.a_bytes, config.b_bytes) * config.stages else 0
+
+
+@cute.jit
+def store_tile(config: cutlass.Constexpr, shared: cutlass.Constexpr, map_c, warp, lane, words: cutlass.Constexpr, column, first_row):
+    """One epilogue warp: its 32 rows of a CTA's last tile by TMA, which clips rows past M and columns past H.
+
+    The accumulator that was waited for was published after every MMA of this CTA, so the ring is read and nothing more is copied into it. A box is
+    32 rows of 128 bytes under the 128-byte swizzle: lanes store 16 bytes each without a bank conflict.
+    """
+    boxes = len(words) // BOX_WORDS
+    operand = shared.a if common.CTA_ROWS * config.tile_n * epilogue.OUTPUT_BITS[config.c_dtype] // 8 <= config.a_bytes * config.stages else shared.b
+    own = warp * (boxes * BOX_BYTES)
+    row = operand.data_ptr().toint(Int32) + own + lane * launch.STORE_ROW_BYTES
+    for chunk in cutlass.range_constexpr(0, len(words), 4):
+        inside = chunk % BOX_WORDS // 4
+        place = row + chunk // BOX_WORDS * BOX_BYTES + ((lane % 8) ^ inside) * 16
+        pr.inline_ptx_hl("st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[place, *words[chunk : chunk + 4]])
+    pr.fence_proxy("async_shared", space=pr.SharedSpace.shared_cta)
+    cute.arch.sync_warp()
+    if pr.elect_sync():
+        for box in cutlass.range_constexpr(boxes):
+            at = (column + box * (launch.STORE_ROW_BYTES * 8 // epilogue.OUTPUT_BITS[config.c_dtype]), first_row)
+            pr.cp_async_bulk_tensor_global_shared_cta(map_c.get_ptr(), operand.subview(own + box * BOX_BYTES), list(at))
+        pr.cp_async_bulk_commit_group()
+        pr.cp_async_bulk_wait_group(0, read=True)  # shared memory outlasts the copy
 
 
 def partial_offset(config: common.Config, part: Any, thread: Any) -> Any:
@@ -295,12 +357,14 @@ def fc2_host(
 ):
     fc2_kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
     maps = launch.encode_maps(config, a, a_scales, b, b_scales, tokens_total, hidden, experts * intermediate)
+    map_c = launch.encode_output_map(config, c, tokens_total, hidden)
     cluster_rows = (tokens_total + (common.CTA_ROWS * config.cluster_m - 1)) // (common.CTA_ROWS * config.cluster_m)
     cluster_columns = (hidden + (config.tile_n * config.cluster_n - 1)) // (config.tile_n * config.cluster_n)
     clusters = cluster_rows * cluster_columns * splits
     listed = Int32(active_experts.toint() != 0)
     fc2_kernel(
         *maps,
+        map_c,
         alpha.raw_ptr(),
         c.raw_ptr(),
         active_experts.raw_ptr(),
@@ -345,6 +409,7 @@ def recipe(variant: Variant) -> Recipe:
     return Recipe(
         parameters=(
             *launch.map_parameters(config, "H"),
+            launch.output_map_parameter(config),
             Parameter("alpha", "pointer", "alpha"),
             Parameter("c", "pointer", "c"),
             Parameter("active_experts", "pointer", "active_experts"),
@@ -391,7 +456,7 @@ def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapp
     """What the exported host function is called with: nine pointers and ten words (without the stream)."""
     parameters = recipe(variant).parameters
     operands = [addresses[role] for role in launch.OPERANDS]
-    pointers = [addresses[each.value] for each in parameters[4:9]]
+    pointers = [addresses[each.value] for each in parameters[5:10]]
     words = ("M", "E", "H", "I", "alpha_stride_m", "alpha_stride_e", "splits", "prefetch", "early_list", "sm_count")
     return [*operands, *pointers, *(names[name] for name in words)]
 
@@ -403,4 +468,8 @@ def expected(variant: Variant) -> Expected:
     counts["fma.rn.f32x2"] = config.columns // 2
     counts["tcgen05.ld.sync.aligned.32x32b.x32.b32"] = config.columns // BLOCK
     counts["atom.acq_rel.gpu.global.add.u32"] = 1
+    if staging_bytes(config):
+        words = config.columns * epilogue.OUTPUT_BITS[config.c_dtype] // 32
+        counts[launch.TENSOR_STORE] = words // BOX_WORDS
+        counts["st.shared.v4.b32"] = words // 4
     return Expected(ptx_counts=counts, max_registers=launch.registers(config), design=launch.design(config))

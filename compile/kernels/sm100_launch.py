@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import cutlass.experimental.cuda as cuda_types
-from cutlass import Int64, Uint8, Uint16
+from cutlass import BFloat16, Float16, Float32, Int64, Uint8, Uint16
 
 from densemoe.compile.kernels import sm100_common as common
 from densemoe.compile.kernels import sm100_device as device
@@ -23,6 +23,10 @@ LARGEST_REGISTERS: Final = 255
 #: Three groups of four warps hold 65,536 registers, 168 a thread; the issuing group gives to the two of the epilogue: 2·208 + 88 = 3·168.
 EPILOGUE_REGISTERS: Final = 208
 ISSUE_REGISTERS: Final = 88
+#: A TMA store of outputs: the rows of a warp, and a row of the 128-byte swizzle.
+STORE_ROWS: Final = common.WARP
+STORE_ROW_BYTES: Final = 128
+TENSOR_STORE: Final = "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group"
 #: Weights are streamed along K: the next K tile of a row lies in the same 256 bytes.
 WEIGHT_L2_PROMOTION: Final = "256B"
 
@@ -61,6 +65,27 @@ def encode_maps(config: common.Config, a: Any, a_scales: Any, b: Any, b_scales: 
         _scales_map(a_scales, tokens, k, common.SCALE_ATOMS // config.cluster_n),
         _scales_map(b_scales, weight_rows, k, common.SCALE_ATOMS // config.pairs_m),
     )
+
+
+def encode_output_map(config: common.Config, c: Any, rows: Any, columns: Any) -> Any:
+    """Host side: the tensor map of a plain output ``[rows, columns]``, boxes of 32 rows (a warp's) x 128 bytes under the 128-byte swizzle."""
+    element = {"f32": Float32, "f16": Float16, "bf16": BFloat16}[config.c_dtype]
+    size = element.width // 8
+    return cuda_types.create_tensor_map_tiled(
+        c.toint(),
+        element,
+        [columns, rows],
+        [Int64(columns) * size // 16],
+        [STORE_ROW_BYTES // size, STORE_ROWS],
+        swizzle=cuda_types.TensorMapSwizzle.s128b,
+    )
+
+
+def output_map_parameter(config: common.Config) -> Parameter:
+    """The recipe's tensor map of FC2's output."""
+    size = 4 if config.c_dtype == "f32" else 2
+    spec = TensorMapSpec(config.c_dtype, ("H", "M"), (f"H * {size}",), (STORE_ROW_BYTES // size, STORE_ROWS), "128B")
+    return Parameter("map_c", "tensor_map", "c", spec)
 
 
 def cluster_option(config: common.Config) -> dict[str, Any]:
@@ -136,7 +161,7 @@ def expected_counts(config: common.Config, activation_loads: int, weight_loads: 
     commit = f"tcgen05.commit.{group}.mbarrier::arrive::one.shared::cluster"
     releases = {commit + (".multicast::cluster" if config.cluster_size > 1 else "") + ".b64": 1}
     publishes = commit + (".multicast::cluster" if config.pair == 2 else "") + ".b64"
-    releases[publishes] = releases.get(publishes, 0) + config.halves
+    releases[publishes] = releases.get(publishes, 0) + 1
     return {
         f"tcgen05.mma.{group}.kind::mxf4nvf4.block_scale.block16.collector::a::discard": common.K_STEPS * config.halves,
         f"tcgen05.cp.{group}.32x128b.warpx4": common.K_STEPS * (1 + config.halves),

@@ -31,6 +31,7 @@ from densemoe.compile.kernels.sm100_common import (
     Shared,
     a_mask,
     b_mask,
+    published_of,
     release_mask,
     stage_of,
     wait,
@@ -217,9 +218,13 @@ def release_stage(config: Config, place: Place, shared: Shared, stage: Any) -> N
         pr.tcgen05_commit(barrier, group=config.group)
 
 
-def publish_accumulator(config: Config, place: Place, shared: Shared, index: Any) -> None:
-    """One thread: tells the epilogues of the pair when the MMAs so far are done."""
-    barrier = shared.accumulator_full.subview(index)
+def publish_accumulators(config: Config, place: Place, shared: Shared, turn: Any) -> None:
+    """One thread: tells the epilogues of the pair when the MMAs so far are done.
+
+    Args:
+        turn: count of uses of accumulators, at the tile's first.
+    """
+    barrier = shared.accumulator_full.subview(published_of(config, turn)[0])
     if config.pair == 2:
         mask = 3 if config.cluster_size == 2 else Int32(3) << place.leader
         pr.tcgen05_commit(barrier, multicast_mask=mask, group=config.group)

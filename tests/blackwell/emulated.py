@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 
 from densemoe.compile import kernels, toolchain
-from densemoe.compile.emulator.device import launch_recipe
+from densemoe.compile.emulator.device import EARLY, launch_recipe
 from densemoe.compile.emulator.execution import Report
 from densemoe.runtime import bounds, data, reference
 from densemoe.runtime.problem import Problem
@@ -22,6 +22,7 @@ POISON = 0xA5  # of outputs before a launch
 _NUMPY = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "u8": np.uint8, "e4m3": np.uint8, "e5m2": np.uint8}
 
 Edit = Callable[[dict[str, Any]], None]
+Tensors = dict[str, np.ndarray[Any, Any]]
 
 
 @cache
@@ -44,9 +45,9 @@ class Outcome:
     """
 
     judged: bounds.Report | None
-    tensors: dict[str, np.ndarray[Any, Any]]
+    tensors: Tensors
     run: Report
-    workspaces: dict[str, np.ndarray[Any, Any]]
+    workspaces: Tensors
 
     def check(self) -> None:
         """Fails where the output is out of bounds."""
@@ -54,7 +55,7 @@ class Outcome:
         assert self.judged.passed, self.judged.text
 
 
-def outputs_of(problem: Problem) -> dict[str, np.ndarray[Any, Any]]:
+def outputs_of(problem: Problem) -> Tensors:
     """Poisoned outputs. Scales start as 0: their padding rows are the caller's (contract section 2)."""
     found = {}
     for role, spec in problem.tensors().items():
@@ -74,11 +75,11 @@ def active_list(experts: Sequence[int], total: int) -> np.ndarray[Any, Any]:
 def launch(
     key: str,
     problem: Problem,
-    tensors: dict[str, np.ndarray[Any, Any]],
+    tensors: Tensors,
     *,
     schedule: str = "eager",
     sm_count: int = 4,
-    workspaces: dict[str, np.ndarray[Any, Any]] | None = None,
+    workspaces: Tensors | None = None,
     races: bool = True,
     **settings: int,
 ) -> Report:
@@ -88,7 +89,46 @@ def launch(
     ptx, recipe = compiled(key)
     outputs = [role for role, spec in problem.tensors().items() if spec.output]
     names = {**problem.names(), **settings}
-    return launch_recipe(ptx, recipe, names, tensors, outputs, schedule=schedule, sm_count=sm_count, workspaces=workspaces, races=races)
+    early = (*EARLY, "active_experts") if settings.get("early_list") else EARLY
+    options = {"schedule": schedule, "sm_count": sm_count, "workspaces": workspaces, "races": races, "early": early}
+    return launch_recipe(ptx, recipe, names, tensors, outputs, **options)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1)
+def fc1_problem(
+    m: int,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    kind: str,
+    post: bool,
+    zeros: float,
+    seed: int,
+    active: Sequence[int] | None = None,
+    edit: Edit | None = None,
+    compare: bool = True,
+) -> tuple[Tensors, reference.Fc1Result | None, float]:
+    """Inputs of FC1, the exact result where it is compared, and the output multiplier."""
+    rng = np.random.default_rng([seed, m, experts])
+    weights = data.fc1_weights(rng, experts, hidden, intermediate, kind)
+    codes, scales, a_scale = data.activations(rng, m, hidden, "nvfp4", kind)
+    tensors: Tensors = {"a.codes": codes, "a.scales": scales, "b.codes": weights.codes, "b.scales": weights.scales}
+    tensors["alpha"] = data.fc1_alpha(weights, a_scale)
+    if post:
+        tensors["alpha_post"] = data.alpha_post(rng, m, experts, kind, zeros)
+    if active is not None:
+        tensors["active_experts"] = active_list(active, experts)
+    if edit is not None:
+        edit(tensors)
+    listed = range(experts) if active is None else active
+    if not compare or not listed:
+        return tensors, None, 1.0
+    values = reference.activation_values(tensors["a.codes"], tensors["a.scales"])
+    posts = tensors["alpha_post"].astype(np.float64) if post else None
+    lookup = reference.Weights("fc1", tensors["b.codes"], tensors["b.scales"], experts)
+    exact = reference.fc1(values, lookup, tensors["alpha"].astype(np.float64), listed, posts)
+    largest = float(np.abs(exact.y[np.isfinite(exact.y)]).max(initial=0.0))
+    return tensors, exact, float(np.float32(2688.0 / max(largest, 1e-30)))
 
 
 def fc1(
@@ -115,26 +155,10 @@ def fc1(
     """
     variant = Variant.parse(key)
     problem = Problem("fc1", m, experts, hidden, intermediate, "nvfp4", variant.c_dtype, alpha_post=post, active_list=active is not None)
-    rng = np.random.default_rng([seed, m, experts])
-    weights = data.fc1_weights(rng, experts, hidden, intermediate, kind)
-    codes, scales, a_scale = data.activations(rng, m, hidden, "nvfp4", kind)
-    tensors: dict[str, np.ndarray[Any, Any]] = {"a.codes": codes, "a.scales": scales, "b.codes": weights.codes, "b.scales": weights.scales}
-    tensors["alpha"] = data.fc1_alpha(weights, a_scale)
-    if post:
-        tensors["alpha_post"] = data.alpha_post(rng, m, experts, kind, zeros)
-    if active is not None:
-        tensors["active_experts"] = active_list(active, experts)
-    if edit is not None:
-        edit(tensors)
-    listed = range(experts) if active is None else active
-    exact, multiplier = None, 1.0
-    if compare and listed:
-        values = reference.activation_values(tensors["a.codes"], tensors["a.scales"])
-        posts = tensors["alpha_post"].astype(np.float64) if post else None
-        lookup = reference.Weights("fc1", tensors["b.codes"], tensors["b.scales"], experts)
-        exact = reference.fc1(values, lookup, tensors["alpha"].astype(np.float64), listed, posts)
-        largest = float(np.abs(exact.y[np.isfinite(exact.y)]).max(initial=0.0))
-        multiplier = float(np.float32(2688.0 / max(largest, 1e-30)))
+    whole = edit is None and active is None and compare  # then several variants may run the same problem in turn
+    given = (m, experts, hidden, intermediate, kind, post, zeros, seed)
+    tensors, exact, multiplier = fc1_problem(*given) if whole else fc1_problem.__wrapped__(*given, active, edit, compare)
+    tensors, listed = dict(tensors), range(experts) if active is None else active
     if variant.c_dtype == "nvfp4":
         tensors["output_multiplier"] = np.array([multiplier], dtype=np.float32)
     tensors.update(outputs_of(problem))
@@ -145,6 +169,36 @@ def fc1(
         outputs = {role: tensors[role] for role, spec in problem.tensors().items() if spec.output}
         judged = bounds.compare_fc1(outputs, exact, problem, output_multiplier=multiplier, columns=columns, exact=kind == "exact")
     return Outcome(judged, tensors, run, {})
+
+
+@lru_cache(maxsize=1)
+def fc2_problem(
+    m: int,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    kind: str,
+    scalar: bool,
+    zeros: float,
+    seed: int,
+    active: Sequence[int] | None = None,
+    edit: Edit | None = None,
+) -> tuple[Tensors, reference.Fc2Result]:
+    """Inputs of FC2 and the exact result."""
+    rng = np.random.default_rng([seed, m, experts])
+    weights = data.fc2_weights(rng, experts, hidden, intermediate, kind)
+    codes, scales, a_scale = data.activations(rng, m, experts * intermediate, "nvfp4", kind)
+    tensors: Tensors = {"a.codes": codes, "a.scales": scales, "b.codes": weights.codes, "b.scales": weights.scales}
+    tensors["alpha"] = data.fc2_alpha(rng, m, weights, a_scale, scalar=scalar, kind=kind, zeros=zeros)
+    if active is not None:
+        tensors["active_experts"] = active_list(active, experts)
+        if not scalar:
+            tensors["alpha"][:, [e for e in range(experts) if e not in active]] = 0
+    if edit is not None:
+        edit(tensors)
+    values = reference.activation_values(tensors["a.codes"], tensors["a.scales"])
+    lookup = reference.Weights("fc2", tensors["b.codes"], tensors["b.scales"], experts)
+    return tensors, reference.fc2(values, lookup, tensors["alpha"].astype(np.float64), experts, intermediate)
 
 
 def fc2(
@@ -170,21 +224,11 @@ def fc2(
     """
     variant = Variant.parse(key)
     problem = Problem("fc2", m, experts, hidden, intermediate, "nvfp4", variant.c_dtype, scalar_alpha=scalar, active_list=active is not None)
-    rng = np.random.default_rng([seed, m, experts])
-    weights = data.fc2_weights(rng, experts, hidden, intermediate, kind)
-    codes, scales, a_scale = data.activations(rng, m, experts * intermediate, "nvfp4", kind)
-    tensors: dict[str, np.ndarray[Any, Any]] = {"a.codes": codes, "a.scales": scales, "b.codes": weights.codes, "b.scales": weights.scales}
-    tensors["alpha"] = data.fc2_alpha(rng, m, weights, a_scale, scalar=scalar, kind=kind, zeros=zeros)
-    if active is not None:
-        tensors["active_experts"] = active_list(active, experts)
-        if not scalar:
-            tensors["alpha"][:, [e for e in range(experts) if e not in active]] = 0
-    if edit is not None:
-        edit(tensors)
-    values = reference.activation_values(tensors["a.codes"], tensors["a.scales"])
-    lookup = reference.Weights("fc2", tensors["b.codes"], tensors["b.scales"], experts)
-    exact = reference.fc2(values, lookup, tensors["alpha"].astype(np.float64), experts, intermediate)
-    workspaces: dict[str, np.ndarray[Any, Any]] = {}
+    given = (m, experts, hidden, intermediate, kind, scalar, zeros, seed)
+    whole = edit is None and active is None
+    tensors, exact = fc2_problem(*given) if whole else fc2_problem.__wrapped__(*given, active, edit)
+    tensors = dict(tensors)
+    workspaces: Tensors = {}
     for _ in range(launches):
         tensors.update(outputs_of(problem))
         run = launch(key, problem, tensors, workspaces=workspaces, **options)

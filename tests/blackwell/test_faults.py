@@ -92,11 +92,19 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "up and gate at the same columns": (FC1, instead(r"add\.s32 (\t?)(%r\d+), (%r\d+), 64;", r"add.s32 \1\2, \3, 0;")),
     "alpha_post of 0 is multiplied": (FC1, instead(r"selp\.b32 (%r\d+), 0xFFFFFFFF, 0, p", r"mov.b32 \1, 0xFFFFFFFF")),
     "the ticket is not cleared": (FC2, instead(r"@p st\.global\.b32 \[(%rd\d+)\], 0;", "")),
+    "rows that are staged for a TMA store are not fenced": (FC2, without(r"\tfence\.proxy\.async\.shared::cta;")),
+    "shared memory is left before a TMA store has read it": (FC2, without(r"\tcp\.async\.bulk\.wait_group\.read[^;]*;")),
+    "output is staged without its swizzle": (FC2, tensor_map("map_c", swizzle="none")),
+    "output is stored by TMA past M": (FC2, tensor_map("map_c", sizes=("H", "M + 32"))),
     "a part of the split is lost": (FC2, instead(r"@p st\.global\.v4\.f32 \[%rd\d+\], \{[^}]*\};", "")),
 }
 
 
-def run(key: str) -> None:
+#: Faults that show only where asynchronous operations end late.
+LATE = {"shared memory is left before a TMA store has read it"}
+
+
+def run(key: str, schedule: str = "eager") -> None:
     """The case that each fault is put into; raises where something is wrong."""
     if key.startswith("fc1"):
 
@@ -106,16 +114,17 @@ def run(key: str) -> None:
             data.poison_activations(tensors, [4])
             tensors["alpha_post"][4] = 0  # type: ignore[index]
 
-        emulated.fc1(key, 129, 3, 320, 64, post=True, edit=poison).check()
+        emulated.fc1(key, 129, 3, 320, 64, post=True, edit=poison, schedule=schedule).check()
         return
-    outcome = emulated.fc2(key, 129, 2, 192, 512, zeros=0.2, splits=2, launches=2)
+    outcome = emulated.fc2(key, 129, 2, 192, 512, zeros=0.2, splits=2, launches=2, schedule=schedule)
     outcome.check()
     assert not outcome.workspaces["workspace.tickets"].any()
 
 
+@pytest.mark.parametrize("schedule", ["eager", "lazy"])
 @pytest.mark.parametrize("key", [FC1, FC2, PAIR])
-def test_the_case_passes_without_a_fault(key: str) -> None:
-    run(key)
+def test_the_case_passes_without_a_fault(key: str, schedule: str) -> None:
+    run(key, schedule)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -126,7 +135,7 @@ def test_a_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert broken != (ptx, recipe)
     monkeypatch.setattr(emulated, "compiled", lambda _: broken)
     with pytest.raises((EmulatorError, AssertionError)):
-        run(key)
+        run(key, "lazy" if fault in LATE else "eager")
 
 
 def test_a_load_from_tensor_memory_that_is_not_waited_for_is_remarked(monkeypatch: pytest.MonkeyPatch) -> None:

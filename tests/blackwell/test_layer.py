@@ -1,4 +1,5 @@
-"""A whole layer on sm_100f, launch by launch on the emulator: quantize, prepare, an FC1 that skips idle experts, an FC2 with the same list."""
+"""A whole layer on sm_100f, launch by launch on the emulator: quantize, prepare, an FC1 that skips idle experts, an FC2 with the same list, NVFP4
+between them; alpha in both forms of contract section 5."""
 
 from __future__ import annotations
 
@@ -87,8 +88,8 @@ def test_prepare_is_the_reference_bit_for_bit(dtype: str, m: int, experts: int, 
     ("fc1", "fc2"),
     [("t128x128.c1x2", "t128x128.c1x2"), ("t256x256.c2x1", "t256x128.c2x1"), ("t128x256.c1x4", "t128x64.c1x4")],
 )
-@pytest.mark.parametrize("m", [5, 130])
-def test_a_skipping_layer_is_right(fc1: str, fc2: str, m: int) -> None:
+@pytest.mark.parametrize(("m", "fused"), [(5, False), (130, False), (5, True), (130, True)])
+def test_a_skipping_layer_is_right(fc1: str, fc2: str, m: int, fused: bool) -> None:
     """FC1 leaves idle experts' columns as they were, NaN here; FC2 with the same list never meets them."""
     experts, top_k, hidden, intermediate, idle = 5, 2, 320, 256, [1, 4]
     x, _, multiplier = quantized(m, hidden)
@@ -99,19 +100,29 @@ def test_a_skipping_layer_is_right(fc1: str, fc2: str, m: int) -> None:
     alpha1 = data.fc1_alpha(one, np.float32(1) / multiplier)
     active = [e for e in range(experts) if e not in idle]
 
-    first = Problem("fc1", m, experts, hidden, intermediate, "nvfp4", "nvfp4", active_list=True)
+    first = Problem("fc1", m, experts, hidden, intermediate, "nvfp4", "nvfp4", alpha_post=fused, active_list=True)
     lookup = reference.Weights("fc1", one.codes, one.scales, experts)
-    exact1 = reference.fc1(a, lookup, alpha1.astype(np.float64), active)
-    output_multiplier = np.float32(2688.0 / float(np.abs(exact1.y).max()))
+    plain = reference.fc1(a, lookup, alpha1.astype(np.float64), active)
+    output_multiplier = np.float32(2688.0 / float(np.abs(plain.y).max()))  # alpha_post of the fused form is below 1.1 here
     w2_alpha = (two.global_scales / output_multiplier).astype(np.float32)
-    arrays = {"ids": ids, "router": router, "w2_alpha": w2_alpha, "alpha_divisor": np.ones(1, np.float32)}
+    divisor = w2_alpha.max(keepdims=True) if fused else np.ones(1, np.float32)
+    arrays = {"ids": ids, "router": router, "w2_alpha": w2_alpha, "alpha_divisor": divisor}
     prepared = auxiliary("prepare.sm100f.t32x4096.c1x1.i32-f32", Problem("prepare", m, experts, 0, 0, "i32", "f32", top_k=top_k), arrays)
     assert prepared["active_list"][: 1 + len(active)].tolist() == [len(active), *active]
+    posts = None
+    if fused:
+        post, scalar = reference.fused_alpha(reference.build_alpha(ids, router, w2_alpha, experts=experts), w2_alpha)
+        assert np.array_equal(prepared["alpha"], post)
+        assert scalar == divisor[0]
+        posts = prepared["alpha"].astype(np.float64)
+    exact1 = reference.fc1(a, lookup, alpha1.astype(np.float64), active, posts) if fused else plain
 
     middle = emulated.outputs_of(first)
     middle["c.scales"][...] = 0x7F  # NaN wherever nothing is written
     tensors = {"a.codes": x["c.codes"], "a.scales": x["c.scales"], "b.codes": one.codes, "b.scales": one.scales, "alpha": alpha1}
     tensors |= {"output_multiplier": np.array([output_multiplier]), "active_experts": prepared["active_list"], **middle}
+    if fused:
+        tensors["alpha_post"] = prepared["alpha"]
     emulated.launch(f"fc1.sm100f.{fc1}.nvfp4-nvfp4", first, tensors, schedule="random:1")
     columns = np.concatenate([e * intermediate + np.arange(intermediate) for e in active])
     judged = bounds.compare_fc1(middle, exact1, first, output_multiplier=float(output_multiplier), columns=columns)
@@ -120,14 +131,15 @@ def test_a_skipping_layer_is_right(fc1: str, fc2: str, m: int) -> None:
     unwritten = np.setdiff1d(np.arange(experts * intermediate), columns)
     assert np.isnan(after[:, unwritten]).all()
 
-    second = Problem("fc2", m, experts, hidden, intermediate, "nvfp4", "bf16", active_list=True)
+    alpha2 = divisor if fused else prepared["alpha"]
+    second = Problem("fc2", m, experts, hidden, intermediate, "nvfp4", "bf16", scalar_alpha=fused, active_list=True)
     tensors = {"a.codes": middle["c.codes"], "a.scales": middle["c.scales"], "b.codes": two.codes, "b.scales": two.scales}
-    tensors |= {"alpha": prepared["alpha"], "active_experts": prepared["active_list"], **emulated.outputs_of(second)}
+    tensors |= {"alpha": alpha2, "active_experts": prepared["active_list"], **emulated.outputs_of(second)}
     emulated.launch(f"fc2.sm100f.{fc2}.nvfp4-bf16", second, tensors, schedule="random:2", splits=2)
     exact2 = reference.fc2(
         after[:, columns],
         lambda index: reference.Weights("fc2", two.codes, two.scales, experts)(active[index]),
-        prepared["alpha"][:, active].astype(np.float64),
+        alpha2.astype(np.float64) if fused else alpha2[:, active].astype(np.float64),
         len(active),
         intermediate,
     )

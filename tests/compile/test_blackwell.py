@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from densemoe.compile import audit, kernels, matrix, oracle, toolchain
-from densemoe.runtime.errors import AuditError, RecipeError, VariantError
+from densemoe.runtime.errors import AuditError, ProblemError, RecipeError, VariantError
 from densemoe.runtime.plan import OPTIONAL_ROLES, pack
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import Recipe, TensorMapSpec, evaluate
@@ -315,6 +315,90 @@ def test_legal_clusters_that_are_not_shipped_build_too(key: str) -> None:
     check_legal(variant)
     compiled = toolchain.compile_variant(variant, f"sm100_{variant.op}")
     audit.audit(variant, module_of(variant), compiled)
+
+
+def section_8(variant: Variant, problem: Problem) -> bool:
+    """Contract section 8, written a second time: what a legal tcgen05 variant runs."""
+    if (variant.op, variant.a_dtype, variant.c_dtype) != (problem.op, problem.a_dtype, problem.c_dtype):
+        return False
+    if problem.op == "fc1":
+        return 2 * problem.intermediate % variant.tile_n == 0
+    return problem.intermediate % 256 == 0
+
+
+def legal_variant(op: str, tile_m: int, tile_n: int, cluster_m: int, cluster_n: int) -> bool:
+    """Contract section 8, written a second time: tiles and clusters."""
+    powers = cluster_m in (1, 2, 4) and cluster_n in (1, 2, 4) and cluster_m * cluster_n <= 16
+    pairs = cluster_m % 2 == 0 if tile_m == 256 else cluster_m == 1
+    return powers and pairs and (op == "fc2" or tile_n >= 128)
+
+
+def test_the_legal_set_is_section_8_s() -> None:
+    count = 0
+    for op, tile_m, tile_n, cluster_m, cluster_n in itertools.product(("fc1", "fc2"), (128, 256), (64, 128, 256), range(1, 9), range(1, 9)):
+        variant = Variant.make(
+            op=op, arch="sm_100f", tile_m=tile_m, tile_n=tile_n, cluster_m=cluster_m, cluster_n=cluster_n, a_dtype="nvfp4", c_dtype="bf16"
+        )
+        legal = legal_variant(op, tile_m, tile_n, cluster_m, cluster_n)
+        if legal:
+            check_legal(variant)
+            kernels.check(f"sm100_{op}", variant)
+        else:
+            with pytest.raises(VariantError):
+                check_legal(variant)
+        count += legal
+    assert count == 2 * 3 + 2 * 6 + 3 * 3 + 3 * 6  # fc1, fc2: widths x clusters of single tiles, of pairs
+
+
+def test_can_implement_says_exactly_section_8() -> None:
+    """Over random legal variants, shipped or not, and random problems; a refusal has a reason."""
+    rng = np.random.default_rng(8)
+    legal = [
+        (op, m, n, cm, cn)
+        for op, m, n, cm, cn in itertools.product(("fc1", "fc2"), (128, 256), (64, 128, 256), (1, 2, 4), (1, 2, 4))
+        if legal_variant(op, m, n, cm, cn)
+    ]
+    outputs = {"fc1": ("nvfp4", "bf16", "f16", "f32", "e4m3", "e5m2"), "fc2": ("bf16", "f16", "f32")}
+    accepted = 0
+    for _ in range(4000):
+        op, m, n, cm, cn = legal[rng.integers(len(legal))]
+        variant = Variant.make(
+            op=op, arch="sm_100f", tile_m=m, tile_n=n, cluster_m=cm, cluster_n=cn, a_dtype="nvfp4", c_dtype=str(rng.choice(outputs[op]))
+        )
+        other = str(rng.choice(["fc1", "fc2"])) if rng.random() < 0.1 else op
+        problem = Problem(
+            other,
+            int(rng.choice([0, 1, 8, 127, 128, 129, 300, 100_000])),
+            int(rng.choice([1, 2, 7, 256, 384])),
+            64 * int(rng.integers(1, 200)),
+            64 * int(rng.integers(1, 600)),
+            str(rng.choice(["nvfp4", "nvfp4", "nvfp4", "bf16"])),
+            variant.c_dtype if rng.random() < 0.8 and variant.c_dtype in outputs[other] else str(rng.choice(outputs[other])),
+        )
+        found, reason = can_implement(variant, problem)
+        assert found == section_8(variant, problem), (variant.key, problem, reason)
+        assert found == (not reason)
+        accepted += found
+    assert 500 < accepted < 3500
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"hidden": 96}, "hidden=96: use a multiple of 64"),
+        ({"intermediate": 100}, "intermediate=100: use a multiple of 64"),
+        ({"m": 2**31}, "use an integer from 0"),
+        ({"experts": 0}, "experts=0"),
+        ({"experts": 2**20, "intermediate": 2**11}, r"dimensions of 2\*\*31 or more are refused"),
+        ({"c_dtype": "int8"}, "c_dtype='int8' for fc1: use one of nvfp4"),
+        ({"a_dtype": "mxfp8"}, "a_dtype='mxfp8' for fc1: use one of"),
+        ({"c_dtype": ""}, "c_dtype=''"),
+    ],
+)
+def test_a_problem_that_breaks_section_8_is_none(fields: dict[str, object], said: str) -> None:
+    """An unknown dtype raises; it never falls back to another."""
+    with pytest.raises(ProblemError, match=said):
+        fc1(**fields)
 
 
 @pytest.mark.parametrize("experts", [1, 2, 64, 256])

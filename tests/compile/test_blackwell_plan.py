@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_driver import FakeDriver
 
 from densemoe.compile import build, kernels, matrix
 from densemoe.compile.oracle import recorded_tensor_map
 from densemoe.runtime import packing
-from densemoe.runtime.errors import PlanError, ProblemError, RecipeError
+from densemoe.runtime.errors import PlanError, ProblemError, RecipeError, SelectionError
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.problem import Problem
+from densemoe.runtime.rules import can_implement
 from densemoe.runtime.select import Choice, load_table, select
+from densemoe.runtime.variant import Variant
 
 FC1 = "fc1.sm100f.t128x128.c1x2.nvfp4-nvfp4"
 FC2 = "fc2.sm100f.t128x128.c1x2.nvfp4-bf16"
@@ -110,6 +114,54 @@ def test_a_list_of_active_experts_is_part_of_the_problem(root: Path) -> None:
     missing = {role: pointer for role, pointer in tensors.items() if role != "active_experts"}
     with pytest.raises(ProblemError, match=r"active_experts.*missing"):
         Loader(root, driver).plan(problem, missing, 0, FC2)  # type: ignore[arg-type]
+
+
+def test_what_is_refused_is_refused_before_any_launch(root: Path) -> None:
+    """Random problems: a Plan is made exactly where ``can_implement`` says so; else nothing is allocated or launched."""
+    rng = np.random.default_rng(5)
+    refused = 0
+    for _ in range(60):
+        key = (FC1, FC2, FOURS)[rng.integers(3)]
+        op = str(rng.choice(["fc1", "fc2"]))
+        dtype = str(rng.choice(["nvfp4", "bf16"] if op == "fc1" else ["bf16", "f32"]))
+        m, experts, hidden, intermediate = (int(rng.integers(low, high)) for low, high in ((0, 300), (1, 5), (1, 9), (1, 9)))
+        problem = Problem(op, m, experts, 64 * hidden, 64 * intermediate, "nvfp4", dtype)
+        driver = Driver()
+        tensors = {role: driver.allocate(spec.nbytes) for role, spec in problem.tensors().items()}
+        tensors["b"] = driver.allocate(packing.interchange_bytes(problem.op, problem.experts, problem.hidden, problem.intermediate))
+        before = dict(driver.memory)
+        accepted, reason = can_implement(Variant.parse(key), problem)
+        if accepted:
+            Loader(root, driver).plan(problem, tensors, 0, key).launch()  # type: ignore[arg-type]
+            assert len(driver.launches) == (problem.m > 0)
+            continue
+        refused += 1
+        with pytest.raises(SelectionError, match=re.escape(reason)):
+            Loader(root, driver).plan(problem, tensors, 0, key)  # type: ignore[arg-type]
+        assert driver.launches == []
+        assert driver.memory == before
+    assert 10 < refused < 55
+
+
+class Interface:
+    """Device memory that says its shape."""
+
+    def __init__(self, address: int, shape: tuple[int, ...], typestr: str) -> None:
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": typestr, "data": (address, False), "version": 3}
+
+
+def test_alpha_post_has_a_row_for_each_token_and_is_refused_otherwise(root: Path) -> None:
+    problem = Problem("fc1", 5, 3, 320, 128, "nvfp4", "nvfp4", alpha_post=True)
+    driver = Driver()
+    tensors: dict[str, Any] = {role: driver.allocate(spec.nbytes) for role, spec in problem.tensors().items()}
+    tensors["b"] = driver.allocate(packing.interchange_bytes("fc1", 3, 320, 128))
+    for shape in ((5, 3), (4, 3), (8, 3), (5, 4), (15,)):
+        tensors["alpha_post"] = Interface(4096, shape, "<f4")
+        if shape == (5, 3):
+            Loader(root, driver).plan(problem, tensors, 0, FC1)  # type: ignore[arg-type]
+            continue
+        with pytest.raises(ProblemError, match=r"alpha_post.*use \(5, 3\)"):
+            Loader(root, driver).plan(problem, tensors, 0, FC1)  # type: ignore[arg-type]
 
 
 def test_no_tokens_launch_nothing(root: Path) -> None:
