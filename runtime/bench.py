@@ -24,11 +24,11 @@ from densemoe.runtime.errors import DensemoeError
 from densemoe.runtime.grouping import group_tile
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.select import load_table
-from densemoe.runtime.tune import Tuner
+from densemoe.runtime.tune import Tuner, grouped_keys, grouped_tiles
 from densemoe.runtime.tune_cases import PEAK_FLOPS, Case, Shape, flops, roofline, worth_a_tile
 from densemoe.runtime.tune_data import OpData, PackedWeights
 
-__all__ = ["Bench", "Point", "grouped_keys", "grouped_tiles", "launch_costs", "open_read", "regions"]
+__all__ = ["Bench", "Point", "launch_costs", "open_read", "regions"]
 
 _ALIGNED: Final = 128
 
@@ -133,13 +133,13 @@ class Bench:
         if not plain(case.a_dtype, case.c_dtype):
             point.missing[f"{GATHERED} forms"] = "grouped kernels of NVFP4 activations or outputs are not benchmarked yet"
             return reports, opened
-        tiles = grouped_tiles(tuner, (case.a_dtype, case.c_dtype), op)
+        tiles = grouped_tiles(tuner.entries.values(), (case.a_dtype, case.c_dtype), op)
         wanted = group_tile(load_table(self.arch).get("grouping"), tiles, case.m, case.shape.top_k, case.shape.experts)
         try:
             if tiles:
                 data = GatheredData(made)
                 opened.append(data)
-            for tile, key in grouped_keys(tuner, op, case.a_dtype, case.c_dtype):
+            for tile, key in grouped_keys(tuner.entries.values(), op, case.a_dtype, case.c_dtype):
                 if tile != wanted and not worth_a_tile(case.shape, case.m, tile):
                     continue
                 rotations = data.bind(case.m, tile)
@@ -229,21 +229,6 @@ class Bench:
         """What competitors keep of a shape."""
         for competitor in self.competitors:
             competitor.release()
-
-
-def grouped_keys(tuner: Tuner, op: str, a_dtype: str, c_dtype: str) -> list[tuple[int, str]]:
-    """(rows of a tile, key) of a grouped op's variants of these dtypes, ascending."""
-    variants = [entry.variant for entry in tuner.entries.values()]
-    return sorted((each.tile_m, each.key) for each in variants if (each.op, each.a_dtype, each.c_dtype) == (op, a_dtype, c_dtype))
-
-
-def grouped_tiles(tuner: Tuner, dtypes: Sequence[str], *ops: str) -> set[int]:
-    """Rows of the tiles that every one of some grouped ops has a variant for.
-
-    Args:
-        dtypes: of the first op's activations, of what lies between, of the last op's output.
-    """
-    return set.intersection(*({tile for tile, _ in grouped_keys(tuner, op, *dtypes[at : at + 2])} for at, op in enumerate(ops)))
 
 
 def tuner_runs(samples: Mapping[str, Sample]) -> int:

@@ -59,7 +59,7 @@ def bench(args: argparse.Namespace) -> int:
         from densemoe.runtime.select import load_table
         from densemoe.runtime.tune import cases_of
 
-        groups = cases_of(shapes, args.tokens or SELECTION_TOKENS, FORMS[args.form], _dtypes(args))
+        groups = cases_of(shapes, args.tokens or SELECTION_TOKENS, FORMS[args.form], _dtypes(args), tuner.tiles)
         table = load_table(tuner.loader.manifest(tuner.device).arch)
         return judge(args, tuner, table, [case for cases in groups.values() for case in cases], "selection")
     from densemoe.runtime.bench import launch_costs, open_read

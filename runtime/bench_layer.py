@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from densemoe.runtime.bench import Bench, Point, grouped_tiles, regions
+from densemoe.runtime.bench import Bench, Point, regions
 from densemoe.runtime.bench_competitors import Workload
 from densemoe.runtime.bench_gathered import GatheredLayer, plain
 from densemoe.runtime.bench_report import GATHERED, OURS, WHOLE, WITH_PREPARE
@@ -22,6 +22,7 @@ from densemoe.runtime.grouping import group_tile
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.select import load_table
+from densemoe.runtime.tune import grouped_tiles
 from densemoe.runtime.tune_cases import Case, Shape, worth_a_tile
 from densemoe.runtime.tune_data import DeviceMemory, OpData
 
@@ -88,7 +89,7 @@ class LayerBench(Bench):
         """Rows of the tiles that a layer of these dtypes may be gathered into."""
         if not any(entry.variant.op == "route" for entry in self.tuner.entries.values()):
             return set()
-        return grouped_tiles(self.tuner, dtypes, "groupedfc1", "groupedfc2") if plain(*dtypes[:2]) else set()
+        return grouped_tiles(self.tuner.entries.values(), dtypes, "groupedfc1", "groupedfc2") if plain(*dtypes[:2]) else set()
 
     def _planned(self, problem: Problem, addresses: Mapping[str, int]) -> Plan:
         """The selection's variant; FC2 fetches weights before FC1 ends where its kernel can, as the layer op tells it to."""

@@ -3,7 +3,7 @@
     T = launch + max(stream · W, decode · P · q) + move · A                                                                (microseconds)
 
     W   megabytes of packed weights that are read from memory, once: of the experts that are computed
-    P   megabytes that are decoded and multiplied: W times the passes, one for each tile_m tokens
+    P   megabytes that are decoded and multiplied: W times the passes, one for each tile_m tokens (of an expert, where they are gathered)
     q   what the last wave leaves idle: ⌈tiles / slots⌉ · slots / tiles, slots = slots_per_sm · SMs; 1 for slots_per_sm 0: work is cut evenly
     A   megabytes of activations read and outputs written
 
@@ -13,12 +13,14 @@ is the overlap of reading and computing in a pipelined kernel. Everything is a p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 from densemoe.runtime.problem import ELEMENT_BITS, Problem
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import GROUPED_OPS, Variant
 
 __all__ = ["Coefficients", "KernelClass", "Work", "predict", "typical_top_k", "work_of"]
 
@@ -26,6 +28,7 @@ MEGA: Final = 1e-6
 WEIGHT_BITS: Final = 4.5  # a code, and a sixteenth of a scale byte
 LARGEST_TYPICAL_TOP_K: Final = 8
 EXPERTS_A_CHOICE: Final = 4
+MANY_TILES: Final = 16  # of an expert: beyond, the last one is half full on average
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,10 @@ def work_of(problem: Problem, tile: tuple[int, int], *, gathered: bool = False, 
 
     Args:
         gathered: with a list: passes over an expert's weights follow its own tokens.
-        top_k: ``typical_top_k`` where None.
+        top_k: ``typical_top_k`` where None; a grouped op's problem says it itself.
     """
+    if problem.op in GROUPED_OPS:
+        return _gathered_work(problem, tile)
     rows = 2 * problem.n_out if problem.op == "fc1" else problem.n_out
     share, tokens = 1.0, float(problem.m)
     if problem.active_list:
@@ -121,6 +126,27 @@ def work_of(problem: Problem, tile: tuple[int, int], *, gathered: bool = False, 
     tiles = max(1.0, rows / tile[1] * passes * (share if problem.op == "fc1" else 1.0))
     moved = (problem.m * problem.k * ELEMENT_BITS[problem.a_dtype] + problem.m * problem.n_out * ELEMENT_BITS[problem.c_dtype]) / 8 * MEGA * share
     return Work(weights, weights * passes, tiles, moved)
+
+
+def _gathered_work(problem: Problem, tile: tuple[int, int]) -> Work:
+    """Of a grouped op: every expert's own tokens in tiles of its own, as many as uniform routing gives it."""
+    rows = 2 * problem.n_out if problem.op == "groupedfc1" else problem.n_out
+    chosen = min(1.0, problem.top_k / problem.experts)
+    own = rows * problem.k * WEIGHT_BITS / 8 * MEGA
+    tiles = max(1.0, problem.experts * tiles_of_an_expert(problem.m * chosen, tile[0]))
+    active = problem.experts * (1 - (1 - chosen) ** problem.m)
+    a_bits, c_bits = (ELEMENT_BITS[dtype] for dtype in (problem.a_dtype, problem.c_dtype))
+    moved = (problem.m * problem.top_k * problem.k * a_bits + problem.c_rows * problem.n_out * c_bits) / 8 * MEGA
+    return Work(own * active, own * tiles, max(1.0, rows / tile[1] * tiles), moved)
+
+
+@lru_cache(maxsize=4096)
+def tiles_of_an_expert(mean: float, tile: int) -> float:
+    """Expected tiles of an expert whose tokens are Poisson with some mean: the mean of ⌈N / tile⌉."""
+    if mean > MANY_TILES * tile:
+        return mean / tile + 0.5
+    last = int(mean + 10 * math.sqrt(mean) + 10)
+    return sum(math.exp(count * math.log(mean) - mean - math.lgamma(count + 1)) * -(-count // tile) for count in range(1, last + 1)) if mean else 0.0
 
 
 def waves(tiles: float, slots: int) -> float:

@@ -146,9 +146,10 @@ def select(problem: Problem, variants: Iterable[Variant], table: Mapping[str, An
     raise SelectionError(f"the selection table has no rule for {problem.op} at M = {problem.m}: name one of {', '.join(e.key for e in runnable)}")
 
 
-def shape_name(op: str, experts: int, hidden: int, intermediate: int, a_dtype: str, c_dtype: str, active: bool) -> str:
-    """What a table calls a measured shape."""
-    return f"{op} {experts}x{hidden}x{intermediate} {a_dtype}-{c_dtype} {'active' if active else 'dense'}"
+def shape_name(op: str, experts: int, hidden: int, intermediate: int, a_dtype: str, c_dtype: str, active: bool, group_tile: int = 0) -> str:
+    """What a table calls a measured shape; of a grouped op one for each tile."""
+    form = f"t{group_tile}" if group_tile else "active" if active else "dense"
+    return f"{op} {experts}x{hidden}x{intermediate} {a_dtype}-{c_dtype} {form}"
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,14 @@ class _Wanted:
 def _wanted(problem: Problem, size: int, table: Mapping[str, Any]) -> Iterator[_Wanted]:
     """What the table asks for, the best first."""
     name = shape_name(
-        problem.op, problem.experts, problem.hidden, problem.intermediate, problem.a_dtype, problem.c_dtype, problem.active_list
+        problem.op,
+        problem.experts,
+        problem.hidden,
+        problem.intermediate,
+        problem.a_dtype,
+        problem.c_dtype,
+        problem.active_list,
+        problem.group_tile,
     )
     for row in table.get("shapes", {}).get(name, ()):
         if size <= row[0]:

@@ -13,21 +13,22 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from densemoe.runtime.bench_gathered import GatheredData, TiledData, plain
 from densemoe.runtime.bench_timing import Launch, Sample, Timed, Timer
 from densemoe.runtime.errors import DensemoeError, ProblemError
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.manifest import ManifestVariant
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.rules import can_implement
-from densemoe.runtime.tune_cases import Case, Shape, in_order
+from densemoe.runtime.tune_cases import Case, Shape, in_order, worth_a_tile
 from densemoe.runtime.tune_data import OpData, PackedWeights
 
-__all__ = ["DTYPES", "Candidate", "Journal", "Measurement", "Tuner", "candidates", "cases_of"]
+__all__ = ["DTYPES", "Candidate", "Journal", "Measurement", "Tuner", "candidates", "cases_of", "grouped_keys", "grouped_tiles"]
 
 SCHEMA: Final = 1
 ROUNDS: Final = 9
@@ -184,14 +185,42 @@ def cases_of(
     tokens: Sequence[int],
     forms: Sequence[bool],
     dtypes: Sequence[tuple[str, str, str]] = DTYPES,
+    tiles: Mapping[tuple[str, str, str], Collection[int]] | None = None,
 ) -> dict[tuple[Shape, str], list[Case]]:
-    """Cases by (shape, op), each list with the coarse token counts first."""
+    """Cases by (shape, op), each list with the coarse token counts first.
+
+    Args:
+        forms: with a list of active experts, or dense.
+        tiles: by dtypes, the tiles of the grouped kernels that are measured beside the form with a list; each is a case of its own.
+    """
     found: dict[tuple[Shape, str], list[Case]] = {}
     for shape in shapes:
         for op in ("fc1", "fc2"):
-            pairs = [(first, middle) if op == "fc1" else (middle, last) for first, middle, last in dtypes]
-            found[shape, op] = [Case(op, shape, m, a, c, active) for m in in_order(tokens) for active in forms for a, c in dict.fromkeys(pairs)]
+            by_pair: dict[tuple[str, str], Collection[int]] = {}
+            for first, middle, last in dtypes:
+                own = (tiles or {}).get((first, middle, last), ()) if True in forms else ()
+                by_pair.setdefault((first, middle) if op == "fc1" else (middle, last), own)
+            cases = found[shape, op] = []
+            for m in in_order(tokens):
+                cases += [Case(op, shape, m, a, c, active) for active in forms for a, c in by_pair]
+                worth = [(pair, tile) for pair, own in by_pair.items() for tile in sorted(own) if worth_a_tile(shape, m, tile)]
+                cases += [Case(f"grouped{op}", shape, m, a, c, False, tile) for (a, c), tile in worth]
     return found
+
+
+def grouped_keys(entries: Iterable[ManifestVariant], op: str, a_dtype: str, c_dtype: str) -> list[tuple[int, str]]:
+    """(rows of a tile, key) of a grouped op's variants of these dtypes, ascending."""
+    variants = [entry.variant for entry in entries]
+    return sorted((each.tile_m, each.key) for each in variants if (each.op, each.a_dtype, each.c_dtype) == (op, a_dtype, c_dtype))
+
+
+def grouped_tiles(entries: Collection[ManifestVariant], dtypes: Sequence[str], *ops: str) -> set[int]:
+    """Rows of the tiles that every one of some grouped ops has a variant for.
+
+    Args:
+        dtypes: of the first op's activations, of what lies between, of the last op's output.
+    """
+    return set.intersection(*({tile for tile, _ in grouped_keys(entries, op, *dtypes[at : at + 2])} for at, op in enumerate(ops)))
 
 
 @dataclass
@@ -200,8 +229,11 @@ class _Group:
 
     weights: PackedWeights | None = None
     data: dict[tuple[str, str, bool], OpData] = field(default_factory=dict)
+    gathered: dict[tuple[str, str], GatheredData] = field(default_factory=dict)
 
     def close(self) -> None:
+        for gathered in self.gathered.values():
+            gathered.close()
         for each in self.data.values():
             each.close()
         if self.weights is not None:
@@ -235,6 +267,12 @@ class Tuner:
         self.entries = loader.manifest(device).variants
         self.l2 = self.driver.attribute("L2_CACHE_SIZE", device) if l2 is None else l2
         self.timer = Timer(self.driver)
+
+    @property
+    def tiles(self) -> dict[tuple[str, str, str], set[int]]:
+        """By dtypes of a layer, the tiles of grouped kernels that can be measured: those of both ops, plain activations and outputs."""
+        every = list(self.entries.values())
+        return {each: grouped_tiles(every, each, "groupedfc1", "groupedfc2") for each in DTYPES if plain(*each[:2])}
 
     def run(
         self,
@@ -274,7 +312,7 @@ class Tuner:
 
     def cases(self, cases: Iterable[Case]) -> Iterator[list[Measurement]]:
         """Measures cases in the order given, making and freeing their data; for samples of a table."""
-        for _, grouped in itertools.groupby(cases, lambda case: (case.shape, case.op)):
+        for _, grouped in itertools.groupby(cases, lambda case: (case.shape, case.plain_op)):
             own, group = list(grouped), _Group()
             try:
                 for case in own:
@@ -284,15 +322,23 @@ class Tuner:
             finally:
                 group.close()
 
-    def _data(self, group: _Group, case: Case, largest_m: int) -> OpData:
+    def _data(self, group: _Group, case: Case, largest_m: int) -> OpData | TiledData:
+        if not case.group_tile:
+            return self._listed(group, case, largest_m)
+        name = (case.a_dtype, case.c_dtype)
+        if name not in group.gathered:
+            group.gathered[name] = GatheredData(self._listed(group, replace(case, active=True), largest_m))
+        return group.gathered[name].tiled(case.group_tile)
+
+    def _listed(self, group: _Group, case: Case, largest_m: int) -> OpData:
         layout = next(entry.layout for entry in self.entries.values() if can_implement(entry.variant, case.problem())[0])
         if group.weights is None:
-            group.weights = PackedWeights(self.driver, case.op, case.shape, layout, self.l2, self.seed)
+            group.weights = PackedWeights(self.driver, case.plain_op, case.shape, layout, self.l2, self.seed)
         name = (case.a_dtype, case.c_dtype, case.active)
         if name not in group.data:
             group.data[name] = OpData(
                 self.driver,
-                case.op,
+                case.plain_op,
                 case.shape,
                 case.a_dtype,
                 case.c_dtype,
@@ -305,7 +351,7 @@ class Tuner:
             )
         return group.data[name]
 
-    def measure(self, case: Case, made: OpData) -> list[Measurement]:
+    def measure(self, case: Case, made: OpData | TiledData) -> list[Measurement]:
         """Every candidate of a case: checked, then timed in turn. Settings beyond the defaults are tried for the fastest variants."""
         first = self._measure(case, made, candidates(self.entries.values(), case))
         fastest = sorted((each for each in first if each.sample is not None), key=lambda each: each.sample.microseconds)  # type: ignore[union-attr]
@@ -317,7 +363,7 @@ class Tuner:
         renewed = {each.candidate for each in again}
         return [*(each for each in first if each.candidate not in renewed), *again]
 
-    def _measure(self, case: Case, made: OpData, wanted: Sequence[Candidate]) -> list[Measurement]:
+    def _measure(self, case: Case, made: OpData | TiledData, wanted: Sequence[Candidate]) -> list[Measurement]:
         rotations = made.bind(case.m)
         results: dict[Candidate, Measurement] = {}
         plans: dict[Candidate, Plan] = {}
@@ -359,7 +405,7 @@ class Tuner:
 
         return [launch(each) for each in rotations]
 
-    def _checked(self, case: Case, made: OpData, candidate: Candidate, plans: dict[Candidate, Plan]) -> Measurement:
+    def _checked(self, case: Case, made: OpData | TiledData, candidate: Candidate, plans: dict[Candidate, Plan]) -> Measurement:
         addresses = made.bind(case.m)
         failed = Measurement(case, candidate, None, False, 0.0, made.touched_bytes(case.m), len(addresses))
         try:

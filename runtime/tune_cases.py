@@ -111,6 +111,7 @@ class Case:
 
     Attributes:
         active: with a list of active experts, of a random routing of ``shape.top_k`` distinct experts a token; else dense over all experts.
+        group_tile: of ``groupedfc1`` and ``groupedfc2``: rows of a tile, of tokens that the same routing gathers by expert; else 0.
     """
 
     op: str
@@ -119,16 +120,25 @@ class Case:
     a_dtype: str
     c_dtype: str
     active: bool = False
+    group_tile: int = 0
+
+    @property
+    def plain_op(self) -> str:
+        """``fc1`` or ``fc2``, whose weights it reads."""
+        return self.op.removeprefix("grouped")
 
     def problem(self) -> Problem:
         """As the loader takes it."""
         shape = self.shape
+        if self.group_tile:
+            sizes = (self.m, shape.experts, shape.hidden, shape.intermediate)
+            return Problem(self.op, *sizes, self.a_dtype, self.c_dtype, top_k=shape.top_k, group_tile=self.group_tile)
         return Problem(self.op, self.m, shape.experts, shape.hidden, shape.intermediate, self.a_dtype, self.c_dtype, active_list=self.active)
 
     @property
     def text(self) -> str:
         """For messages."""
-        form = "active experts" if self.active else "dense"
+        form = f"gathered, tile {self.group_tile}" if self.group_tile else "active experts" if self.active else "dense"
         return f"{self.op} {self.shape.name} M = {self.m} {self.a_dtype}-{self.c_dtype}, {form}"
 
 
@@ -178,10 +188,10 @@ def weight_bytes(problem: Problem, layout: str, active: float | None = None) -> 
 
 
 def flops(case: Case) -> float:
-    """Floating-point operations of a launch: of routed tokens with a list, of all experts else; 2 a multiply-add."""
+    """Floating-point operations of a launch: of routed tokens with a list or gathered, of all experts else; 2 a multiply-add."""
     shape = case.shape
-    depth = 3 if case.op == "layer" else 2 if case.op == "fc1" else 1
-    pairs = case.m * (shape.top_k if case.active else shape.experts)
+    depth = 3 if case.op == "layer" else 2 if case.plain_op == "fc1" else 1
+    pairs = case.m * (shape.top_k if case.active or case.group_tile else shape.experts)
     return 2.0 * pairs * depth * shape.hidden * shape.intermediate
 
 

@@ -25,6 +25,7 @@ __all__ = ["GEOMEAN_BAR", "WORST_BAR", "add_command", "judge", "now", "open_tune
 GEOMEAN_BAR: Final = 0.03
 WORST_BAR: Final = 0.10
 SAMPLE: Final = 24
+CASES_A_LAYER: Final = 12  # sampled, for each whole layer that is measured besides
 FORMS: Final[Mapping[str, tuple[bool, ...]]] = {"dense": (False,), "active": (True,), "both": (True, False)}
 
 #: (name, summary, example, function) → the command's parser
@@ -146,7 +147,7 @@ def tune(args: argparse.Namespace) -> int:
 
     arch = tuner.loader.manifest(tuner.device).arch
     journal = Journal(args.journal or f"tune-{arch}.jsonl", provenance_of(tuner), fresh=args.fresh)
-    groups = cases_of(shapes, args.tokens or TUNE_TOKENS, FORMS[args.form], _dtypes(args))
+    groups = cases_of(shapes, args.tokens or TUNE_TOKENS, FORMS[args.form], _dtypes(args), tuner.tiles)
     try:
         whole = tuner.run(groups, journal, budget=args.budget, sensors=Sensors(tuner.driver, tuner.device).read)
     except KeyboardInterrupt:
@@ -179,7 +180,14 @@ def _finish(args: argparse.Namespace, tuner: Tuner, journal: Journal, whole: boo
     print(f"{provenance['device']}, driver for CUDA {provenance['cuda_driver']}, {provenance['arch']}, {provenance['date']}: reads {rate:.2f} TB/s")
     print(f"{len(good)} measurements, {len(failed)} failed; {'every case asked for' if whole else 'the budget ended first: run again to go on'}")
     _print_series(measured, rate)
-    for name, text in (("other_shapes", "cost model on shapes held out"), ("between_buckets", "interpolation on buckets held out")):
+    for name, text in (
+        ("other_shapes", "cost model on shapes held out"),
+        ("between_buckets", "interpolation on buckets held out"),
+        ("forms", "form and tile of a layer"),
+        ("forms_other_shapes", "form and tile of a layer on shapes held out"),
+    ):
+        if name not in found:
+            continue
         each = found[name]
         print(f"regret of the {text}: {each['cases']} cases, geomean {each['geomean']:.2%}, worst {each['worst']:.2%} {each['at']}")
     for name, text in (("cliffs", "time / roofline rises by more than 15 %"), ("falls", "time falls as M grows")):
@@ -206,13 +214,19 @@ def _check(args: argparse.Namespace, tuner: Tuner) -> int:
     from densemoe.runtime.select import load_table
     from densemoe.runtime.tune import cases_of
     from densemoe.runtime.tune_cases import MODELS, TUNE_TOKENS, parse_shapes
+    from densemoe.runtime.tune_grouping import in_layer
 
     arch = tuner.loader.manifest(tuner.device).arch
     table = json.loads(Path(args.table).read_text()) if args.table else load_table(arch)
-    groups = cases_of(parse_shapes(args.models or MODELS), args.tokens or TUNE_TOKENS, FORMS[args.form], _dtypes(args))
+    groups = cases_of(parse_shapes(args.models or MODELS), args.tokens or TUNE_TOKENS, FORMS[args.form], _dtypes(args), tuner.tiles)
     every = [case for cases in groups.values() for case in cases]
-    chosen = sorted(random.Random(0).sample(range(len(every)), min(args.sample, len(every))))  # kept in order: data are made once a shape
-    return judge(args, tuner, table, [every[place] for place in chosen], "check")
+    rng = random.Random(0)
+    chosen = set(rng.sample(range(len(every)), min(args.sample, len(every))))
+    # the choice of a layer's form is judged where everything that it chooses among is measured
+    layers = sorted({(case.shape.name, case.m) for case in every if case.group_tile})
+    whole = set(rng.sample(layers, min(-(-args.sample // CASES_A_LAYER), len(layers))))
+    chosen |= {place for place, case in enumerate(every) if (case.shape.name, case.m) in whole and in_layer(case)}
+    return judge(args, tuner, table, [every[place] for place in sorted(chosen)], "check")  # in order: data are made once a shape
 
 
 def judge(args: argparse.Namespace, tuner: Tuner, table: Mapping[str, Any], cases: Sequence[Any], what: str) -> int:
@@ -220,13 +234,16 @@ def judge(args: argparse.Namespace, tuner: Tuner, table: Mapping[str, Any], case
     from densemoe.runtime.select import select
     from densemoe.runtime.tune import Candidate
     from densemoe.runtime.tune_cases import geometric_mean
+    from densemoe.runtime.tune_grouping import chosen, layer_points, layer_regret
 
     variants = [entry.variant for entry in tuner.entries.values()]
     rows: list[dict[str, Any]] = []
+    every: list[Measurement] = []
     failed = 0
     for measured in tuner.cases(cases):
         if not measured:
             continue
+        every += measured
         failed += sum(not each.passed for each in measured)
         times = {each.candidate: each.sample.microseconds for each in measured if each.sample is not None and each.passed}
         case = measured[0].case
@@ -241,15 +258,27 @@ def judge(args: argparse.Namespace, tuner: Tuner, table: Mapping[str, Any], case
     regrets = [row["regret"] for row in rows if row["regret"] is not None]
     geomean = geometric_mean(1 + each for each in regrets) - 1
     worst = max(regrets, default=0.0)
+    points, grouping = layer_points(every), table.get("grouping")
+    forms = layer_regret(points, grouping)
     passed = bool(rows) and len(regrets) == len(rows) and geomean <= GEOMEAN_BAR and worst <= WORST_BAR and not failed
+    passed = passed and forms.geomean <= GEOMEAN_BAR and forms.worst <= WORST_BAR
     if args.json:
         document = {"what": what, "rows": rows, "geomean": geomean, "worst": worst, "failed": failed, "passed": passed}
+        document["forms"] = {
+            **vars(forms),
+            "rows": [{"case": each.text, "chosen": chosen(each, grouping)[0], "listed_us": each.listed, "tiles_us": each.tiles} for each in points],
+        }
         print(json.dumps({**document, "provenance": provenance_of(tuner)}, indent=2, sort_keys=True))
         return int(not passed)
     for row in rows:
         cost = "the table's choice was not among the candidates" if row["regret"] is None else f"regret {row['regret']:.1%}"
         print(f"{row['case']}: {row['chosen']} [{row['provenance']}] {row['chosen_us']} us; best {row['best']} {row['best_us']} us; {cost}")
     bars = f"bars {GEOMEAN_BAR:.0%} and {WORST_BAR:.0%}"
+    for each in points:
+        gathered = ", ".join(f"tile {tile} {us:.2f}" for tile, us in each.tiles.items())
+        print(f"FC1 + FC2 {each.text}: {chosen(each, grouping)[0]}; active experts {each.listed:.2f} us, gathered: {gathered} us")
+    if points:
+        print(f"form and tile of a layer: regret of {forms.text}")
     print(f"{'PASS' if passed else 'FAIL'}: {len(rows)} cases, regret geomean {geomean:.2%}, worst {worst:.2%} ({bars}); {failed} variants failed")
     return int(not passed)
 

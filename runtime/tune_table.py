@@ -2,6 +2,7 @@
 
     measured bucket   the fastest that passed; the one before it stays where it is as fast within KEEP
     between two       times interpolated along the cost model: modelled
+    form and tile     of a layer, by M and an expert's rows: tune_grouping
     beyond the last   the last one's: modelled
     other shapes      the cost model (tune_fit), then the rules of the table that stood before
 
@@ -14,16 +15,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from densemoe.runtime.canonical import write_atomically
 from densemoe.runtime.cost_model import KernelClass, predict
-from densemoe.runtime.problem import LARGEST_DIMENSION, Problem
+from densemoe.runtime.problem import LARGEST_DIMENSION
 from densemoe.runtime.select import bucket, shape_name
 from densemoe.runtime.tune import Candidate, Measurement
 from densemoe.runtime.tune_cases import PEAK_FLOPS, Case, Cliff, Shape, cliffs, falls, flops, geometric_mean, roofline
 from densemoe.runtime.tune_fit import Fit, Regret, fit, held_out_regret, regret, times_by_case
+from densemoe.runtime.tune_grouping import grouping_of, held_out_forms, layer_points, layer_regret, layer_series
 from densemoe.runtime.variant import Variant
 
 __all__ = ["KEEP", "between_regret", "build", "interpolated", "quality", "series", "write"]
@@ -31,14 +34,20 @@ __all__ = ["KEEP", "between_regret", "build", "interpolated", "quality", "series
 KEEP: Final = 0.01  # a variant stays from bucket to bucket while it is within this of the fastest
 BETWEEN: Final = tuple(bucket(m) for m in (*range(8, 129, 8), *range(256, 1025, 128)))
 
-#: (op, E, H, I, k, a_dtype, c_dtype, active)
-Group = tuple[str, int, int, int, int, str, str, bool]
+#: (op, E, H, I, k, a_dtype, c_dtype, active, group_tile)
+Group = tuple[str, int, int, int, int, str, str, bool, int]
 
 
 def group_of(case: Case) -> Group:
     """What one row of a table is for."""
     shape = case.shape
-    return (case.op, shape.experts, shape.hidden, shape.intermediate, shape.top_k, case.a_dtype, case.c_dtype, case.active)
+    return (case.op, shape.experts, shape.hidden, shape.intermediate, shape.top_k, case.a_dtype, case.c_dtype, case.active, case.group_tile)
+
+
+def _case_of(group: Group, m: int) -> Case:
+    """A case of a group."""
+    op, experts, hidden, intermediate, top_k, a_dtype, c_dtype, active, tile = group
+    return Case(op, Shape("", experts, top_k, hidden, intermediate), m, a_dtype, c_dtype, active, tile)
 
 
 def _times(measured: Iterable[Measurement]) -> dict[Group, dict[int, dict[Candidate, float]]]:
@@ -86,14 +95,13 @@ def interpolated(times: Mapping[int, Mapping[Candidate, float]], m: int, predict
 
 
 def _prediction(fits: Mapping[KernelClass, Fit], sm_count: int, group: Group) -> Predicted:
-    op, experts, hidden, intermediate, top_k, a_dtype, c_dtype, active = group
+    active, example = group[7], _case_of(group, 1)
 
     def predicted(candidate: Candidate, m: int) -> float | None:
         kernel = KernelClass.of(Variant.parse(candidate.key), dict(candidate.settings), active)
         if kernel not in fits:
             return None
-        problem = Problem(op, m, experts, hidden, intermediate, a_dtype, c_dtype, active_list=active)
-        return predict(problem, kernel, fits[kernel].coefficients, sm_count, top_k) or None
+        return predict(replace(example, m=m).problem(), kernel, fits[kernel].coefficients, sm_count, example.shape.top_k) or None
 
     return predicted
 
@@ -150,27 +158,41 @@ def series(measured: Sequence[Measurement]) -> dict[Group, tuple[dict[int, float
 
 
 def _roofline_of(group: Group, m: int, nbytes: int, arch: str, bandwidth: float) -> float:
-    op, experts, hidden, intermediate, top_k, a_dtype, c_dtype, active = group
-    case = Case(op, Shape("", experts, top_k, hidden, intermediate), m, a_dtype, c_dtype, active)
-    return roofline(nbytes, flops(case), bandwidth, PEAK_FLOPS[arch])
+    return roofline(nbytes, flops(_case_of(group, m)), bandwidth, PEAK_FLOPS[arch])
 
 
 def quality(measured: Sequence[Measurement], provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Regrets, cliffs and falls of what ``build`` makes of the same measurements."""
+    """Regrets, cliffs and falls of what ``build`` makes of the same measurements.
+
+    A tile of the grouped kernels is judged where the layer takes it: cliffs and falls are those of FC1 and FC2 in the form that the table takes.
+    """
     found: dict[str, Any] = {}
-    for name, each in (
+    points = layer_points(measured)
+    grouping = grouping_of(points)
+    regrets = [
         ("other_shapes", held_out_regret(measured, provenance["sm_count"])),
         ("between_buckets", between_regret(measured, provenance["sm_count"])),
-    ):
+    ]
+    if grouping is not None:
+        regrets += [("forms", layer_regret(points, grouping)), ("forms_other_shapes", held_out_forms(points))]
+    for name, each in regrets:
         found[name] = {"cases": each.cases, "geomean": round(each.geomean, 5), "worst": round(each.worst, 5), "at": each.at}
-    steep: list[tuple[Group, Cliff]] = []
-    fell: list[tuple[Group, Cliff]] = []
+    steep: list[tuple[str, Cliff]] = []
+    fell: list[tuple[str, Cliff]] = []
+    arch, bandwidth = provenance["arch"], provenance["read_bytes_per_second"]
     for group, (times, spreads, nbytes) in series(measured).items():
-        rooflines = {m: _roofline_of(group, m, nbytes[m], provenance["arch"], provenance["read_bytes_per_second"]) for m in times}
-        steep += [(group, each) for each in cliffs(times, rooflines)]
-        fell += [(group, each) for each in falls(times, spreads)]
+        if group[-1]:
+            continue
+        rooflines = {m: _roofline_of(group, m, nbytes[m], arch, bandwidth) for m in times}
+        steep += [(group_text(group), each) for each in cliffs(times, rooflines)]
+        fell += [(group_text(group), each) for each in falls(times, spreads)]
+    for shape, own in layer_series(points, grouping).items():
+        times = {m: us for m, (us, _, _) in own.items()}
+        rooflines = {m: roofline(size, operations, bandwidth, PEAK_FLOPS[arch]) for m, (_, size, operations) in own.items()}
+        steep += [(f"FC1 + FC2 {shape}", each) for each in cliffs(times, rooflines)]
+        fell += [(f"FC1 + FC2 {shape}", each) for each in falls(times)]
     for name, pairs in (("cliffs", steep), ("falls", fell)):
-        found[name] = [{"group": group_text(group), "m": each.m, "next_m": each.next_m, "change": round(each.change, 4)} for group, each in pairs]
+        found[name] = [{"group": text, "m": each.m, "next_m": each.next_m, "change": round(each.change, 4)} for text, each in pairs]
     return found
 
 
@@ -184,8 +206,13 @@ def _short(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def group_text(group: Group) -> str:
-    op, experts, hidden, intermediate, top_k, a_dtype, c_dtype, active = group
-    return f"{shape_name(op, experts, hidden, intermediate, a_dtype, c_dtype, active)} k {top_k}"
+    return f"{_name_of(group)} k {group[4]}"
+
+
+def _name_of(group: Group) -> str:
+    """What a table calls it."""
+    op, experts, hidden, intermediate, _, a_dtype, c_dtype, active, tile = group
+    return shape_name(op, experts, hidden, intermediate, a_dtype, c_dtype, active, tile)
 
 
 def build(measured: Sequence[Measurement], provenance: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,7 +220,7 @@ def build(measured: Sequence[Measurement], provenance: Mapping[str, Any], before
 
     Args:
         provenance: ``bench_device.describe`` with ``read_bytes_per_second``.
-        before: the table that stands: its rules serve ops and dtypes that were not measured.
+        before: the table that stands: its rules serve ops and dtypes that were not measured, its ``grouping`` where either form was not.
     """
     keys: list[list[Any]] = []
     index: dict[Candidate, int] = {}
@@ -205,10 +232,10 @@ def build(measured: Sequence[Measurement], provenance: Mapping[str, Any], before
         return index[candidate]
 
     samples = {(group_of(each.case), each.case.m, each.candidate): each.sample for each in measured}
+    grouping = grouping_of(layer_points(measured)) or before.get("grouping")
     fits = fit(measured, provenance["sm_count"])
     shapes: dict[str, list[list[Any]]] = {}
     for group, times in sorted(_times(measured).items()):
-        op, experts, hidden, intermediate, _, a_dtype, c_dtype, active = group
         rows: list[list[Any]] = []
         for end, candidate, was_measured in choose(times, _prediction(fits, provenance["sm_count"], group)):
             if not was_measured:
@@ -221,7 +248,7 @@ def build(measured: Sequence[Measurement], provenance: Mapping[str, Any], before
             assert sample is not None
             rows.append([end, number(candidate), round(sample.microseconds, 3), round(sample.spread, 4), sample.runs])
         rows.append([LARGEST_DIMENSION, rows[-1][1]])
-        shapes[shape_name(op, experts, hidden, intermediate, a_dtype, c_dtype, active)] = rows
+        shapes[_name_of(group)] = rows
     classes = [
         {
             **kernel.to_json(),
@@ -241,7 +268,7 @@ def build(measured: Sequence[Measurement], provenance: Mapping[str, Any], before
         "keys": keys,
         "shapes": shapes,
         "model": {"sm_count": provenance["sm_count"], "classes": classes},
-        **({"grouping": before["grouping"]} if "grouping" in before else {}),
+        **({"grouping": grouping} if grouping is not None else {}),
         "rules": list(before["rules"]),
     }
 

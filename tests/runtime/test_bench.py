@@ -22,6 +22,7 @@ from densemoe.runtime.bench_timing import Sample, Timed, Timer, rotations
 from densemoe.runtime.errors import DriverError, ProblemError
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.tune import Tuner
+from densemoe.runtime.tune_cases import parse_shapes, worth_a_tile
 
 SHAPES = ["7x2x128x128", "5x1x256x64", "6x3x128x64"]
 KEYS: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
@@ -84,14 +85,35 @@ def test_tune_writes_a_table_that_check_agrees_with(command: Run, tmp_path: Path
     said = capsys.readouterr()
     assert "regret of the cost model on shapes held out: " in said.out
     assert "every case asked for" in said.out
-    assert "[1/96]" in said.err
+    assert "regret of the form and tile of a layer: 12 cases, geomean 0.00%, worst 0.00%" in said.out
+    shapes = parse_shapes(SHAPES)
+    worth = [tile for shape in shapes for m in (1, 8, 16, 32) for tile in (8, 16, 32) if worth_a_tile(shape, m, tile)]
+    assert f"[1/{96 + 2 * len(worth)}]" in said.err
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["provenance"]["whole"] is True
     assert table["provenance"]["read_bytes_per_second"] == pytest.approx(READ_BYTES_PER_MICROSECOND * 1e6, rel=0.02)
-    assert table["provenance"]["measurements"] == 96 * 3
-    assert len(table["shapes"]) == 3 * 4 * 2
+    assert table["provenance"]["measurements"] == 96 * 3 + 2 * sum(2 if tile == 16 else 1 for tile in worth)  # tiles of 16 are of both families
+    assert len(table["shapes"]) == 3 * 4 * 2 + len({(name, tile) for name in SHAPES for tile in (8, 16, 32)}) * 2
+    rows = table["shapes"]["groupedfc1 7x128x128 bf16-bf16 t16"]
+    assert {table["keys"][row[1]][0] for row in rows} == {"groupedfc1.sm90a.t16x256.c1x1.bf16-bf16"}
+    # 16 tokens in one tile are faster than gathered, 32 are not; rows of an expert at M = 32: 6.4, 9.1 and 16
+    grouping = {"dense_to": 16, "tiles": [{"share_to": 7.649, "tile_m": 8}, {"tile_m": 16}]}
+    assert {name: table["grouping"][name] for name in grouping} == grouping
+    assert table["grouping"]["provenance"] == "measured"
+    assert "12 points of 3 shapes: regret geomean 0.00%" in table["grouping"]["reason"]
     assert command("tune", "--check", "--table", "table.json", *small, "--sample", "10") == 0
-    assert "PASS: 10 cases, regret geomean 0.00%" in capsys.readouterr().out
+    said = capsys.readouterr()
+    count = re.search(r"PASS: (\d+) cases, regret geomean 0.00%", said.out)
+    assert count is not None
+    assert int(count[1]) > 10
+    assert "form and tile of a layer: regret of 1 cases, geomean 0.00%" in said.out
+    assert "groupedfc1 " in said.out
+    few = ("--models", *SHAPES, "--tokens", "32", "--form", "active", "--a-dtype", "bf16", "--sample", "1")
+    late = {**table, "grouping": {**table["grouping"], "dense_to": 32}}
+    (tmp_path / "late.json").write_text(json.dumps(late))
+    assert command("tune", "--check", "--table", "late.json", *few) == 1
+    said = capsys.readouterr()
+    assert "M = 32: active experts)" in said.out
     slow = {**table, "keys": [[key.replace("t16x", "t8x").replace("t32x", "t8x"), own] for key, own in table["keys"]]}
     (tmp_path / "slow.json").write_text(json.dumps(slow))
     assert command("tune", "--check", "--table", "slow.json", *small, "--sample", "10", "--json") == 1
@@ -289,6 +311,18 @@ def test_bench_selection_measures_other_shapes(command: Run, capsys: pytest.Capt
     options = ("--models", SHAPES[0], "--tokens", "4", "12", "--form", "dense", "--a-dtype", "bf16", "--json")
     assert command("bench", "selection", *options) == 0
     assert json.loads(capsys.readouterr().out)["what"] == "selection"
+
+
+def test_bench_selection_judges_forms_and_tiles(command: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--models", SHAPES[2], "--tokens", "12", "40", "--form", "active", "--a-dtype", "bf16", "--json")
+    assert command("bench", "selection", *options) in (0, 1)
+    found = json.loads(capsys.readouterr().out)
+    cases = [row["case"] for row in found["rows"]]
+    assert sum("gathered, tile" in case for case in cases) == 2 * 2 * 3  # 6 and 20 rows an expert fill an eighth of every tile
+    assert {row["chosen"].split(".")[2] for row in found["rows"] if "tile 16" in row["case"]} == {"t16x256"}
+    forms = {row["case"]: row["chosen"] for row in found["forms"]["rows"]}
+    assert forms == {f"{SHAPES[2]} M = 12": "active experts", f"{SHAPES[2]} M = 40": "gathered, tile 32"}
+    assert found["forms"]["cases"] == 2
 
 
 def test_bench_launch_has_its_bar(command: Run, tmp_path: Path) -> None:

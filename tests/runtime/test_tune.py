@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from simulated_device import SimulatedLoader
+from simulated_device import SimulatedLoader, SimulatedPlan
 
 from densemoe.runtime.bench_timing import rotations
 from densemoe.runtime.errors import ProblemError
@@ -54,6 +54,41 @@ def test_every_variant_is_checked_and_timed(op: str, active: bool, dtypes: tuple
     assert loader.driver.blocks == {}
     assert loader.driver.graphs == 0
     assert loader.open_plans == 0
+
+
+@pytest.mark.parametrize("op", ["fc1", "fc2"])
+def test_both_families_of_a_tile_are_checked_and_timed(op: str) -> None:
+    keys = {f"grouped{op}.sm90a.t{tile}.c1x1.bf16-bf16": () for tile in ("8x64", "16x64", "16x256")}
+
+    def fault(self: SimulatedPlan, a: np.ndarray, weights: object) -> np.ndarray:
+        good = real(self, a, weights)  # type: ignore[arg-type]
+        return good * 1.5 if self.key in broken else good
+
+    tuning, loader = tuner({**BF16, **keys})
+    real, broken = SimulatedPlan.grouped, set()  # type: ignore[var-annotated]
+    cases = [Case(op, SHAPE, 12, "bf16", "bf16", True), *(Case(f"grouped{op}", SHAPE, 12, "bf16", "bf16", False, tile) for tile in (8, 16))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimulatedPlan, "grouped", fault)
+        listed, eight, sixteen = list(tuning.cases(cases))
+        assert [each.passed for each in (*listed, *eight, *sixteen)] == [True] * 6
+        assert [each.candidate.key.split(".")[2] for each in (*eight, *sixteen)] == ["t8x64", "t16x256", "t16x64"]
+        assert {each.weight_bytes for each in (*eight, *sixteen)} == {listed[0].weight_bytes}
+        assert all(each.sample is not None and each.sample.microseconds > 0 for each in (*eight, *sixteen))
+        broken.add(f"grouped{op}.sm90a.t16x64.c1x1.bf16-bf16")
+        wrong = [each for measured in tuning.cases(cases) for each in measured if not each.passed]
+    assert [each.candidate.key for each in wrong] == sorted(broken)
+    assert wrong[0].sample is None
+    assert loader.driver.blocks == {}
+    assert loader.open_plans == 0
+
+
+def test_cases_of_grouped_kernels_are_tiles_that_fill() -> None:
+    found = cases_of([SHAPE], (1, 8, 64), [True], DTYPES, {DTYPES[0]: {8, 16, 128}})
+    for op in ("fc1", "fc2"):
+        grouped = [(each.m, each.group_tile) for each in found[SHAPE, op] if each.group_tile]
+        assert sorted(grouped) == [(1, 8), (8, 8), (8, 16), (64, 8), (64, 16), (64, 128)]  # 0.3, 2.3 and 18.3 rows an expert
+        assert {(each.op, each.a_dtype) for each in found[SHAPE, op] if each.group_tile} == {(f"grouped{op}", "bf16")}
+    assert not any(each.group_tile for each in cases_of([SHAPE], (64,), [False], DTYPES, {DTYPES[0]: {8}})[SHAPE, "fc1"])
 
 
 @pytest.mark.parametrize("op", ["fc1", "fc2"])

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
 from densemoe.runtime.bench_timing import Sample
-from densemoe.runtime.cost_model import Coefficients, KernelClass, predict, waves, work_of
+from densemoe.runtime.cost_model import Coefficients, KernelClass, predict, tiles_of_an_expert, waves, work_of
 from densemoe.runtime.errors import SelectionError
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.select import load_table, select
@@ -33,8 +34,10 @@ from densemoe.runtime.tune_cases import (
     parse_shapes,
     roofline,
     route_tokens,
+    worth_a_tile,
 )
 from densemoe.runtime.tune_fit import fit, fit_class, held_out_regret
+from densemoe.runtime.tune_grouping import LayerPoint, grouping_of, held_out_forms, layer_points, layer_regret
 from densemoe.runtime.tune_table import between_regret, build, choose, interpolated, write
 from densemoe.runtime.variant import Variant
 
@@ -204,6 +207,101 @@ def test_regret_is_seen_where_the_times_follow_no_formula() -> None:
     assert held_out_regret(chaos, SMS).geomean > 0.1
     assert between_regret(chaos, SMS).geomean > 0.1
     assert held_out_regret([each for each in chaos if each.case.shape.name == MODELS[0]], SMS).cases == 0
+
+
+def test_tiles_of_an_expert_are_the_mean_over_poisson() -> None:
+    rng = np.random.default_rng(5)
+    for mean, tile in ((0.3, 8), (6.0, 8), (30.0, 16), (700.0, 32)):
+        drawn = np.ceil(rng.poisson(mean, 40000) / tile).mean()
+        assert tiles_of_an_expert(mean, tile) == pytest.approx(drawn, rel=0.03)
+    assert tiles_of_an_expert(0.0, 8) == 0
+
+
+def test_work_of_a_grouped_op_follows_its_tokens() -> None:
+    one = Problem("groupedfc1", 64, 256, 7168, 256, top_k=8, group_tile=8)
+    work = work_of(one, (8, 64))
+    listed = work_of(Problem("fc1", 64, 256, 7168, 256, active_list=True), (8, 64), top_k=8)
+    assert work.weights == pytest.approx(listed.weights)
+    per_expert = 2 * 256 * 7168 * 4.5 / 8 / 1e6
+    assert work.decoded == pytest.approx(256 * per_expert * tiles_of_an_expert(2.0, 8))
+    assert work.decoded < 1.01 * work.weights < listed.decoded
+    two = work_of(replace(one, op="groupedfc2"), (8, 64))
+    assert two.weights == pytest.approx(work.weights / 2)
+    assert two.moved == pytest.approx((64 * 8 * 256 + 64 * 7168) * 2 / 1e6)
+
+
+def grouped_synthetic() -> list[Measurement]:
+    """Listed forms as TRUE says, grouped ones with a launch more, by tiles of an expert."""
+    found = synthetic(active=True)
+    for shape in parse_shapes(MODELS):
+        for op in ("fc1", "fc2"):
+            for m in TUNE_TOKENS:
+                for tile in (8, 16, 32, 64, 128):
+                    case = Case(f"grouped{op}", shape, m, "bf16", "bf16", False, tile)
+                    if worth_a_tile(shape, m, tile):
+                        work = work_of(case.problem(), (tile, 64))
+                        found.append(measured(case, tile, 4.5 + max(0.24 * work.weights, (0.1 + 0.004 * tile) * work.decoded)))
+    return found
+
+
+def test_form_and_tile_of_least_regret_are_found() -> None:
+    points = layer_points(grouped_synthetic())
+    assert len(points) == len(MODELS) * len(TUNE_TOKENS)
+    found = grouping_of(points)
+    assert found is not None
+    tiles = [each["tile_m"] for each in found["tiles"]]
+    assert tiles == sorted(set(tiles))
+    assert len(tiles) >= 3
+    shares = [each["share_to"] for each in found["tiles"][:-1]]
+    assert shares == sorted(shares)
+    assert "share_to" not in found["tiles"][-1]
+    best = layer_regret(points, found)
+    assert best.geomean <= 0.03, best
+    for other in (
+        {**found, "dense_to": 10**6},
+        {**found, "dense_to": 0},
+        {**found, "tiles": [{"tile_m": 128}]},
+        {**found, "tiles": found["tiles"][:-2] + found["tiles"][-1:]},
+    ):
+        assert layer_regret(points, other).geomean >= best.geomean
+    assert held_out_forms(points).geomean <= 0.05
+    assert grouping_of([]) is None
+
+
+def test_a_form_that_is_never_faster_is_not_taken() -> None:
+    shape = Shape("", 8, 2, 512, 256)
+    slow = [LayerPoint(shape, m, 10.0, {8: 20.0, 16: 18.0 if m > 8 else 30.0}) for m in (8, 64, 512)]
+    found = grouping_of(slow)
+    assert found is not None
+    assert found["dense_to"] == 512
+    assert layer_regret(slow, found).worst == 0
+    fast = [replace(each, listed=100.0) for each in slow]
+    found = grouping_of(fast)
+    assert found is not None
+    assert (found["dense_to"], found["tiles"]) == (0, [{"share_to": 5.657, "tile_m": 8}, {"tile_m": 16}])
+
+
+def test_the_table_takes_the_measured_form_and_family() -> None:
+    every = grouped_synthetic()
+    wide = []
+    for each in every:
+        if each.case.group_tile >= 16 and each.case.m >= 64 and each.sample is not None:
+            candidate = Candidate(each.candidate.key.replace("x64.", "x256."))
+            wide.append(replace(each, candidate=candidate, sample=Sample(*[each.sample.microseconds * 0.8] * 3, 9, 8)))
+    table = build([*every, *wide], PROVENANCE, load_table("sm_90a"))
+    jsonschema.validate(json.loads(json.dumps(table)), SCHEMA)
+    assert table["grouping"]["provenance"] == "measured"
+    assert table["quality"]["forms"]["cases"] == len(MODELS) * len(TUNE_TOKENS)
+    assert table["quality"]["forms_other_shapes"]["cases"] == len(MODELS) * len(TUNE_TOKENS)
+    variants = [Variant.parse(key) for key, _ in table["keys"] if key.startswith("groupedfc1")]
+    shape = parse_shapes(MODELS)[1]
+    for m, width in ((32, 64), (512, 256)):
+        problem = Problem("groupedfc1", m, shape.experts, shape.hidden, shape.intermediate, top_k=shape.top_k, group_tile=16)
+        choice = select(problem, variants, table)
+        assert (choice.variant.tile_n, choice.provenance) == (width, "measured")
+    other = Problem("groupedfc2", 100, 64, 1024, 320, top_k=4, group_tile=8)
+    assert "the cost model" in select(other, [Variant.parse(key_of("groupedfc2", 8))], table).reason
+    assert build(synthetic(), PROVENANCE, load_table("sm_90a"))["grouping"] == load_table("sm_90a")["grouping"]
 
 
 # ---- table
