@@ -21,7 +21,7 @@ def add_command(add: Callable[[str, str, str, str], argparse.ArgumentParser], ex
     parser.add_argument("--count", type=_natural, metavar="N", help="a sample of N mutants a kernel, every kind as often as it can be (default: all)")
     parser.add_argument("--seed", type=_natural, default=0, help="of the sample (default: 0)")
     parser.add_argument("--case", action="append", metavar="CASE", help="run this case, as in m=9,e=2,h=384,i=64,kind=exact; may be repeated")
-    parser.add_argument("--schedule", action="append", metavar="SCHEDULE", help="of a --case: lazy, eager, random:SEED, pct:SEED:DEPTH (default: lazy)")
+    parser.add_argument("--schedule", action="append", metavar="NAME", help="for --case: lazy, eager, random:SEED, pct:SEED:DEPTH (default: lazy)")
     executor(parser)
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds after which a mutant counts as one that hangs (default: 180)")
     parser.add_argument("--journal", metavar="FILE", help="finished mutants: read first and appended to, so that an interrupted run goes on")

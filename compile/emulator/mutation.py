@@ -420,7 +420,7 @@ def _constants(each: Statement) -> Iterator[tuple[str, ...]]:
             if opcode.startswith(("shl.", "shr.")):
                 changed = value + 1
             elif opcode.startswith("mul.hi."):  # a division: its lowest bits are spare
-                changed = value // 2
+                changed = value % 2**32 // 2
             elif opcode.startswith("and."):
                 changed = value & (value - 1)
             else:

@@ -1,0 +1,220 @@
+"""What orders what: relaxed arrivals and waits, the end of a CTA, launches before, and CTAs that meet in global memory."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from snippets import kernel, launch
+
+from densemoe.compile.emulator import GlobalMemory, Launch, run
+from densemoe.runtime.errors import EmulatorError
+
+POINTERS = "ld.param.u64 %x0, [input]; ld.param.u64 %x1, [output]; mov.u32 %t0, %tid.x; shr.u32 %t1, %t0, 5; mov.u32 %t2, %ctaid.x;\n"
+#: An mbarrier at window + 512, made by thread 0.
+MBARRIER = """
+    setp.ne.u32 %p0, %t0, 0;
+    mov.u32 %r0, window;
+    @%p0 bra MADE;
+    mbarrier.init.shared.b64 [%r0+512], COUNT;
+    fence.mbarrier_init.release.cluster;
+MADE:
+    bar.sync 0;
+"""
+
+
+def handed_over(arrive: str, wait: str, between: tuple[str, str] = ("", "")) -> str:
+    """Warp 0 writes shared memory and arrives, warp 1 waits and reads."""
+    return kernel(
+        POINTERS
+        + MBARRIER.replace("COUNT", "32")
+        + f"""
+    setp.ne.u32 %p1, %t1, 0;
+    and.b32 %r1, %t0, 31;
+    shl.b32 %r1, %r1, 2;
+    add.u32 %r1, %r1, %r0;
+    @%p1 bra READ;
+    st.shared.u32 [%r1], %t0;
+    {between[0]}
+    {arrive} [%r0+512];
+    bra.uni DONE;
+READ:
+    {wait} %p2, [%r0+512], 0;
+    @!%p2 bra READ;
+    {between[1]}
+    ld.shared.u32 %r2, [%r1];
+DONE:
+""",
+        shared=1024,
+    )
+
+
+ARRIVE, WAIT = "mbarrier.arrive{}.shared::cta.b64 _,", "mbarrier.test_wait.parity{}.shared::cta.b64"
+FENCE = "fence.acq_rel.cta;"
+
+
+@pytest.mark.parametrize("wait", [WAIT, WAIT.replace("test", "try")])
+@pytest.mark.parametrize(
+    ("relaxed", "between", "race"),
+    [
+        ((False, False), ("", ""), False),
+        ((True, False), ("", ""), True),
+        ((False, True), ("", ""), True),
+        ((True, True), (FENCE, FENCE), False),
+        ((True, True), (FENCE, ""), True),
+        ((True, True), ("", FENCE), True),
+    ],
+)
+def test_relaxed_arrivals_and_waits_order_only_with_fences(wait: str, relaxed: tuple[bool, bool], between: tuple[str, str], race: bool) -> None:
+    text = handed_over(ARRIVE.format(".relaxed.cta" if relaxed[0] else ""), wait.format(".relaxed.cta" if relaxed[1] else ""), between)
+    for schedule in ("eager", "lazy", "random:1", "pct:1:3"):
+        if race:
+            with pytest.raises(EmulatorError, match="race: .* shared memory"):
+                launch(text, {"input": np.zeros(1, np.uint32), "output": np.zeros(1, np.uint32)}, threads=64, schedule=schedule)
+        else:
+            launch(text, {"input": np.zeros(1, np.uint32), "output": np.zeros(1, np.uint32)}, threads=64, schedule=schedule)
+
+
+@pytest.mark.parametrize("synced", [True, False])
+def test_lanes_use_an_mbarrier_that_another_lane_made_after_a_warp_barrier(synced: bool) -> None:
+    text = kernel(POINTERS + MBARRIER.replace("COUNT", "32").replace("bar.sync 0;", "bar.warp.sync -1;" if synced else "")
+                  + f"{ARRIVE.format('')} [%r0+512];", shared=1024)  # fmt: skip
+    buffers = {"input": np.zeros(1, np.uint32), "output": np.zeros(1, np.uint32)}
+    if synced:
+        launch(text, buffers)
+        return
+    with pytest.raises(EmulatorError, match="without waiting for its initialisation"):
+        launch(text, buffers)
+
+
+COPY = """
+    @%p0 bra DONE;
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r0+512], 128;
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r0], [%x0], 128, [%r0+512];
+{wait}
+DONE:
+"""
+WAITS = "AGAIN:\n mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r0+512], 0;\n @!%p2 bra AGAIN;"
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_cta_may_not_end_before_its_copies(waits: bool) -> None:
+    text = kernel(POINTERS + MBARRIER.replace("COUNT", "1") + COPY.format(wait=WAITS if waits else ""), shared=1024)
+    buffers = {"input": np.zeros(32, np.uint32), "output": np.zeros(1, np.uint32)}
+    if waits:
+        launch(text, buffers, schedule="lazy")
+        return
+    with pytest.raises(EmulatorError, match="ended before the bulk copy of 128 bytes"):
+        launch(text, buffers, schedule="lazy")
+
+
+# --- programmatic launches
+
+
+def programmatic(body: str, *, early: bool = False) -> None:
+    memory = GlobalMemory()
+    parameters = struct.pack("<QQ", memory.add("input", np.zeros(32, np.uint32), early=early), memory.add("output", np.zeros(32, np.uint32)))
+    text = kernel(POINTERS + body, shared=1024)
+    run(text, Launch("", (2, 1, 1), (64, 1, 1), parameters=parameters, programmatic=True), memory, "random:3")
+
+
+def test_a_programmatic_launch_waits_before_it_touches_what_others_may_use() -> None:
+    load, store, wait = "ld.global.u32 %r2, [%x0];", "st.global.u32 [%x1], %t2;", "griddepcontrol.wait;"
+    programmatic(wait + load + store)
+    programmatic(load + wait + store, early=True)
+    with pytest.raises(EmulatorError, match="reads input without griddepcontrol.wait"):
+        programmatic(load + wait)
+    with pytest.raises(EmulatorError, match="writes output without griddepcontrol.wait"):
+        programmatic(store + wait)
+    with pytest.raises(EmulatorError, match="writes output without griddepcontrol.wait"):
+        programmatic("red.relaxed.gpu.global.add.u32 [%x1], 1;" + wait)
+
+
+def test_one_warp_waits_for_the_launches_before_and_tells_the_others() -> None:
+    only = "setp.ne.u32 %p1, %t1, 0; @%p1 bra ON; griddepcontrol.wait;\nON:\n"
+    programmatic(only + "bar.sync 0; ld.global.u32 %r2, [%x0];")
+    with pytest.raises(EmulatorError, match="reads input without griddepcontrol.wait"):
+        programmatic(only + "ld.global.u32 %r2, [%x0];")
+
+
+def test_a_copy_of_a_programmatic_launch_waits_too() -> None:
+    copy = MBARRIER.replace("COUNT", "1") + COPY.format(wait=WAITS)
+    programmatic("griddepcontrol.wait;" + copy)
+    programmatic(copy, early=True)
+    with pytest.raises(EmulatorError, match="reads input without griddepcontrol.wait"):
+        programmatic(copy)
+
+
+# --- CTAs that meet in global memory
+
+
+def last_one(before: str, atom: str, after: str, part: str = "st.global.v2.u32 [%x3], {%t0, %t2};") -> str:
+    """Every CTA writes its part; the one that counts last reads all of them."""
+    return kernel(
+        POINTERS
+        + f"""
+    shl.b32 %r3, %t2, 6;
+    add.u32 %r3, %r3, %t0;
+    mul.wide.u32 %x3, %r3, 8;
+    add.s64 %x3, %x3, %x0;
+    {part}
+    {before}
+    setp.ne.u32 %p0, %t0, 0;
+    mov.u32 %r0, window;
+    @%p0 bra COUNTED;
+    {atom} %r4, [%x1], 1;
+    st.shared.u32 [%r0], %r4;
+COUNTED:
+    bar.sync 0;
+    ld.shared.u32 %r4, [%r0];
+    setp.ne.u32 %p1, %r4, 2;
+    @%p1 bra DONE;
+    {after}
+    mul.wide.u32 %x4, %t0, 8;
+    add.s64 %x4, %x4, %x0;
+    ld.relaxed.gpu.global.v2.u32 {{%r5, %r6}}, [%x4];
+    ld.relaxed.gpu.global.v2.u32 {{%r5, %r6}}, [%x4+512];
+    ld.relaxed.gpu.global.v2.u32 {{%r5, %r6}}, [%x4+1024];
+DONE:
+""",
+        shared=1024,
+    )
+
+
+STRONG, RELAXED, GPU = "atom.acq_rel.gpu.global.add.u32", "atom.relaxed.gpu.global.add.u32", "fence.acq_rel.gpu;"
+
+
+@pytest.mark.parametrize("schedule", ["eager", "lazy", "random:1", "random:2", "pct:1:3"])
+@pytest.mark.parametrize(
+    ("before", "atom", "after", "race"),
+    [
+        ("bar.sync 0;", STRONG, "", False),  # the release of one thread speaks for all that it knows of
+        (f"{GPU} bar.sync 0;", STRONG, GPU, False),
+        (f"bar.sync 0; {GPU}", RELAXED, GPU, True),  # the fence after is not that of the thread that saw the count
+        (f"{GPU} bar.sync 0;", RELAXED, GPU, True),
+        ("", STRONG, "", True),
+        ("bar.sync 0;", "atom.acquire.gpu.global.add.u32", "", True),
+        ("bar.sync 0;", "atom.release.gpu.global.add.u32", "", True),
+    ],
+)
+def test_parts_of_other_ctas_are_read_after_release_and_acquire(before: str, atom: str, after: str, race: bool, schedule: str) -> None:
+    text = last_one(before, atom, after)
+    buffers = {"input": np.zeros(3 * 64 * 2, np.uint32), "output": np.zeros(1, np.uint32)}
+    if race:
+        with pytest.raises(EmulatorError, match="race: reads input.* without release and acquire"):
+            launch(text, buffers, threads=64, grid=3, schedule=schedule)
+        return
+    launch(text, buffers, threads=64, grid=3, schedule=schedule)
+    assert buffers["output"][0] == 3
+
+
+def test_two_ctas_write_the_same_word_unordered() -> None:
+    text = last_one("bar.sync 0;", STRONG, "", "st.global.u32 [%x0], %t2;")
+    with pytest.raises(EmulatorError, match="race: writes input"):
+        launch(text, {"input": np.zeros(3 * 64 * 2, np.uint32), "output": np.zeros(1, np.uint32)}, threads=64, grid=3, schedule="random:1")
