@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from densemoe.compile import audit, build, elf, kernels, matrix, toolchain
+from densemoe.runtime import cli
 from densemoe.runtime.errors import AuditError, BuildError, MatrixError, ToolchainError
 from densemoe.runtime.folder import LOCK_NAME
 from densemoe.runtime.loader import ArtifactSet
@@ -242,6 +243,24 @@ def test_a_variant_that_spills_needs_an_upper_bound_and_a_reason(tmp_path: Path)
     assert entry.audit["allowance"] == {"stack_bytes": stack, "reason": "no optimisation"}
     assert built(f"{{stack_bytes: {stack}, reason: no optimisation}}").reused == [SPILLING]
     assert [failure.key for failure in built().failures] == [SPILLING]  # taken back: the built one does not stay
+
+
+def test_one_variant_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is named with its error and the exit code is 1; the others are built, and are not compiled again once it is mended."""
+    good, path, out = KEYS[1], tmp_path / "m.yaml", tmp_path / "out"
+    path.write_text(UNOPTIMISED.replace("profiles:", SMALL.splitlines()[3] + "\nprofiles:").replace("variants: 1", "variants: 2"))
+    assert cli.main(["build", "--matrix", str(path), "--out", str(out)]) == 1
+    said = capsys.readouterr()
+    assert "1 built" in said.out
+    assert f"FAILED {SPILLING}\n  AuditError: {SPILLING}: " in said.err
+    assert "1 variants failed" in said.err
+    assert not list(out.rglob("manifest.json"))  # half a set is none
+    staged = {file.name: file.stat().st_mtime_ns for file in out.rglob("*.cubin")}
+    assert len(staged) == 1
+    path.write_text(SMALL)
+    assert cli.main(["build", "--matrix", str(path), "--out", str(out), "--json"]) == 0
+    assert sorted(json.loads(capsys.readouterr().out)["built"]) == sorted(KEYS)
+    assert (out / "sm_90a" / f"{good}.cubin").stat().st_mtime_ns in staged.values()
 
 
 def test_yaml_alone_adds_a_legal_variant(tmp_path: Path) -> None:
