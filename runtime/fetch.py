@@ -20,7 +20,7 @@ from densemoe.runtime.canonical import read_file, write_atomically
 from densemoe.runtime.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, ProblemError, ToolchainError
 from densemoe.runtime.folder import Busy, alone, plain_folder
 from densemoe.runtime.lock import Lock
-from densemoe.runtime.manifest import INDEX_NAME, LARGEST_MANIFEST, Index, Manifest, ManifestVariant
+from densemoe.runtime.manifest import INDEX_NAME, LARGEST_CUBIN, LARGEST_INDEX, LARGEST_MANIFEST, Index, Manifest, ManifestVariant
 from densemoe.runtime.signature import BUNDLE_SUFFIX, LARGEST_BUNDLE
 
 __all__ = ["Fetched", "fetch"]
@@ -28,8 +28,8 @@ __all__ = ["Fetched", "fetch"]
 #: Bytes asked for at once: a cubin of usual size in one request, and little to repeat after a break.
 CHUNK: Final = 256 << 10
 _STAGING: Final = ".fetch"
-#: Bytes of one answer, unpacked. A server that ignores ranges sends whole files, of which the largest allowed is a manifest.
-_LARGEST_ANSWER: Final = LARGEST_MANIFEST + 1
+#: Bytes of one answer, unpacked. A server that ignores ranges sends whole files.
+_LARGEST_ANSWER: Final = max(LARGEST_MANIFEST, LARGEST_CUBIN) + 1
 
 
 @dataclass
@@ -106,7 +106,7 @@ def fetch(
         ToolchainError: fsspec is not installed.
     """
     remote = _Remote(url, options)
-    document = remote.whole(INDEX_NAME, LARGEST_MANIFEST)
+    document = remote.whole(INDEX_NAME, LARGEST_INDEX)
     index = Index.from_bytes(document, f"{url}/{INDEX_NAME}")
     names = list(architectures) or sorted(index.sets)
     if unknown := [name for name in names if name not in index.sets]:
@@ -188,7 +188,7 @@ def _fetch_signature(remote: _Remote, index: bytes, out: Path) -> None:
     """The bundle that signs the index (signature.py), where the address has one and ``out`` holds just what it signs; an older one goes."""
     path = out / f"{INDEX_NAME}{BUNDLE_SUFFIX}"
     data = b""
-    if read_file(out / INDEX_NAME, LARGEST_MANIFEST) == index:
+    if read_file(out / INDEX_NAME, LARGEST_INDEX) == index:
         with suppress(ArtifactNotFound):
             data = remote.whole(path.name, LARGEST_BUNDLE)
     if data:

@@ -19,13 +19,26 @@ from densemoe.runtime.fields import Fields, check_schema, is_sha256, parse_docum
 from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.variant import Variant, architecture, symbol_of
 
-__all__ = ["INDEX_NAME", "LARGEST_CUBIN", "LARGEST_MANIFEST", "MANIFEST_NAME", "SCHEMA", "Index", "IndexEntry", "Manifest", "ManifestVariant"]
+__all__ = [
+    "INDEX_NAME",
+    "LARGEST_CUBIN",
+    "LARGEST_INDEX",
+    "LARGEST_MANIFEST",
+    "MANIFEST_NAME",
+    "SCHEMA",
+    "Index",
+    "IndexEntry",
+    "Manifest",
+    "ManifestVariant",
+]
 
 SCHEMA: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
 INDEX_NAME: Final = "index.json"
 #: A full set is some hundred variants of about 1.5 KB each; a file of this size is no manifest, and is not parsed.
-LARGEST_MANIFEST: Final = 64 << 20
+LARGEST_MANIFEST: Final = 16 << 20
+#: An index names a handful of sets in some hundred bytes.
+LARGEST_INDEX: Final = 1 << 20
 LARGEST_CUBIN: Final = 16 << 20
 
 
@@ -412,7 +425,7 @@ class Index:
     def from_bytes(cls, data: bytes, source: str) -> Index:
         """Checks and reads an index. Raises ManifestError."""
         sets: dict[str, IndexEntry] = {}
-        for position, value in enumerate(parse_document(data, source, SCHEMA, LARGEST_MANIFEST).get("sets", list)):
+        for position, value in enumerate(parse_document(data, source, SCHEMA, LARGEST_INDEX).get("sets", list)):
             fields = Fields(value, f"{source}.sets[{position}]")
             arch = fields.get("arch", str)
             try:

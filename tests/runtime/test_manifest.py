@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from densemoe.runtime.canonical import Lines, canonical, parse_line, split_lines, write_atomically
 from densemoe.runtime.errors import ManifestError
-from densemoe.runtime.manifest import LARGEST_MANIFEST, Manifest
+from densemoe.runtime.manifest import LARGEST_INDEX, LARGEST_MANIFEST, Index, Manifest
 
 SCHEMA = Path(__file__).resolve().parents[2] / "artifacts" / "schema" / "manifest.schema.json"
 
@@ -125,6 +125,8 @@ def test_the_line_reader_reads_what_a_json_reader_reads(document: dict[str, Any]
 def test_an_oversized_manifest_is_not_parsed() -> None:
     with pytest.raises(ManifestError, match="at most"):
         Manifest.from_bytes(b" " * (LARGEST_MANIFEST + 1), "m")
+    with pytest.raises(ManifestError, match="at most 1048576 are read"):
+        Index.from_bytes(b" " * (LARGEST_INDEX + 1), "i")
 
 
 def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
