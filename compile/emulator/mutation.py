@@ -102,13 +102,17 @@ class Statement:
     def written(self) -> list[str]:
         """Registers that it writes."""
         stores = self.opcode.startswith(("st.", "red.", "bra", "cp.", "bar", "fence", "mbarrier.init", "tcgen05.mma", "tcgen05.cp", "tcgen05.st"))
-        return [] if stores or not self.operands else _REGISTER.findall(self.operands[0]) if not self.operands[0].startswith("[") else []
+        return [] if stores or not self.operands else self.registers(self.operands[0]) if not self.operands[0].startswith("[") else []
 
     @property
     def read(self) -> list[str]:
         """Registers that it reads."""
         own = self.operands[1:] if self.written else self.operands
-        return [name for operand in own for name in _REGISTER.findall(operand)]
+        return [name for operand in own for name in self.registers(operand)]
+
+    def registers(self, operand: str) -> list[str]:
+        """Registers of an operand; those of inline assembly, without %, with the line that they belong to."""
+        return [name if name[0] == "%" else f"{name}@{self.line}" for name in _REGISTER.findall(operand)]
 
 
 @dataclass(frozen=True)
@@ -381,9 +385,9 @@ def _roots(every: list[Statement]) -> Iterator[tuple[str, list[str]]]:
             continue
         parity = "wait.parity" in opcode
         if parity:
-            yield "phase", _REGISTER.findall(operands[2])
+            yield "phase", each.registers(operands[2])
         if opcode.startswith(("mbarrier.", "tcgen05.", "cp.async.", "wgmma.mma_async", "mapa", *_SHARED)):
-            memory = [name for operand in operands for inside in _MEMORY.findall(operand) for name in _REGISTER.findall(inside)]
+            memory = [name for operand in operands for inside in _MEMORY.findall(operand) for name in each.registers(inside)]
             wide = [operand for operand in operands if re.fullmatch(r"%rd\d+", operand)]
             yield "step", memory + (wide if opcode.startswith(("tcgen05.", "wgmma.")) else [])
 

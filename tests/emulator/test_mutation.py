@@ -83,7 +83,8 @@ def test_mutants_of_a_small_kernel() -> None:
     assert found["threads: barrier.sync 1, 128 #1"] == "barrier.sync 1, 96;"
     assert found["group: cp.async.bulk.wait_group.read 0 #1"] == "cp.async.bulk.wait_group.read 1;"
     guarded = found["delete: mbarrier.arrive.expect_tx.shared::cta.b64 _, [%], 64 #1"]
-    assert "setp.ne.b32 p, %r1, 0;" in guarded and "expect_tx" not in guarded
+    assert "setp.ne.b32 p, %r1, 0;" in guarded
+    assert "expect_tx" not in guarded
     assert "mutated, 64, 16; @p mbarrier" in found["bytes: mbarrier.arrive.expect_tx.shared::cta.b64 _, [%], 64 #1"]
     wait = "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 %, [%], % #1"
     assert found[f"no-wait: {wait}"] == "setp.eq.b32 %p1, 0, 0;"
@@ -110,6 +111,11 @@ def test_every_mutant_has_a_name_of_its_own_a_family_and_parses() -> None:
     for mutant in found:
         assert mutant.family in FAMILIES
         parse(mutant.apply(PTX))
+
+
+def test_registers_of_inline_assembly_belong_to_their_line() -> None:
+    text = PTX.replace("    ld.shared.b32", "    { .reg .pred p; setp.ne.b32 p, %r1, 7; selp.b32 %r8, 1, 0, p; }\n    ld.shared.b32")
+    assert not [mutant for mutant in mutants(text) if ", 7;" in mutant.text]
 
 
 def test_names_survive_other_registers_and_lines() -> None:
@@ -156,10 +162,12 @@ def test_a_blind_spot_shows(key: str, only: str, check: str, monkeypatch: pytest
     """Without one of its checks the emulator lets a mutant pass, and the suite says so."""
     given = dataclasses.replace(subject(key), runs=subject(key).runs[:3])
     seen = mutation.run([given], Here(), only=only)
-    assert [each.outcome for each in seen.findings] == ["error"] and seen.share == 1
+    assert [each.outcome for each in seen.findings] == ["error"]
+    assert seen.share == 1
     monkeypatch.setattr(Races, check, lambda *_: None)
     blind = mutation.run([given], Here(), only=only)
-    assert [each.outcome for each in blind.findings] == ["survived"] and blind.share == 0
+    assert [each.outcome for each in blind.findings] == ["survived"]
+    assert blind.share == 0
 
 
 def test_a_kernel_that_fails_as_it_is_is_no_subject() -> None:
@@ -182,7 +190,9 @@ def test_proofs_turn_survivors_into_equivalents_and_unused_ones_are_named(monkey
     monkeypatch.setattr(mutation, "run_mutant", judged)
     report = mutation.run([given], Here())
     assert {each.outcome for each in report.findings if each.kind == "bytes"} == {"equivalent"}
-    assert report.share == 1 and report.equivalent_share > 0.05 and report.unused == [proofs[1]]
+    assert report.share == 1
+    assert report.equivalent_share > 0.05
+    assert report.unused == [proofs[1]]
 
 
 def test_a_journal_saves_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,13 +224,17 @@ def test_the_command_lists_survivors_and_its_exit_code_tells(monkeypatch: pytest
     command = ["mutate", KEYS[2], "--only", "delete: bar.warp.sync*#1", "--case", "m=1,e=1,h=256,i=64,kind=exact,sms=1"]
     assert main([*command, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["kernels"][KEYS[2]]["noticed_share"] == 1 and [each["kind"] for each in document["findings"]] == ["delete"]
+    assert document["kernels"][KEYS[2]]["noticed_share"] == 1
+    assert [each["kind"] for each in document["findings"]] == ["delete"]
     monkeypatch.setattr(Races, "_check_made", lambda *_: None)
     assert main(command) == 1
     shown = capsys.readouterr()
-    assert "survived fc1.sm90a" in shown.out and "bar.warp.sync -1;" in shown.out and "survived" in shown.err
+    assert "survived fc1.sm90a" in shown.out
+    assert "bar.warp.sync -1;" in shown.out
+    assert "survived" in shown.err
     assert main([*command[:3], "no such kind: *"]) == 2
-    assert main(["mutate", "fc1.sm1.none"]) == 2 and main(["mutate", "--schedule", "lazy"]) == 2
+    assert main(["mutate", "fc1.sm1.none"]) == 2
+    assert main(["mutate", "--schedule", "lazy"]) == 2
 
 
 @pytest.mark.full

@@ -75,7 +75,7 @@ def test_relaxed_arrivals_and_waits_order_only_with_fences(wait: str, relaxed: t
     text = handed_over(ARRIVE.format(".relaxed.cta" if relaxed[0] else ""), wait.format(".relaxed.cta" if relaxed[1] else ""), between)
     for schedule in ("eager", "lazy", "random:1", "pct:1:3"):
         if race:
-            with pytest.raises(EmulatorError, match="race: .* shared memory"):
+            with pytest.raises(EmulatorError, match=r"race: .* shared memory"):
                 launch(text, {"input": np.zeros(1, np.uint32), "output": np.zeros(1, np.uint32)}, threads=64, schedule=schedule)
         else:
             launch(text, {"input": np.zeros(1, np.uint32), "output": np.zeros(1, np.uint32)}, threads=64, schedule=schedule)
@@ -128,18 +128,18 @@ def test_a_programmatic_launch_waits_before_it_touches_what_others_may_use() -> 
     load, store, wait = "ld.global.u32 %r2, [%x0];", "st.global.u32 [%x1], %t2;", "griddepcontrol.wait;"
     programmatic(wait + load + store)
     programmatic(load + wait + store, early=True)
-    with pytest.raises(EmulatorError, match="reads input without griddepcontrol.wait"):
+    with pytest.raises(EmulatorError, match=r"reads input without griddepcontrol\.wait"):
         programmatic(load + wait)
-    with pytest.raises(EmulatorError, match="writes output without griddepcontrol.wait"):
+    with pytest.raises(EmulatorError, match=r"writes output without griddepcontrol\.wait"):
         programmatic(store + wait)
-    with pytest.raises(EmulatorError, match="writes output without griddepcontrol.wait"):
+    with pytest.raises(EmulatorError, match=r"writes output without griddepcontrol\.wait"):
         programmatic("red.relaxed.gpu.global.add.u32 [%x1], 1;" + wait)
 
 
 def test_one_warp_waits_for_the_launches_before_and_tells_the_others() -> None:
     only = "setp.ne.u32 %p1, %t1, 0; @%p1 bra ON; griddepcontrol.wait;\nON:\n"
     programmatic(only + "bar.sync 0; ld.global.u32 %r2, [%x0];")
-    with pytest.raises(EmulatorError, match="reads input without griddepcontrol.wait"):
+    with pytest.raises(EmulatorError, match=r"reads input without griddepcontrol\.wait"):
         programmatic(only + "ld.global.u32 %r2, [%x0];")
 
 
@@ -147,7 +147,7 @@ def test_a_copy_of_a_programmatic_launch_waits_too() -> None:
     copy = MBARRIER.replace("COUNT", "1") + COPY.format(wait=WAITS)
     programmatic("griddepcontrol.wait;" + copy)
     programmatic(copy, early=True)
-    with pytest.raises(EmulatorError, match="reads input without griddepcontrol.wait"):
+    with pytest.raises(EmulatorError, match=r"reads input without griddepcontrol\.wait"):
         programmatic(copy)
 
 
@@ -207,7 +207,7 @@ def test_parts_of_other_ctas_are_read_after_release_and_acquire(before: str, ato
     text = last_one(before, atom, after)
     buffers = {"input": np.zeros(3 * 64 * 2, np.uint32), "output": np.zeros(1, np.uint32)}
     if race:
-        with pytest.raises(EmulatorError, match="race: reads input.* without release and acquire"):
+        with pytest.raises(EmulatorError, match=r"race: reads input.* without release and acquire"):
             launch(text, buffers, threads=64, grid=3, schedule=schedule)
         return
     launch(text, buffers, threads=64, grid=3, schedule=schedule)
