@@ -35,6 +35,7 @@ from densemoe.runtime.lock import Lock
 from densemoe.runtime.manifest import (
     INDEX_NAME,
     LARGEST_CUBIN,
+    LARGEST_INDEX,
     LARGEST_MANIFEST,
     MANIFEST_NAME,
     Index,
@@ -175,7 +176,7 @@ def build(
     """Builds a profile's variants into ``out``.
 
     Args:
-        arch: only this architecture; the sets of others stay.
+        arch: only this architecture; the sets of others stay. Without it and a filter, sets of architectures that the matrix has in no profile go.
         key_filter: shell pattern over keys; the set then holds what matches and what it held before.
         jobs: processes of the local executor, by default the cores that this process may use.
         timeout: seconds a variant; on a cluster there is no limit.
@@ -210,11 +211,32 @@ def build(
                 mine = [each for each in chosen if each.variant.arch == name]
                 partial = key_filter is not None
                 _build_set(out, name, mine, partial, executor, progress, result)
+            if arch is None and key_filter is None and not result.failures:
+                _remove_sets(out, {each.variant.arch for planned in matrix.profiles.values() for each in planned}, result)
     except Busy:
         raise BuildError(f"another build works in {out}: wait for it, or give another --out") from None
     except OSError as error:
         raise BuildError(f"{out} cannot be written: {error.strerror or error}; the old set is unchanged, free space and build again") from error
     return result
+
+
+def _remove_sets(out: Path, known: set[str], result: BuildResult) -> None:
+    """Removes the sets of architectures that the matrix has in no profile: first from the index, then their files."""
+    path = out / INDEX_NAME
+    index = Index.from_bytes(read_file(path, LARGEST_INDEX), str(path))
+    gone = sorted(set(index.sets) - known)
+    if not gone:
+        return
+    write_atomically(path, Index({name: entry for name, entry in index.sets.items() if name in known}).to_bytes())
+    for name in gone:
+        folder = out / name
+        if folder.is_symlink():
+            raise BuildError(f"{folder} is a symbolic link: a build removes and replaces files there; remove the link")
+        for file in sorted((*folder.glob("*.cubin"), folder / MANIFEST_NAME, folder / LOG_NAME)):
+            file.unlink(missing_ok=True)
+            result.removed.append(f"{name}/{file.name}")
+        with suppress(OSError):  # somebody's own file lies there
+            folder.rmdir()
 
 
 def _existing(folder: Path) -> dict[str, ManifestVariant]:

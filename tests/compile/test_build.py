@@ -79,6 +79,25 @@ def test_a_removed_variant_leaves_the_set(small: matrix.Matrix, artifacts_copy: 
     assert sorted(ArtifactSet(artifacts_copy).manifest("sm_90a").variants) == sorted(KEYS)
 
 
+def test_the_set_of_an_architecture_that_left_the_matrix_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = "  - {kernel: sm90_quantize, op: quantize, arch: [ARCH], tile: 1x2048, cluster: 1x1, a_dtype: bf16, b_dtype: nvfp4, c_dtype: nvfp4}"
+    path, out = tmp_path / "m.yaml", tmp_path / "out"
+
+    def built(*arches: str, options: tuple[str, ...] = ()) -> str:
+        path.write_text(f"schema: 1\nentries:\n{entry.replace('ARCH', ', '.join(arches))}\nprofiles:\n  full: {{variants: {len(arches)}}}\n")
+        assert cli.main(["build", "--matrix", str(path), "--out", str(out), *options]) == 0
+        return capsys.readouterr().out
+
+    built("sm_90a", "sm_100f")
+    assert ArtifactSet(out).architectures == ("sm_100f", "sm_90a")
+    assert "0 removed" in built("sm_90a", options=("--arch", "sm_90a"))  # speaks of one architecture alone
+    (out / "sm_100f" / "notes.txt").write_text("somebody's own")
+    said = built("sm_90a")
+    assert "removed sm_100f/quantize.sm100f.t1x2048.c1x1.bf16-nvfp4.cubin: its variant is no longer in the matrix" in said
+    assert ArtifactSet(out).architectures == ("sm_90a",)
+    assert [each.name for each in (out / "sm_100f").iterdir()] == ["notes.txt"]
+
+
 def test_a_filter_keeps_the_rest_of_the_set(artifacts_copy: Path) -> None:
     before = sorted(ArtifactSet(artifacts_copy).manifest("sm_90a").variants)
     result = build.build(matrix.load(), artifacts_copy, profile="quick", key_filter="fc1.*bf16-bf16")
