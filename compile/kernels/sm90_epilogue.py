@@ -178,6 +178,87 @@ def store_fc1_outputs(
                 store_row(config.c_dtype, c, Int64(token) * Int64(columns) + Int64(column + g * OUTPUTS), exists, values)
 
 
+def fc1_pairs(config: Any, accumulators: list[Any], scale: Any, peaks: Any, half: Any, g: Any, t: Any) -> list[Any]:
+    """FC1's outputs of a lane that holds two of a superblock's four m16 blocks: two consecutive outputs of each token, ``[token block][pair][2]``.
+
+    For NVFP4 the largest magnitude of this warp's half of each 16-group is stored, so that the warp with the other half finds it.
+
+    Args:
+        accumulators: ``[m16 block][token block][up token 2t, up 2t+1, gate 2t, gate 2t+1]``.
+        scale: alpha of the expert.
+        peaks: shared-memory address of float32 ``[half][tile_m][2 groups]``; half: 0 or 1, which m16 blocks the warp has.
+    """
+    values = []
+    at = peaks + ((half * config.tile_m + t * 2) * 2 + g // 4) * 4
+    for block in range(config.token_blocks):
+        for pair in range(2):
+            own = []
+            for m16 in range(2):
+                first = (m16 * config.token_blocks + block) * common.ACCUMULATORS + pair
+                up, gate = (multiply(multiply(accumulators[first + i], Float32(config.product_scale)), scale) for i in (0, 2))
+                own.append(swiglu(up, gate))
+            values += own
+            if config.c_dtype == "nvfp4":
+                largest = cute.arch.fmax(*(cute.arch.fmax(each, -each) for each in own))
+                largest = cute.arch.fmax(largest, shuffle_xor(largest, 4))
+                largest = cute.arch.fmax(largest, shuffle_xor(largest, 8))
+                address = at + (block * common.MMA_TOKENS + pair) * 8
+                pr.inline_ptx_hl(
+                    "{ .reg .pred p; setp.eq.b32 p, {$r1}, 0; @p st.shared.f32 [{$r0}], {$r2}; }", read_only_args=[address, g % 4, largest]
+                )
+    return values
+
+
+def store_fc1_pairs(
+    config: Any,
+    values: list[Any],
+    peaks: Any,
+    output_multiplier: Any,
+    c: Any,
+    c_scales: Any,
+    first_token: Any,
+    tokens_total: Any,
+    column: Any,
+    columns: Any,
+    half: Any,
+    g: Any,
+    t: Any,
+) -> None:
+    """Stores what ``fc1_pairs`` gave; for NVFP4 behind a barrier.
+
+    Args:
+        column: first output column of the superblock row, of ``columns``. This lane owns ``column + 4g + 2 half`` and the one after.
+    """
+    own = column + g * OUTPUTS + half * 2
+    multiplier = Float32(1.0)
+    if cutlass.const_expr(config.c_dtype == "nvfp4"):
+        multiplier = common.load_global_f32_if(output_multiplier, Int32(1))
+    mine, theirs = (peaks + ((which * config.tile_m + t * 2) * 2 + g // 4) * 4 for which in (half, 1 - half))
+    for index in range(config.token_blocks * 2):
+        pair = values[2 * index : 2 * index + 2]
+        place = (index // 2) * common.MMA_TOKENS + index % 2
+        token = first_token + (place + t * 2)
+        exists = Int32(token < tokens_total)
+        element = Int64(token) * Int64(columns) + Int64(own)
+        if config.c_dtype == "f32":
+            store_if("v2.f32", c + element * 4, exists, pair)
+        elif config.c_dtype != "nvfp4":
+            store_if("b32", c + element * 2, exists, [pack_half(config.c_dtype, *pair)])
+        else:
+            largest = cute.arch.fmax(*(load_shared_f32(side + place * 8) for side in (mine, theirs)))
+            byte = e4m3_of(multiply(multiply(largest, Float32(ONE_SIXTH)), multiplier))
+            factor = multiply(multiplier, reciprocal_approximate(float32_of_e4m3(byte)))
+            codes = e2m1_of(multiply(pair[0], factor)) | (e2m1_of(multiply(pair[1], factor)) << 4)
+            store_if("u8", c + element // 2, exists, [codes * Uint32(byte != Uint32(0))])
+            offset = common.scale_offset(Uint32(token), Uint32(column // 16 + g // 4), Uint32(columns // 16))
+            store_if("u8", c_scales + offset, exists & Int32(g % 4 == 0) & Int32(half == 0), [byte])
+
+
+def load_shared_f32(address: Any) -> Any:
+    """Four bytes of shared memory."""
+    return pr.inline_ptx_hl("ld.shared.f32 {$w0}, [{$r0}];", write_only_types=[Float32], read_only_args=[address])
+
+
 def store_fc1_row(
     config: common.Config,
     sums: list[Any],

@@ -40,6 +40,7 @@ SWIZZLE_128B: Final = 1 << 30  # in a descriptor's high word
 STRIDE: Final = ROW_BYTES * SWIZZLE_ROWS // DESCRIPTOR_UNIT  # between groups of eight rows, in the high word
 LEADING: Final = 1 << 16  # in the low word, unused under a swizzle
 ADDRESS_MASK: Final = 0x3FFF
+LARGEST_PORTION: Final = 4  # pieces of 16 bytes that a thread has on their way beside 128 accumulators
 TABLE_SLOTS: Final = 3  # tiles whose rows stand in shared memory: the one that is multiplied, the one that is loaded, the next
 
 
@@ -51,14 +52,21 @@ class Shape:
         warpgroups: of a CTA.
         weight_stages: superblocks in the ring of a superblock row.
         resident_ctas: CTAs meant to be resident on one SM.
+        widths: columns of ``wgmma`` that the kernel has a loop for, ascending: a tile takes the smallest that holds its rows.
     """
 
     warpgroups: int
     weight_stages: int
     resident_ctas: int
+    widths: tuple[int, ...]
 
 
-SHAPES: Final = {16: Shape(1, 2, 4), 32: Shape(1, 2, 3), 64: Shape(1, 3, 2), 128: Shape(2, 3, 1)}
+SHAPES: Final = {
+    16: Shape(1, 2, 4, (16,)),
+    32: Shape(1, 2, 3, (32,)),
+    64: Shape(1, 3, 2, (32, 64)),
+    128: Shape(2, 3, 1, (64, 128)),
+}
 #: K 128 blocks of tokens in shared memory: a block is overwritten while one group of the block before may still be read.
 ACTIVATION_STAGES: Final = 3
 
@@ -83,6 +91,11 @@ class Config:
     def shape(self) -> Shape:
         """Warpgroups, stages and residency."""
         return SHAPES[self.tile_m]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of ``wgmma`` that the kernel has a loop for; with two warpgroups and FC1's quantisation registers last for one."""
+        return self.shape.widths[-1:] if self.op == "groupedfc1" and self.shape.warpgroups > 1 and self.c_dtype == "nvfp4" else self.shape.widths
 
     @property
     def warps(self) -> int:
@@ -131,9 +144,9 @@ class Config:
         return pieces // self.threads
 
     @property
-    def staged_words(self) -> int:
-        """Registers in which a thread holds its pieces until they are stored."""
-        return self.rows_a_thread * (3 if self.nvfp4_activations else 4)
+    def portions(self) -> int:
+        """Parts in which a thread brings its rows of a K 128, one a K 64 half of the block before: what is on its way lies in registers."""
+        return 2 if not self.nvfp4_activations and self.rows_a_thread > LARGEST_PORTION else 1
 
     @property
     def table_words(self) -> int:
@@ -257,8 +270,14 @@ def load_pieces(config: Config, a: Any, a_scales: Any, tokens: list[Any], k_bloc
     return words
 
 
-def store_pieces(config: Config, stage: Any, row: Any, step: int, piece: Any, words: list[Any]) -> None:
-    """Stores what ``load_pieces`` gave at its permuted and swizzled place.
+def rows_of_portion(config: Config, portion: int) -> range:
+    """Which of a thread's rows a portion has."""
+    count = config.rows_a_thread // config.portions
+    return range(portion * count, (portion + 1) * count)
+
+
+def store_pieces(config: Config, stage: Any, row: Any, step: int, piece: Any, words: list[Any], portion: int) -> None:
+    """Stores what ``load_pieces`` gave for a portion at its permuted and swizzled place.
 
     Args:
         stage: shared-memory address of the K 128's first half.
@@ -266,8 +285,8 @@ def store_pieces(config: Config, stage: Any, row: Any, step: int, piece: Any, wo
     """
     swizzle = row % SWIZZLE_ROWS
     each = 3 if config.nvfp4_activations else 4
-    for index in range(config.rows_a_thread):
-        own = words[index * each : (index + 1) * each]
+    for position, index in enumerate(rows_of_portion(config, portion)):
+        own = words[position * each : (position + 1) * each]
         if config.nvfp4_activations:
             low, high, scale = own
             factor = common.expand_activation_scale(scale)
@@ -296,8 +315,8 @@ def descriptor(low: Any) -> Any:
 # ---- one superblock
 
 
-def multiply_superblock(config: Config, accumulators: list[Any], stage: Any, first_block: Any, low: Any, n: int) -> list[Any]:
-    """``accumulators`` with one K 128 added; the last group of ``wgmma`` is still in flight then.
+def multiply_half(config: Config, accumulators: list[Any], stage: Any, first_block: Any, low: Any, n: int, half: int) -> list[Any]:
+    """``accumulators`` with one K 64 half of a K 128 added; the last group of ``wgmma`` is still in flight then.
 
     Args:
         accumulators: float32 ``[m16 block][token block][4]``, flattened.
@@ -310,23 +329,22 @@ def multiply_superblock(config: Config, accumulators: list[Any], stage: Any, fir
     own = n // common.MMA_TOKENS * common.ACCUMULATORS  # registers of one m16 block
     scales = _scale_words(config, stage, first_block)
     codes_at = stage + first_block * (common.K64_HALVES * common.CHUNK_BYTES)
-    for half in range(common.K64_HALVES):
-        for block in range(config.blocks):
-            codes = common.shared_words(codes_at + (block * common.K64_HALVES + half) * common.CHUNK_BYTES)
-            pair = scales[block] >> (16 * half)
-            upper, lower = (common.expand_weight_scale(byte & Uint32(0xFF)) for byte in (pair, pair >> 8))
-            operands = []
-            for word in codes:
-                decoded = common.decode_weights(word)
-                operands.append([common.mul_bf16x2(decoded[i], lower if i % 2 else upper) for i in range(4)])
-            sums = accumulators[block * own : (block + 1) * own]
-            pr.wgmma_fence_aligned()
-            for step, a in enumerate(operands):
-                offset = (half * config.half_bytes + step * K16_BYTES) // DESCRIPTOR_UNIT
-                sums = wgmma(sums, a, descriptor(low + offset))
-            pr.wgmma_commit_group_sync_aligned()
-            pr.wgmma_wait_group_sync_aligned(1)
-            accumulators[block * own : (block + 1) * own] = sums
+    for block in range(config.blocks):
+        codes = common.shared_words(codes_at + (block * common.K64_HALVES + half) * common.CHUNK_BYTES)
+        pair = scales[block] >> (16 * half)
+        of_row, of_lower_row = (common.expand_weight_scale(byte & Uint32(0xFF)) for byte in (pair, pair >> 8))
+        operands = []
+        for word in codes:
+            decoded = common.decode_weights(word)
+            operands.append([common.mul_bf16x2(decoded[i], of_lower_row if i % 2 else of_row) for i in range(4)])
+        sums = accumulators[block * own : (block + 1) * own]
+        pr.wgmma_fence_aligned()
+        for step, a in enumerate(operands):
+            offset = (half * config.half_bytes + step * K16_BYTES) // DESCRIPTOR_UNIT
+            sums = wgmma(sums, a, descriptor(low + offset))
+        pr.wgmma_commit_group_sync_aligned()
+        pr.wgmma_wait_group_sync_aligned(1)
+        accumulators[block * own : (block + 1) * own] = sums
     return accumulators
 
 
@@ -337,6 +355,13 @@ def _scale_words(config: Config, stage: Any, first_block: Any) -> list[Any]:
         return common.shared_words(at)
     loaded = pr.load_ext(at + first_block * 4, dtype=Uint32, count=config.blocks)
     return [loaded[i] for i in range(config.blocks)]
+
+
+def widened(config: Config, accumulators: list[Any], n: int) -> list[Any]:
+    """Accumulators of ``n`` tokens as those of the whole tile, zeros beyond."""
+    own, whole = (width // common.MMA_TOKENS * common.ACCUMULATORS for width in (n, config.tile_m))
+    zeros = common.zero_accumulators(whole - own)
+    return [each for block in range(config.blocks) for each in (*accumulators[block * own : (block + 1) * own], *zeros)]
 
 
 def by_token_block(config: Config, accumulators: list[Any], n: int) -> list[Any]:
@@ -362,11 +387,11 @@ class Shared:
     barriers: Any
     table: Any
     flag: Any
-    exchange: Any
+    peaks: Any
 
 
 def shared_memory(config: Config) -> Shared:
-    """Allocates the stages of tokens, the rings, their mbarriers, the table of rows, a word for tickets, the space of ``exchange``."""
+    """Allocates the stages of tokens, the rings, their mbarriers, the table of rows, a word for tickets, the peaks of ``fc1_pairs``."""
     space = cutlass.AddressSpace.smem
     stages = config.shape.weight_stages
     return Shared(
@@ -375,7 +400,7 @@ def shared_memory(config: Config) -> Shared:
         cutlass.Array(Int64, WARPGROUP_WARPS * stages, space=space, alignment=8),
         cutlass.Array(Int32, TABLE_SLOTS * config.table_words * config.tile_m, space=space, alignment=16),
         cutlass.Array(Int32, 1, space=space, alignment=4),
-        cutlass.Array(cutlass.Uint8, exchange_bytes(config), space=space, alignment=16) if exchange_bytes(config) else None,
+        cutlass.Array(cutlass.Uint8, WARPGROUP_WARPS * peak_bytes(config), space=space, alignment=16) if peak_bytes(config) else None,
     )
 
 
@@ -384,12 +409,12 @@ def activation_bytes(config: Config) -> int:
     return ACTIVATION_STAGES * config.stage_bytes
 
 
-def exchange_bytes(config: Config) -> int:
-    """Bytes through which two warpgroups pass half of FC1's sums to one another."""
-    return config.threads * config.accumulators // 2 * 4 if config.op == "groupedfc1" and config.shape.warpgroups > 1 else 0
+def peak_bytes(config: Config) -> int:
+    """Bytes in which two warpgroups tell one another the largest magnitudes of FC1's outputs, of a superblock row."""
+    return 2 * config.tile_m * 2 * 4 if config.op == "groupedfc1" and config.shape.warpgroups > 1 else 0
 
 
 def shared_memory_bytes(config: Config) -> int:
     """Bytes that ``shared_memory`` allocates."""
     rings = WARPGROUP_WARPS * config.shape.weight_stages * (common.SUPERBLOCK_BYTES + 8)
-    return activation_bytes(config) + rings + TABLE_SLOTS * config.table_words * config.tile_m * 4 + 16 + exchange_bytes(config)
+    return activation_bytes(config) + rings + TABLE_SLOTS * config.table_words * config.tile_m * 4 + 16 + WARPGROUP_WARPS * peak_bytes(config)

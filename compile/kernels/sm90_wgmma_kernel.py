@@ -15,7 +15,7 @@ What a tile's rows are (``rows``, and FC2's ``row_alpha``) stands in shared memo
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass
@@ -25,9 +25,9 @@ from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_wgmma as wgmma
-from densemoe.compile.kernels.sm90_epilogue import multiply, select, store_fc1_outputs, store_if, store_row
+from densemoe.compile.kernels.sm90_epilogue import fc1_pairs, multiply, select, store_fc1_outputs, store_fc1_pairs, store_if, store_row
 from densemoe.compile.kernels.sm90_fc2 import add_to_workspace, load_workspace_if, wait
-from densemoe.compile.kernels.sm90_reduction import load_shared_v4, store_shared_v4, take_ticket
+from densemoe.compile.kernels.sm90_reduction import take_ticket
 
 TILE_BYTES = 16  # of a tile of ``route``, and of the list's head
 SMALLEST_SPAN = 4  # K 128 blocks of a CTA
@@ -65,10 +65,8 @@ def wgmma_kernel(
     fc2 = config.op == "groupedfc2"
     owner = warp % wgmma.WARPGROUP_WARPS  # the superblock row of the unit that this warp multiplies
     first_block = (warp // wgmma.WARPGROUP_WARPS) * config.blocks
-    row_blocks = hidden // common.SUPERBLOCK_ROWS if fc2 else intermediate // (common.SUPERBLOCK_ROWS // 2)
     k_length = intermediate if fc2 else hidden
     k_blocks = (k_length + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K
-    groups = (row_blocks + (wgmma.WARPGROUP_WARPS - 1)) // wgmma.WARPGROUP_WARPS
     stages = config.shape.weight_stages
 
     shared = wgmma.shared_memory(config)
@@ -86,9 +84,8 @@ def wgmma_kernel(
     pr.griddepcontrol("wait")  # the tiles say which weights are read
     pr.griddepcontrol("launch_dependents")
     tile_count = common.load_global_s32_or(tiles, Int32(1), Int32(0))
-    units = tile_count * groups
-    total = Int64(units) * Int64(k_blocks)
-    workers = min(Int64(ctas), (total + (SMALLEST_SPAN - 1)) // SMALLEST_SPAN)
+    work = Work(config, tiles, tile_count, hidden if fc2 else intermediate)
+    total, workers = shares(work.units, k_blocks, ctas)
     first = total
     last = total
     if Int64(bid) < workers:
@@ -102,9 +99,9 @@ def wgmma_kernel(
     to_fetch = remaining
     weight_unit = unit
     weight_k = k
-    expert = expert_of(config, tiles, unit, units, groups, tile_count)
-    source = superblock_row(config, expert, unit, groups, tile_count, row_blocks, owner, k_blocks) + Int64(k) * common.SUPERBLOCK_BYTES
-    next_expert = expert_of(config, tiles, unit + 1, units, groups, tile_count)
+    expert = work.expert(unit)
+    source = work.superblock_row(expert, unit, owner, k_blocks) + Int64(k) * common.SUPERBLOCK_BYTES
+    next_expert = work.expert(unit + 1)
     for i in cutlass.range_constexpr(stages):
         if to_fetch > 0:
             if copies != 0:
@@ -115,88 +112,93 @@ def wgmma_kernel(
             if weight_k == k_blocks:
                 weight_k = Int32(0)
                 weight_unit += 1
-                source = superblock_row(config, next_expert, weight_unit, groups, tile_count, row_blocks, owner, k_blocks)
-                next_expert = expert_of(config, tiles, weight_unit + 1, units, groups, tile_count)
+                source = work.superblock_row(next_expert, weight_unit, owner, k_blocks)
+                next_expert = work.expert(weight_unit + 1)
 
-    # ---- tokens: `to_load` blocks from (token_unit, token_k) on; tiles of this unit and the next two; the table of this one and the next
-    to_load = remaining
-    token_unit = unit
+    # ---- tokens, one block ahead: token_k of their unit; tiles and tables of this unit and the next
     token_k = k
-    tile = tile_of_unit(config, tiles, unit, units, groups, tile_count)
-    next_tile = tile_of_unit(config, tiles, unit + 1, units, groups, tile_count)
-    later_tile = tile_of_unit(config, tiles, unit + 2, units, groups, tile_count)
+    tile = work.tile(unit)
+    next_tile = work.tile(unit + 1)
     row, row_step, piece = wgmma.thread_place(config, tid)
     held = Int32(tid < config.tile_m)
-    slot = Int32(0)  # of the table, of token_unit
+    slot = Int32(0)  # of the table, of the tokens' unit
     store_entry(config, table, Int32(0), tid, held, load_entry(config, rows, scales, tile, tid))
     store_entry(config, table, Int32(1), tid, held, load_entry(config, rows, scales, next_tile, tid))
     pr.barrier_cta_sync(0)  # the table stands, the mbarriers are made
-    k_here = wgmma_k(k_length, to_load)
-    first_pieces = wgmma.load_pieces(config, a, a_scales, tokens_of(config, table, slot, tile, row, row_step), token_k, k_here, piece)
-    wgmma.store_pieces(config, activations, row, row_step, piece, first_pieces)
+    for portion in cutlass.range_constexpr(config.portions):
+        tokens = tokens_of(config, table, slot, tile, row, row_step, portion)
+        pieces = wgmma.load_pieces(config, a, a_scales, tokens, token_k, k_length * Int32(remaining > 0), piece)
+        wgmma.store_pieces(config, activations, row, row_step, piece, pieces, portion)
 
     stage = Int32(0)
     phase = Int32(0)
     activation_stage = Int32(0)
-    refilled = Int32(stages - 1)  # the stage that the block before has read
     started = Int32(0)
     while remaining > 0:
         # ---- the part of one unit that lies in this span
         run = min(remaining, k_blocks - k)
         remaining -= run
-        own_expert, own_first, own_count = tile
+        own_count = tile[2]
         own_slot = slot
         sums = common.zero_accumulators(config.accumulators)
-        for _ in cutlass.range(run, unroll=1):
-            wgmma.fence_to_async_proxy()
-            pr.barrier_cta_sync(0)
-            if (started != 0) & (to_fetch > 0):
-                if copies != 0:
-                    common.start_copy(ring, barriers, refilled, b + source)
-                to_fetch -= 1
-                source = source + common.SUPERBLOCK_BYTES
-                weight_k += 1
-                if weight_k == k_blocks:
-                    weight_k = Int32(0)
-                    weight_unit += 1
-                    source = superblock_row(config, next_expert, weight_unit, groups, tile_count, row_blocks, owner, k_blocks)
-                    next_expert = expert_of(config, tiles, weight_unit + 1, units, groups, tile_count)
-            started = Int32(1)
-            refilled = stage
-            to_load -= 1
-            token_k += 1
-            entering = Int32(0)  # a unit whose follower's rows are to be brought into the table
-            if token_k == k_blocks:
-                token_k = Int32(0)
-                token_unit += 1
-                tile = next_tile
-                next_tile = later_tile
-                slot = next_slot(slot)
-                entering = Int32(1)
-                later_tile = tile_of_unit(config, tiles, token_unit + 2, units, groups, tile_count)
-            entry = load_entry(config, rows, scales, [next_tile[0], next_tile[1], next_tile[2] * entering], tid)
-            tokens = tokens_of(config, table, slot, tile, row, row_step)
-            staged = wgmma.load_pieces(config, a, a_scales, tokens, token_k, wgmma_k(k_length, to_load), piece)
-            wait(barriers.subview(stage), phase)
-            superblock = ring.subview(stage * common.SUPERBLOCK_BYTES + lane * 16).data_ptr()
-            at = activations + activation_stage * config.stage_bytes
-            sums = wgmma.multiply_superblock(config, sums, superblock, first_block, wgmma.descriptor_low(at), config.tile_m)
-            stage += 1
-            if stage == stages:
-                stage = Int32(0)
-                phase = phase ^ 1
-            activation_stage += 1
-            if activation_stage == wgmma.ACTIVATION_STAGES:
-                activation_stage = Int32(0)
-            wgmma.store_pieces(config, activations + activation_stage * config.stage_bytes, row, row_step, piece, staged)
-            if entering != 0:
-                store_entry(config, table, next_slot(slot), tid, held, entry)
-        sums = wgmma.wait_for_products(sums)
-        row_block = group_of(config, unit, groups, tile_count) * wgmma.WARPGROUP_WARPS + owner
+        for index in cutlass.range_constexpr(len(config.widths)):
+            width = config.widths[index]
+            if is_width(config, index, own_count):
+                own_sums = common.zero_accumulators(config.accumulators * width // config.tile_m)
+                for step in cutlass.range(run, unroll=1):
+                    wgmma.fence_to_async_proxy()
+                    pr.barrier_cta_sync(0)
+                    if (started != 0) & (to_fetch > 0):
+                        if copies != 0:
+                            common.start_copy(ring, barriers, stage - 1 + stages * Int32(stage == 0), b + source)  # what the block before has read
+                        to_fetch -= 1
+                        source = source + common.SUPERBLOCK_BYTES
+                        weight_k += 1
+                        if weight_k == k_blocks:
+                            weight_k = Int32(0)
+                            weight_unit += 1
+                            source = work.superblock_row(next_expert, weight_unit, owner, k_blocks)
+                            next_expert = work.expert(weight_unit + 1)
+                    started = Int32(1)
+                    token_k += 1
+                    entering = Int32(0)  # a unit whose follower's rows are to be brought into the table
+                    if token_k == k_blocks:
+                        token_k = Int32(0)
+                        tile = next_tile
+                        slot = next_slot(slot)
+                        entering = Int32(1)
+                        next_tile = work.tile(unit + 2)
+                    k_ahead = k_length * Int32((step + 1 < run) | (remaining > 0))  # nothing is loaded behind the span
+                    at = activations + activation_stage * config.stage_bytes
+                    activation_stage += 1
+                    if activation_stage == wgmma.ACTIVATION_STAGES:
+                        activation_stage = Int32(0)
+                    ahead = activations + activation_stage * config.stage_bytes
+                    low = wgmma.descriptor_low(at)
+                    superblock = ring.subview(stage * common.SUPERBLOCK_BYTES + lane * 16).data_ptr()
+                    for half in cutlass.range_constexpr(common.K64_HALVES):
+                        if cutlass.const_expr(half < config.portions):
+                            tokens = tokens_of(config, table, slot, tile, row, row_step, half)
+                            pieces = wgmma.load_pieces(config, a, a_scales, tokens, token_k, k_ahead, piece)
+                        if cutlass.const_expr(half == 0):
+                            wait(barriers.subview(stage), phase)
+                        own_sums = wgmma.multiply_half(config, own_sums, superblock, first_block, low, width, half)
+                        if cutlass.const_expr(half == 0):
+                            entry = load_entry(config, rows, scales, [next_tile[0], next_tile[1], next_tile[2] * entering], tid)
+                        if cutlass.const_expr(config.portions == 2 or half == 1):
+                            wgmma.store_pieces(config, ahead, row, row_step, piece, pieces, half % config.portions)
+                    stage += 1
+                    if stage == stages:
+                        stage = Int32(0)
+                        phase = phase ^ 1
+                    if entering != 0:
+                        store_entry(config, table, next_slot(slot), tid, held, entry)
+                sums = wgmma.widened(config, wgmma.wait_for_products(own_sums), width)
 
         if cutlass.const_expr(fc2):
             # ---- add the tile's part to the workspace; where 256 columns or the span end, hand them on
-            exists = Int32(row_block < row_blocks)
+            row_block = work.group(unit) * wgmma.WARPGROUP_WARPS + owner
+            exists = Int32(row_block < work.row_blocks)
             add_tile(config, sums, partials, table, own_slot, own_count * exists, row_block, tokens_total, first_block, g, t)
             if (remaining == 0) | ((unit + 1) % tile_count == 0):
                 group = unit // tile_count
@@ -221,12 +223,12 @@ def wgmma_kernel(
             # ---- over the CTAs that share the unit
             finish = Int32(1)
             if run != k_blocks:
+                total, workers = shares(work.units, k_blocks, ctas)  # again, as `work` has it
                 begin = Int64(unit) * Int64(k_blocks)
                 first_cta = Int32(((begin + 1) * workers - 1) // total)
                 sharing = Int32(((begin + Int64(k_blocks)) * workers - 1) // total) - first_cta + 1
-                ticket = tickets + Int64(first_cta) * 4
                 if tid == 0:
-                    flag[0] = load_acquire(ticket)
+                    flag[0] = load_acquire(tickets + Int64(again(first_cta)) * 4)
                 pr.barrier_cta_sync(0)
                 # the first CTA comes last as a rule, since the unit ends its span and begins the others': its sums stay in registers
                 alone = Int32(bid == first_cta) & Int32(flag[0] == sharing - 1)
@@ -236,27 +238,40 @@ def wgmma_kernel(
                     cute.arch.fence_acq_rel_gpu()
                     pr.barrier_cta_sync(0)
                     if tid == 0:
-                        flag[0] = take_ticket(ticket)
+                        flag[0] = take_ticket(tickets + Int64(again(first_cta)) * 4)
                     pr.barrier_cta_sync(0)
                     finish = Int32(flag[0] == sharing - 1)
                 sums = [select(alone, each, Float32(0.0)) for each in sums]
                 if finish != 0:
                     cute.arch.fence_acq_rel_gpu()
+                    if tid == 0:
+                        store_if("b32", tickets + Int64(again(first_cta)) * 4, Int32(1), [Uint32(0)])
                     for other in cutlass.range(first_cta + alone, first_cta + sharing, unroll=1):
                         sums = add_slot(config, sums, slot_address(config, partials, other, Int32(other == first_cta), tid))
-                    if tid == 0:
-                        store_if("b32", ticket, Int32(1), [Uint32(0)])
             if finish != 0:
-                live = own_count * Int32(row_block < row_blocks)
-                column = row_block * (common.SUPERBLOCK_ROWS // 2)
-                outputs = wgmma.by_token_block(config, sums, config.tile_m)
-                if cutlass.const_expr(config.shape.warpgroups > 1):
-                    outputs = exchange(config, shared.exchange.data_ptr().toint(Int32), outputs, tid)
-                half = dataclasses.replace(config, tile_m=config.tile_m // config.shape.warpgroups)
-                store_fc1_outputs(
-                    half, outputs, scales, None, output_multiplier, c, c_scales,
-                    own_first + (warp // wgmma.WARPGROUP_WARPS) * half.tile_m, own_first + live, own_expert, Int32(0), column, intermediate, g, t,
-                )  # fmt: skip
+                own_expert, own_first, own_count = work.tile(unit)  # again: registers are short
+                thread = again(tid)  # what follows from it would otherwise be kept in registers all the time
+                own_lane, own_warp = thread % 32, thread // 32
+                own_g, own_t, half_of_row = own_lane // 4, own_lane % 4, own_warp // wgmma.WARPGROUP_WARPS
+                own_row = work.group(unit) * wgmma.WARPGROUP_WARPS + own_warp % wgmma.WARPGROUP_WARPS
+                end = own_first + own_count * Int32(own_row < work.row_blocks)
+                column = own_row * (common.SUPERBLOCK_ROWS // 2)
+                if cutlass.const_expr(config.shape.warpgroups == 1):
+                    outputs = wgmma.by_token_block(config, sums, config.tile_m)
+                    store_fc1_outputs(
+                        config, outputs, scales, None, output_multiplier, c, c_scales,
+                        own_first, end, own_expert, Int32(0), column, intermediate, own_g, own_t,
+                    )  # fmt: skip
+                else:
+                    peaks = shared.peaks.data_ptr().toint(Int32) + (own_warp % wgmma.WARPGROUP_WARPS) * wgmma.peak_bytes(config)
+                    scale = common.load_global_f32_if(scales + Int64(own_expert) * 4, Int32(1))
+                    pairs = fc1_pairs(config, sums, scale, peaks, half_of_row, own_g, own_t)
+                    if cutlass.const_expr(config.c_dtype == "nvfp4"):
+                        pr.barrier_cta_sync(0)
+                    store_fc1_pairs(
+                        config, pairs, peaks, output_multiplier, c, c_scales,
+                        own_first, end, column, intermediate, half_of_row, own_g, own_t,
+                    )  # fmt: skip
         k += run
         if k == k_blocks:
             k = Int32(0)
@@ -266,40 +281,92 @@ def wgmma_kernel(
 # ---- units and tiles
 
 
-def wgmma_k(k_length: Any, left: Any) -> Any:
-    """The length of the reduction, or 0 where the span has no block left: nothing is loaded then."""
-    return k_length * Int32(left > 0)
+@dataclass(frozen=True)
+class Work:
+    """The units of a launch. What follows from its sizes is computed each time that it is needed: registers are short, and units are long.
+
+    Attributes:
+        tiles: of ``route``; tile_count: how many there are.
+        size: H of FC2, I of FC1.
+    """
+
+    config: wgmma.Config
+    tiles: Any
+    tile_count: Any
+    size: Any
+
+    @property
+    def weight_rows(self) -> Any:
+        """Rows of an expert's weights."""
+        size = Uint32(again(self.size))
+        return size if self.config.op == "groupedfc2" else size * 2
+
+    @property
+    def row_blocks(self) -> Any:
+        """Superblock rows of an expert."""
+        return Int32(self.weight_rows // common.SUPERBLOCK_ROWS)
+
+    @property
+    def groups(self) -> Any:
+        """Units that an expert's rows make with one tile."""
+        return (self.weight_rows + (wgmma.GROUP_ROWS - 1)) // wgmma.GROUP_ROWS
+
+    @property
+    def units(self) -> Any:
+        """How many there are."""
+        return Int32(Uint32(again(self.tile_count)) * self.groups)
+
+    def group(self, unit: Any) -> Any:
+        """Which 256 weight rows of an expert a unit has."""
+        fc2 = self.config.op == "groupedfc2"
+        return Int32(Uint32(unit) // Uint32(again(self.tile_count)) if fc2 else Uint32(unit) % self.groups)
+
+    def place(self, unit: Any) -> Any:
+        """Where a unit's tile stands in the list of tiles, in bytes."""
+        fc2 = self.config.op == "groupedfc2"
+        index = Uint32(unit) % Uint32(again(self.tile_count)) if fc2 else Uint32(unit) // self.groups
+        return self.tiles + (Int64(index) + 1) * TILE_BYTES
+
+    def expert(self, unit: Any) -> Any:
+        """The expert of a unit; 0 where there is no such unit."""
+        return common.load_global_s32_or(self.place(unit), Int32(unit < self.units), Int32(0))
+
+    def tile(self, unit: Any) -> list[Any]:
+        """[expert, first row, rows] of a unit's tile; zeros where there is no such unit."""
+        words = common.load_global_v4_if(self.place(unit), Int32(unit < self.units))
+        return [Int32(words[0]), Int32(words[1]), Int32(words[2])]
+
+    def superblock_row(self, expert: Any, unit: Any, owner: Any, k_blocks: Any) -> Any:
+        """Offset of the superblock row that a warp multiplies; the expert's last where the unit has fewer than four."""
+        row_blocks = self.row_blocks
+        row = smaller(self.group(unit) * wgmma.WARPGROUP_WARPS + owner, row_blocks - 1)
+        return (Int64(expert) * Int64(row_blocks) + Int64(row)) * Int64(k_blocks) * common.SUPERBLOCK_BYTES
 
 
-def group_of(config: wgmma.Config, unit: Any, groups: Any, tile_count: Any) -> Any:
-    """Which 256 weight rows of an expert a unit has."""
-    return unit // tile_count if config.op == "groupedfc2" else unit % groups
+def again(value: Any) -> Any:
+    """A 32-bit integer as it is, in a way that keeps what is computed from it from being computed earlier."""
+    return pr.inline_ptx_hl("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[value])
 
 
-def tile_index(config: wgmma.Config, unit: Any, groups: Any, tile_count: Any) -> Any:
-    """Which tile of ``route`` a unit has."""
-    return unit % tile_count if config.op == "groupedfc2" else unit // groups
+def shares(units: Any, k_blocks: Any, ctas: Any) -> tuple[Any, Any]:
+    """(K blocks of all units, CTAs that share them)."""
+    total = Int64(units) * Int64(k_blocks)
+    workers = pr.inline_ptx_hl(
+        "min.s64 {$w0}, {$r0}, {$r1};", write_only_types=[Int64], read_only_args=[Int64(ctas), (total + (SMALLEST_SPAN - 1)) // SMALLEST_SPAN]
+    )
+    return total, workers
 
 
-def expert_of(config: wgmma.Config, tiles: Any, unit: Any, units: Any, groups: Any, tile_count: Any) -> Any:
-    """The expert of a unit; 0 where there is no such unit."""
-    index = tile_index(config, unit, groups, tile_count)
-    return common.load_global_s32_or(tiles + (Int64(index) + 1) * TILE_BYTES, Int32(unit < units), Int32(0))
-
-
-def tile_of_unit(config: wgmma.Config, tiles: Any, unit: Any, units: Any, groups: Any, tile_count: Any) -> list[Any]:
-    """[expert, first row, rows] of a unit's tile; zeros where there is no such unit."""
-    index = tile_index(config, unit, groups, tile_count)
-    words = common.load_global_v4_if(tiles + (Int64(index) + 1) * TILE_BYTES, Int32(unit < units))
-    return [Int32(words[0]), Int32(words[1]), Int32(words[2])]
-
-
-def superblock_row(
-    config: wgmma.Config, expert: Any, unit: Any, groups: Any, tile_count: Any, row_blocks: Any, owner: Any, k_blocks: Any
-) -> Any:
-    """Offset of the superblock row that a warp multiplies; the expert's last where the unit has fewer than four."""
-    row = smaller(group_of(config, unit, groups, tile_count) * wgmma.WARPGROUP_WARPS + owner, row_blocks - 1)
-    return (Int64(expert) * Int64(row_blocks) + Int64(row)) * Int64(k_blocks) * common.SUPERBLOCK_BYTES
+def is_width(config: wgmma.Config, index: int, count: Any) -> Any:
+    """Whether a tile of ``count`` rows is multiplied with the ``index``-th of the kernel's widths, the smallest that holds it."""
+    widths = config.widths
+    if len(widths) == 1:
+        return Int32(1) != Int32(0)
+    if index == 0:
+        return count <= widths[0]
+    if index == len(widths) - 1:
+        return count > widths[index - 1]
+    return (count > widths[index - 1]) & (count <= widths[index])
 
 
 def smaller(x: Any, y: Any) -> Any:
@@ -332,9 +399,9 @@ def store_entry(config: wgmma.Config, table: Any, slot: Any, tid: Any, held: Any
         wgmma.store_shared_if(at + index * (config.tile_m * 4), held, word)
 
 
-def tokens_of(config: wgmma.Config, table: Any, slot: Any, tile: list[Any], row: Any, step: int) -> list[Any]:
+def tokens_of(config: wgmma.Config, table: Any, slot: Any, tile: list[Any], row: Any, step: int, portion: int) -> list[Any]:
     """Activation rows of a thread's pieces, −1 where there is none: FC1 reads tokens, FC2 the compact rows of the tile themselves."""
-    places = [row + index * step for index in range(config.rows_a_thread)]
+    places = [row + index * step for index in wgmma.rows_of_portion(config, portion)]
     if config.op == "groupedfc2":
         return [(tile[1] + place + 1) * Int32(place < tile[2]) - 1 for place in places]
     at = table + slot * (config.table_words * config.tile_m * 4)
@@ -414,33 +481,3 @@ def finish_tokens(
     store_if("v4.f32", where, valid, zeros)
     store_if("v4.f32", where + VECTOR * 4, valid, zeros)
     store_row(config.c_dtype, c, Int64(token) * Int64(hidden) + Int64(row_block * common.SUPERBLOCK_ROWS + column), valid, results)
-
-
-# ---- FC1 with two warpgroups
-
-
-def exchange(config: wgmma.Config, space: Any, sums: list[Any], tid: Any) -> list[Any]:
-    """Both warpgroups' accumulators ``[token block][two m16 blocks][4]`` made into ``[half of the token blocks][four m16 blocks][4]`` of each.
-
-    The first warpgroup gets the first half of the token blocks. All threads of the CTA come here together.
-    """
-    own = config.blocks * common.ACCUMULATORS
-    half = len(sums) // 2
-    second = tid // 128
-    # the half that the other warpgroup finishes goes through shared memory, the other stays
-    given = [select(second, sums[i], sums[half + i]) for i in range(half)]
-    kept = [select(second, sums[half + i], sums[i]) for i in range(half)]
-    for index in range(half // VECTOR):
-        store_shared_v4(space + index * (config.threads * VECTOR * 4) + tid * (VECTOR * 4), given[index * VECTOR : (index + 1) * VECTOR])
-    pr.barrier_cta_sync(0)
-    other = (tid + 128) % 256
-    taken: list[Any] = []
-    for index in range(half // VECTOR):
-        taken += load_shared_v4(space + index * (config.threads * VECTOR * 4) + other * (VECTOR * 4))
-    pr.barrier_cta_sync(0)  # the space may be used again
-    result: list[Any] = []
-    for column in range(half // own):
-        mine, theirs = kept[column * own : (column + 1) * own], taken[column * own : (column + 1) * own]
-        result += [select(second, theirs[i], mine[i]) for i in range(own)] + [select(second, mine[i], theirs[i]) for i in range(own)]
-    return result
-

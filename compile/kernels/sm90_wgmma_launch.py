@@ -148,11 +148,10 @@ def expected(variant: Variant) -> Expected:
     """What the audit must find in the PTX of ``variant``."""
     config = wgmma.config_of(variant)
     steps = common.K64_HALVES * common.K16_STEPS * config.blocks
-    counts = {
-        f"wgmma.mma_async.sync.aligned.m64n{config.tile_m}k16.f32.bf16.bf16": steps,
-        # one per ring stage before the loop, one to refill inside it
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes": config.shape.weight_stages + 1,
-    }
+    widths = config.widths
+    counts = {f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16": steps for width in widths}
+    # one per ring stage before the loops, one to refill inside each
+    counts["cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"] = config.shape.weight_stages + len(widths)
     if variant.op == "groupedfc2":
         counts["red.relaxed.gpu.global.add.v4.f32"] = config.accumulators // 4
     return Expected(ptx_counts=counts, max_registers=min(255, 65536 // (config.threads * config.shape.resident_ctas)))

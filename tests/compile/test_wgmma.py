@@ -76,6 +76,7 @@ def test_shipped_kernels_wait_once_a_group_and_do_not_spill(key: str) -> None:
     made = compile_variant(variant, name)
     audit(variant, kernels.load(name), made)
     products, waits = warpgroup_products_and_waits(made.cubin)
+    widths = len(wgmma.config_of(variant).widths)  # each has a loop
     groups = {16: 8, 128: 4}[variant.tile_m]  # of a superblock: m16 blocks of a warp x K 64 halves
-    assert (products, waits) == (4 * groups, groups + 1)
+    assert (products, waits) == (4 * groups * widths, (groups + 1) * widths)
     assert made.facts.stack == 0
