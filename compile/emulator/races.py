@@ -19,8 +19,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from densemoe.compile.emulator.clocks import READERS, Clock, Marks, Vector
 from densemoe.compile.emulator.global_races import GlobalRaces
 from densemoe.runtime.errors import EmulatorError
 
@@ -32,71 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["Clock", "Races"]
 
 _ASYNC_UNITS: Final = 64  # asynchronous operations told apart at a time; older ones share a unit
-_READERS: Final = 8
 _GRANULE: Final = 4
 _PAGE: Final = 256  # granules of a page that remembers whether lanes accessed it
 _QUARTER: Final = 32  # lanes of tensor memory in a granule
-
-Vector = NDArray[np.int32]
-
-
-class Clock:
-    """What somebody knows: three vectors; for an asynchronous operation also its own unit and tick."""
-
-    __slots__ = ("issuer", "order", "proxy", "tensor", "tick", "unit", "wide")
-
-    def __init__(self, order: Vector, proxy: Vector, tensor: Vector, unit: int = -1, tick: int = 0, wide: Vector | None = None) -> None:
-        self.order, self.proxy, self.tensor, self.wide = order, proxy, tensor, wide
-        self.unit, self.tick = unit, tick
-        #: of an operation that some lanes of a warp issued: the warp's unit, and the tick up to which its other lanes' reads are done
-        self.issuer: tuple[int, int] | None = None
-
-    def copy(self) -> Clock:
-        """An independent copy."""
-        return Clock(self.order.copy(), self.proxy.copy(), self.tensor.copy(), wide=None if self.wide is None else self.wide.copy())
-
-    def join(self, other: Clock) -> None:
-        """Learns what another knows."""
-        np.maximum(self.order, other.order, out=self.order)
-        np.maximum(self.proxy, other.proxy, out=self.proxy)
-        np.maximum(self.tensor, other.tensor, out=self.tensor)
-        if self.wide is not None:
-            np.maximum(self.wide, other.wide, out=self.wide)
-
-
-class _Marks:
-    """Last write and last reads of granules: a unit and a tick each; tick 0 is never."""
-
-    def __init__(self, count: int) -> None:
-        self.write_unit = np.zeros(count, np.int16)
-        self.write_tick = np.zeros(count, np.int32)
-        self.read_unit = np.zeros((_READERS, count), np.int16)
-        self.read_tick = np.zeros((_READERS, count), np.int32)
-
-    def unordered_write(self, where: Any, known: Any) -> Any:
-        """Positions in `where` whose last write is not known."""
-        return known[self.write_unit[where]] < self.write_tick[where]
-
-    def unordered_read(self, where: Any, known: Vector) -> tuple[int, int] | None:
-        """(position, unit) of a read that is not known, for one vector of knowledge."""
-        ticks = self.read_tick[:, where]
-        if not np.count_nonzero(ticks):
-            return None
-        units = self.read_unit[:, where]
-        bad = known[units] < ticks
-        if not np.count_nonzero(bad):
-            return None
-        reader, at = (int(x) for x in np.argwhere(bad)[0])
-        return at, int(units[reader, at])
-
-    def wrote(self, where: Any, unit: Any, tick: Any) -> None:
-        self.write_unit[where] = unit
-        self.write_tick[where] = tick
-
-    def read(self, where: Any, unit: int, tick: int) -> None:
-        self.read_unit[unit % _READERS][where] = unit
-        self.read_tick[unit % _READERS][where] = tick
-
 
 @lru_cache(maxsize=4096)
 def _cells(first: int, last: int, column: int, width: int) -> Any:
@@ -132,10 +70,13 @@ class Races:
         self.tensor_in = np.zeros(shape, np.int32)
         self.tensor_out = np.zeros(shape, np.int32)
         self.window_granules = window // _GRANULE
-        self.shared = _Marks(ctas * self.window_granules)
+        self.shared = Marks(ctas * self.window_granules)
         #: pages of shared memory that were accessed in pieces other than 16 bytes
         self.generic_pages = np.zeros(ctas * self.window_granules // _PAGE + 1, np.bool_)
-        self.tmem: dict[int, _Marks] = {}
+        #: granules of mbarriers, and the pages that have some
+        self.guarded = np.zeros(ctas * self.window_granules, np.bool_)
+        self.guarded_pages = np.zeros_like(self.generic_pages)
+        self.tmem: dict[int, Marks] = {}
         #: own tick of each warp when its lanes were synchronised last
         self.converged = np.zeros(len(warps), np.int32)
         self.ticks = np.zeros(_ASYNC_UNITS, np.int64)
@@ -241,6 +182,19 @@ class Races:
         barrier.made_by = (warp.row, warp.unit, int(self.order[warp.row, warp.unit]), lane)
         barrier.fenced = False
         self.unfenced.setdefault(warp.row, []).append(barrier)
+
+    def guard(self, slot: int, offset: int, live: bool) -> None:
+        """An mbarrier is made, or invalidated: only mbarrier operations may touch its 8 bytes between."""
+        first = slot * self.window_granules + offset // _GRANULE
+        self.guarded[first : first + 2] = live
+        self.guarded_pages[first // _PAGE] |= live
+
+    def _refuse_guarded(self, places: Any, pages: Any) -> None:
+        if np.count_nonzero(self.guarded_pages[pages]):
+            hit = self.guarded[places]
+            if np.count_nonzero(hit):
+                place = self._place(places, int(hit.argmax()))
+                raise EmulatorError(f"shared memory at {self._offset(place):#x} is an mbarrier: mbarrier operations alone may touch it")
 
     def init_fence(self, warp: Warp) -> None:
         """``fence.mbarrier_init`` or ``fence.proxy.async``: asynchronous operations may use the mbarriers that the warp made."""
@@ -367,7 +321,7 @@ class Races:
             return
         self._check_async(operation, starts, False)
         rows = starts // 4
-        reader = clock.unit % _READERS
+        reader = clock.unit % READERS
         marks.read_unit[reader].reshape(-1, 4)[rows] = clock.unit
         marks.read_tick[reader].reshape(-1, 4)[rows] = clock.tick
 
@@ -383,6 +337,8 @@ class Races:
     def _check_async(self, operation: AsyncOperation, where: Any, write: bool) -> None:
         clock: Clock = operation.clock
         marks = self.shared
+        if isinstance(where, slice):
+            self._refuse_guarded(slice(where.start, where.stop), slice(where.start // _PAGE, where.stop // _PAGE + 1))
         bad = marks.unordered_write(where, self._seen_by(clock))
         if np.count_nonzero(bad):
             at = int(bad.argmax())
@@ -437,14 +393,16 @@ class Races:
         else:
             places = places * nbytes // _GRANULE
         marks = self.shared
-        self.generic_pages[places // _PAGE] = True
+        pages = places // _PAGE
+        self._refuse_guarded(places, pages)
+        self.generic_pages[pages] = True
         units = self.own[rows]
         bad = self.order[rows, marks.write_unit[places]] < marks.write_tick[places]
         if bad.any():
             at = int(bad.argmax())
             self._report(places[at], rows[at], int(marks.write_unit[places[at]]), "writes" if write else "reads", "wrote")
         if write:
-            for reader in range(_READERS):
+            for reader in range(READERS):
                 ticks = marks.read_tick[reader][places]
                 if ticks.any():
                     bad = self.order[rows, marks.read_unit[reader][places]] < ticks
@@ -453,7 +411,7 @@ class Races:
                         self._report(places[at], rows[at], int(marks.read_unit[reader][places[at]]), "overwrites", "may still read")
             marks.wrote(places, units, self.order[rows, units])
         else:
-            slots = units % _READERS
+            slots = units % READERS
             marks.read_unit[slots, places] = units
             marks.read_tick[slots, places] = self.order[rows, units]
 
@@ -471,10 +429,10 @@ class Races:
 
     # --- tensor memory
 
-    def _marks(self, cta: Cta) -> _Marks:
+    def _marks(self, cta: Cta) -> Marks:
         found = self.tmem.get(cta.slot)
         if found is None:
-            found = self.tmem[cta.slot] = _Marks(4 * 512)
+            found = self.tmem[cta.slot] = Marks(4 * 512)
         return found
 
     def tensor_access(self, warp: Warp, cta: Cta, rows: slice, column: int, width: int, write: bool) -> None:
@@ -500,7 +458,7 @@ class Races:
         else:
             marks.read(where, clock.unit, clock.tick)
 
-    def _tensor(self, marks: _Marks, where: Any, known: Vector, order: Vector, write: bool, who: str) -> None:
+    def _tensor(self, marks: Marks, where: Any, known: Vector, order: Vector, write: bool, who: str) -> None:
         bad = marks.unordered_write(where, known)
         unit = -1
         if np.count_nonzero(bad):
@@ -512,7 +470,7 @@ class Races:
                 return
             place = where[found[0]]
             unit, what = found[1], "may still read"
-            tick = int(marks.read_tick[unit % _READERS][place])
+            tick = int(marks.read_tick[unit % READERS][place])
         else:
             return
         reason = "without tcgen05.fence between" if order[unit] >= tick else "without synchronisation between"

@@ -260,6 +260,7 @@ class Synchronisation:
             self.mbarriers[place] = barrier
             if self.races is not None:
                 self.races.mbarrier_init(barrier, warp, lane % LANES)
+                self.races.guard(*place, True)
 
     def mbarrier_inval(self, g: Gang, address: Any, mask: Any) -> None:
         """``mbarrier.inval``."""
@@ -268,6 +269,8 @@ class Synchronisation:
             if barrier.condition.waiters:
                 raise EmulatorError(f"{barrier.slot_text} is invalidated while warps wait for it")
             del self.mbarriers[place]
+            if self.races is not None:
+                self.races.guard(*place, False)
 
     def mbarrier_arrive(self, g: Gang, address: Any, mask: Any, count: Any, nbytes: Any, drop: bool = False, relaxed: bool = False) -> Any:
         """``mbarrier.arrive`` and ``.arrive.expect_tx``: the state before (phase and pending count) of each lane."""

@@ -218,3 +218,15 @@ def test_two_ctas_write_the_same_word_unordered() -> None:
     text = last_one("bar.sync 0;", STRONG, "", "st.global.u32 [%x0], %t2;")
     with pytest.raises(EmulatorError, match="race: writes input"):
         launch(text, {"input": np.zeros(3 * 64 * 2, np.uint32), "output": np.zeros(1, np.uint32)}, threads=64, grid=3, schedule="random:1")
+
+
+@pytest.mark.parametrize("touch", ["st.shared.u32 [%r0+516], %t0;", "cp"])
+def test_only_mbarrier_operations_touch_an_mbarrier(touch: str) -> None:
+    if touch == "cp":
+        touch = COPY.format(wait=WAITS).replace("[%r0], [%x0]", "[%r0+448], [%x0]")
+    buffers = {"input": np.zeros(32, np.uint32), "output": np.zeros(1, np.uint32)}
+    made = POINTERS + MBARRIER.replace("COUNT", "1")
+    with pytest.raises(EmulatorError, match="is an mbarrier: mbarrier operations alone"):
+        launch(kernel(made + touch, shared=1024), buffers)
+    gone = "@%p0 bra DONE; mbarrier.inval.shared.b64 [%r0+512]; st.shared.u32 [%r0+512], %t0;\nDONE:\n"
+    launch(kernel(made + gone, shared=1024), buffers)
