@@ -116,6 +116,18 @@ def test_a_list_of_active_experts_is_part_of_the_problem(root: Path) -> None:
         Loader(root, driver).plan(problem, missing, 0, FC2)  # type: ignore[arg-type]
 
 
+def test_fc2_s_output_is_moved_in_its_pointer_and_in_its_tensor_map(root: Path) -> None:
+    """A CTA's last tile leaves by the map, earlier ones by the pointer."""
+    plan, tensors, driver = plan_of(root, Problem("fc2", 130, 3, 320, 256, "nvfp4", "bf16"), FC2)
+    assert address(plan, "map_c") == address(plan, "c") == tensors["c"]
+    first = parameter(plan, "map_c")
+    for move in (lambda other: plan.update("c", other), lambda other: plan.rebind({"c": other})):
+        other = driver.allocate(130 * 320 * 2)
+        move(other)
+        assert address(plan, "map_c") == address(plan, "c") == other
+        assert parameter(plan, "map_c")[8:] == first[8:]
+
+
 def test_what_is_refused_is_refused_before_any_launch(root: Path) -> None:
     """Random problems: a Plan is made exactly where ``can_implement`` says so; else nothing is allocated or launched."""
     rng = np.random.default_rng(5)
