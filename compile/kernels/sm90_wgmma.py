@@ -417,4 +417,6 @@ def peak_bytes(config: Config) -> int:
 def shared_memory_bytes(config: Config) -> int:
     """Bytes that ``shared_memory`` allocates."""
     rings = WARPGROUP_WARPS * config.shape.weight_stages * (common.SUPERBLOCK_BYTES + 8)
-    return activation_bytes(config) + rings + TABLE_SLOTS * config.table_words * config.tile_m * 4 + 16 + WARPGROUP_WARPS * peak_bytes(config)
+    table = TABLE_SLOTS * config.table_words * config.tile_m * 4
+    peaks = WARPGROUP_WARPS * peak_bytes(config)
+    return activation_bytes(config) + rings + table + (16 + peaks if peaks else 4)  # the word for tickets, and peaks at a multiple of 16 behind it
