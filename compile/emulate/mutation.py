@@ -148,7 +148,7 @@ class Equivalent:
     """A proof for survivors.
 
     Attributes:
-        kernels, name: shell patterns over keys of variants and names of mutants.
+        kernels, name: shell patterns over keys of variants and names of mutants, in which ``[[]`` is a bracket.
         proof: why they behave as the kernel does, or the test that shows it.
     """
 
@@ -158,7 +158,7 @@ class Equivalent:
 
     def covers(self, key: str, name: str) -> bool:
         """Whether it speaks of this mutant."""
-        return fnmatchcase(key, self.kernels) and fnmatchcase(name, self.name.replace("[", "[[]"))
+        return fnmatchcase(key, self.kernels) and fnmatchcase(name, self.name)
 
 
 @dataclass

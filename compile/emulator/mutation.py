@@ -410,7 +410,11 @@ def _backwards(every: list[Statement], writers: dict[str, list[int]], registers:
 
 
 def _constants(each: Statement) -> Iterator[tuple[str, ...]]:
-    """The statement with its constant altered: a shift by one more, a mask without its lowest bit, another number by its own lowest bit."""
+    """The statement with its constant altered: a shift by one more, a mask without one of its bits, another number by its own lowest bit.
+
+    The bits that ``or`` sets in a matrix descriptor change by their second lowest: the lowest is that of a leading dimension, for which operands of
+    one core matrix and swizzled layouts have no use (9.7.16.5).
+    """
     opcode, operands = each.opcode, each.operands
     if opcode.startswith(("mov.", "cvt.", "cvta.", "not.")) and not (opcode.startswith("mov.b") and _NUMBER.fullmatch(operands[1])):
         return
@@ -427,6 +431,9 @@ def _constants(each: Statement) -> Iterator[tuple[str, ...]]:
                 changed = value % 2**32 // 2
             elif opcode.startswith("and."):
                 changed = value & (value - 1)
+            elif opcode.startswith("or.b64") and value.bit_count() > 1:
+                rest = value & (value - 1)
+                changed = value + (rest & -rest)
             else:
                 changed = value + ((value & -value) or 1)
             yield _replaced(each, n, str(changed))
