@@ -259,11 +259,14 @@ def saturate_add(a: Any, b: Any) -> Lanes:
 # --- floats -----------------------------------------------------------------------------------------------------------
 
 
+_LEAST_NORMAL, _ZERO32 = f4(2.0**-126), f4(0)
+
+
 def ftz(x: Lanes) -> Lanes:
     """float32 with subnormals replaced by a zero of their sign."""
     x = np.asarray(x, f4)
-    small = np.abs(x) < f4(2.0**-126)
-    return np.where(small, np.copysign(f4(0), x), x) if small.any() else x
+    small = np.abs(x) < _LEAST_NORMAL
+    return np.where(small, np.copysign(_ZERO32, x), x) if np.count_nonzero(small) else x
 
 
 def fma32(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
@@ -367,7 +370,7 @@ def add_bf16(a: Any, b: Any, packed: bool, subtract: bool = False) -> Lanes:
 def canonical(values: Lanes) -> Lanes:
     """float32 with every NaN made canonical, as arithmetic instructions return it."""
     nan = values != values
-    if nan.any():
+    if np.count_nonzero(nan):
         values = values.copy()
         values[nan] = _NAN32.view(f4)
     return values
