@@ -2,10 +2,10 @@
 
     cuBLAS dense bf16      torch.mm over all experts' bf16 weights: "MoE as dense GEMM" without quantisation
     torch._grouped_mm      bf16, tokens gathered by expert beforehand
-    Humming                humming-kernels (JIT), NVFP4 weights
-    Triton NVFP4           a fused kernel in Triton, NVFP4 weights
+    Humming                humming-kernels (JIT), NVFP4 weights (bench_humming.py)
+    Triton NVFP4           a fused kernel in Triton, NVFP4 weights (bench_triton.py)
 
-Their weights are random, their results are not compared; what is timed is stated in ``times``. Everything is captured into CUDA graphs with cold
+Their weights are random; results of the last two are compared with our reference (bench_nvfp4.py). Everything is captured into CUDA graphs with cold
 weights, as ours is. torch is imported when the first of them is asked for.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 from densemoe.runtime.bench_timing import Timed
 from densemoe.runtime.tune_cases import Shape
 
-__all__ = ["NAMES", "Competitor", "Unavailable", "Workload", "competitors"]
+__all__ = ["NAMES", "Competitor", "TorchCompetitor", "Unavailable", "Workload", "competitors"]
 
 PASSES: Final = 2  # over the rotations in one graph
 
@@ -56,16 +56,17 @@ class Competitor(Protocol):
         """Drops what is kept of the last shape."""
 
 
-class _Torch:
+class TorchCompetitor:
     """What competitors in torch share: weights of the last shape, capture."""
 
     name = ""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cuda") -> None:
+        self.device = device
         if importlib.util.find_spec("torch") is None:
             raise Unavailable("torch is not installed: install densemoe[bench]")
         self.torch: Any = importlib.import_module("torch")
-        if not self.torch.cuda.is_available():
+        if device == "cuda" and not self.torch.cuda.is_available():
             raise Unavailable("this torch has no CUDA device")
         self._kept: tuple[Any, dict[str, Any]] | None = None
 
@@ -87,7 +88,8 @@ class _Torch:
 
     def release(self) -> None:
         self._kept = None
-        self.torch.cuda.empty_cache()
+        if self.device == "cuda":
+            self.torch.cuda.empty_cache()
 
     def captured(self, calls: Sequence[Callable[[], Any]]) -> Timed:
         """The calls, PASSES times over, in a graph that is replayed on the caller's stream."""
@@ -115,7 +117,7 @@ class _Torch:
         return Timed(replay, PASSES * len(calls), close)
 
 
-class CublasDense(_Torch):
+class CublasDense(TorchCompetitor):
     """bf16 matrix products over all experts; of the layer with SwiGLU and the routing scale between them."""
 
     name = "cuBLAS dense bf16"
@@ -137,7 +139,7 @@ class CublasDense(_Torch):
         return self.captured([call] * len(work.routings))
 
 
-class GroupedMm(_Torch):
+class GroupedMm(TorchCompetitor):
     """torch._grouped_mm over routed tokens only, gathered by expert; of the layer with SwiGLU and the sum over a token's experts."""
 
     name = "torch._grouped_mm bf16"
@@ -198,18 +200,23 @@ class Absent:
 
 def _humming() -> Competitor:
     if importlib.util.find_spec("humming") is None:
-        return Absent("Humming", "humming-kernels is not installed: install densemoe[bench]")
-    return Absent("Humming", "humming-kernels is installed, but densemoe has no adapter for its interface yet")
+        raise Unavailable("humming-kernels is not installed: install densemoe[bench]")
+    return _imported("densemoe.runtime.bench_humming", "Humming")
 
 
 def _triton() -> Competitor:
-    name = "Triton NVFP4"
     if importlib.util.find_spec("triton") is None:
-        return Absent(name, "triton is not installed: install densemoe[bench]")
+        raise Unavailable("triton is not installed: install densemoe[bench]")
+    return _imported("densemoe.runtime.bench_triton", "TritonMoe")
+
+
+def _imported(module: str, name: str) -> Competitor:
     try:
-        return importlib.import_module("densemoe.runtime.bench_triton").TritonMoe()
-    except Unavailable as error:
-        return Absent(name, str(error))
+        return getattr(importlib.import_module(module), name)()
+    except Unavailable:
+        raise
+    except Exception as error:  # whatever another project's import raises
+        raise Unavailable(f"it does not import here: {type(error).__name__}: {error}") from None
 
 
 _MAKERS: Final[dict[str, Callable[[], Competitor]]] = {
