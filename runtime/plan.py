@@ -339,6 +339,9 @@ class Plan:
             recipe = self.entry.recipe
             places = zip(recipe.parameters, self._packed.offsets, strict=True)
             self._movable = [(each, offset, size) for each, (offset, size) in places if each.kind in ("pointer", "tensor_map")]
+            for each, offset, size in self._movable:
+                if each.kind == "tensor_map":
+                    self._maps[offset] = {self._addresses[each.value]: bytes(self._packed.parameters[offset : offset + size])}
         self._addresses.update(moved)
         for parameter, offset, size in self._movable:
             if parameter.value in moved:
@@ -349,7 +352,7 @@ class Plan:
         address = self._addresses[parameter.value]
         if parameter.kind == "pointer":
             return address.to_bytes(size, "little")
-        known = self._maps.setdefault(offset, {})
+        known = self._maps[offset]
         if address not in known:
             if len(known) >= _KEPT_MAPS:
                 known.clear()

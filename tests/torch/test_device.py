@@ -358,6 +358,60 @@ def test_wrong_inputs_launch_nothing_even_after_a_good_call(fake: Fake, change: 
         assert fake.launches() == []
 
 
+@pytest.fixture(scope="module")
+def blackwell_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a layer of four tokens takes on compute capability 10.0."""
+    from densemoe.compile import build, matrix
+
+    root = tmp_path_factory.mktemp("blackwell")
+    for pattern in ("quantize.sm100f.*.bf16-nvfp4", "prepare.sm100f.*.i32-f32", "fc1.sm100f.t128x128.c1x2.nvfp4-nvfp4",
+                    "fc2.sm100f.t128x64.c1x2.nvfp4-bf16"):  # fmt: skip
+        assert not build.build(matrix.load(), root, key_filter=pattern).failures
+    return root
+
+
+def test_tensor_maps_are_encoded_once_an_address(blackwell_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Blackwell addresses stand in tensor maps: a call encodes those of addresses that it has not seen, and no others."""
+    encoded: list[int] = []
+
+    class Driver(FakeDriver):
+        def encode_tensor_map(self, address: int, *rest: Any) -> bytes:
+            encoded.append(address)
+            return struct.pack("<16Q", address, *range(15))
+
+    driver, launched = Driver(((10, 0),)), []
+    monkeypatch.setattr(driver, "launcher", lambda prepared: lambda stream: launched.append((prepared.function.symbol, bytes(prepared.keep[0]))))
+    runtime = device.Runtime(Loader(blackwell_artifacts, driver), lambda ordinal: 77, lambda: False, lambda: 0)  # type: ignore[arg-type]
+    before = device.use_runtime(runtime)
+    try:
+        a = arguments(4, quantise=True, layout=packing.INTERCHANGE_LAYOUT, ids=torch.int32)
+        sizes = [packing.interchange_bytes(op, EXPERTS, 256, 256) for op in ("fc1", "fc2")]
+        a[0], a[11], a[12] = torch.zeros(4, 256, dtype=torch.bfloat16), 256, 256
+        for position, size in zip((4, 6), sizes, strict=True):
+            memory = torch.zeros(size + 128, dtype=torch.uint8)
+            a[position] = memory[-memory.data_ptr() % 128 :][:size]
+        kept = torch.zeros(4, 256, dtype=torch.bfloat16)
+        outputs = [torch.empty_like(kept) for _ in range(2)]
+        device.moe_out(*a, c=outputs[0])
+        assert encoded
+        seen: dict[int, list[Any]] = {0: list(launched)}
+        encoded.clear()
+        launched.clear()
+        device.moe_out(*a, c=outputs[1])
+        assert set(encoded) <= {outputs[1].data_ptr()}  # weights and what lies between stay where they are
+        seen[1] = list(launched)
+        encoded.clear()
+        for index in (0, 1, 0):
+            launched.clear()
+            device.moe_out(*a, c=outputs[index])
+            assert launched == seen[index]
+        assert encoded == []
+        assert seen[0][-1] != seen[1][-1]
+        assert any(struct.pack("<Q", outputs[1].data_ptr()) in block for _, block in seen[1])
+    finally:
+        device.use_runtime(before)
+
+
 def test_no_tokens_launch_nothing(fake: Fake) -> None:
     assert device.moe(*arguments(0)).shape == (0, HIDDEN)
     codes, scales = device.quantize_nvfp4(torch.zeros(0, HIDDEN, dtype=torch.bfloat16), torch.ones(1))
