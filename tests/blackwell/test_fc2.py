@@ -152,6 +152,7 @@ def test_a_cta_s_only_tile_leaves_by_tma(key: str) -> None:
     tiles = -(-hidden // tile_n)
     assert outcome.run.bytes[STORED] == 64 * tiles * tile_n * bits // 8  # as asked for: TMA clips what lies outside
     assert outcome.run.bytes.get("global stores", 0) == 0
+    assert outcome.run.bank_conflicts == 0
 
 
 def test_earlier_tiles_of_a_cta_leave_from_registers() -> None:
