@@ -23,7 +23,7 @@ def add_command(add: Callable[[str, str, str, str], argparse.ArgumentParser], ex
     parser.add_argument("--case", action="append", metavar="CASE", help="run this case, as in m=9,e=2,h=384,i=64,kind=exact; may be repeated")
     parser.add_argument("--schedule", action="append", metavar="NAME", help="for --case: lazy, eager, random:SEED, pct:SEED:DEPTH (default: lazy)")
     executor(parser)
-    parser.add_argument("--timeout", type=float, default=180.0, help="seconds after which a mutant counts as one that hangs (default: 180)")
+    parser.add_argument("--timeout", type=float, help="seconds a mutant may take in the local pool; later it is an error (default: no limit)")
     parser.add_argument("--journal", metavar="FILE", help="finished mutants: read first and appended to, so that an interrupted run goes on")
     parser.add_argument("--json", action="store_true", help="print every mutant and what became of it as JSON")
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -85,6 +88,8 @@ SUBJECTS: Final[Mapping[str, Runs]] = {
 }
 #: What can become of a mutant.
 OUTCOMES: Final = ("error", "output", "remark", "hangs", "equivalent", "survived")
+#: A run that takes as much processor time, and as many times that of all runs of the kernel as it is, never ends.
+_HANG_SECONDS, _HANG_TIMES = 30.0, 10.0
 _ERROR: Final = 300  # characters of a message that are kept
 
 
@@ -106,12 +111,19 @@ class Subject:
 
 @dataclass(frozen=True)
 class Task:
-    """One mutant for an executor; ``name`` is empty for the kernel as it is."""
+    """One mutant for an executor.
+
+    Attributes:
+        name: empty for the kernel as it is.
+        lints: remarks that the kernel gives rise to.
+        processor_seconds: after so many it hangs; 0 is no limit.
+    """
 
     subject: Subject
     name: str
     ptx: str
     lints: int = 0
+    processor_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,7 @@ class Finding:
             behave as the kernel.
         detail: the error's first line, or the proof.
         run: case and schedule that noticed.
-        seconds: of all its runs.
+        seconds: of processor time, of all its runs.
     """
 
     key: str
@@ -264,26 +276,52 @@ def sample(found: Sequence[Mutant], count: int, seed: int) -> list[Mutant]:
     return sorted(chosen, key=lambda each: (each.line, each.kind))
 
 
+class _HangError(Exception):
+    """A run used up its processor time."""
+
+
+@contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    """Ends what runs within after so much processor time; how busy the machine is does not matter. Only a main thread can be limited."""
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _HangError
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
 def run_mutant(task: Task) -> dict[str, Any]:
-    """Runs one mutant until it is noticed: outcome, detail, run, seconds, and the number of remarks.
+    """Runs one mutant until it is noticed: outcome, detail, run, processor seconds, and the number of remarks.
 
     Raises:
         DensemoeError: a case cannot be made.
     """
-    given, started = task.subject, time.perf_counter()
+    given, started = task.subject, time.process_time()
     recipe, variant = Recipe.from_json(given.recipe), Variant.parse(given.key)
     lints = 0
 
     def result(outcome: str, detail: str = "", where: str = "") -> dict[str, Any]:
-        seconds = round(time.perf_counter() - started, 3)
+        seconds = round(time.process_time() - started, 3)
         return {"outcome": outcome, "detail": detail[:_ERROR], "run": where, "seconds": seconds, "lints": lints}
 
     for case, schedule in given.runs:
         where = f"{case} {schedule}"
         try:
-            outcome = run_case(variant, given.layout, task.ptx, recipe, Case.parse(case), 0, schedule)
+            with _limit(task.processor_seconds):
+                outcome = run_case(variant, given.layout, task.ptx, recipe, Case.parse(case), 0, schedule)
         except EmulatorError as error:
             return result("error", str(error).splitlines()[0], where)
+        except _HangError:
+            return result("hangs", f"not done after {task.processor_seconds:.0f} s of processor time", where)
         if not outcome.passed:
             return result("output", next((line for line in outcome.detail.splitlines() if line), "differs"), where)
         lints = max(lints, int(outcome.counters["lints"]))
@@ -324,7 +362,8 @@ def run(
         plain = run_mutant(Task(each, "", each.ptx))
         if plain["outcome"] != "survived":
             raise EmulatorError(f"{each.key} fails as it is ({plain['run']}): {plain['detail']}")
-        for finding in _findings(each, chosen, int(plain["lints"]), executor, journal, progress):
+        limit = max(_HANG_SECONDS, _HANG_TIMES * float(plain["seconds"]))
+        for finding in _findings(each, chosen, int(plain["lints"]), limit, executor, journal, progress):
             proof = next((proof for proof in equivalents() if proof.covers(finding.key, finding.name)), None)
             if proof is not None and finding.outcome == "survived":
                 used.add(proof)
@@ -337,19 +376,25 @@ def run(
 
 
 def _findings(
-    given: Subject, chosen: Sequence[Mutant], lints: int, executor: Executor, journal: Path | None, progress: Callable[[str, int, int], None]
+    given: Subject,
+    chosen: Sequence[Mutant],
+    lints: int,
+    limit: float,
+    executor: Executor,
+    journal: Path | None,
+    progress: Callable[[str, int, int], None],
 ) -> list[Finding]:
     known = _read(journal)
     results: dict[int, Mapping[str, Any]] = {}
     labels = [_label(given, mutant) for mutant in chosen]
     results.update((i, known[label]) for i, label in enumerate(labels) if label in known)
     missing = [i for i in range(len(chosen)) if i not in results]
-    tasks = [Task(given, chosen[i].name, chosen[i].apply(given.ptx), lints) for i in missing]
+    tasks = [Task(given, chosen[i].name, chosen[i].apply(given.ptx), lints, limit) for i in missing]
 
     def done(number: int, result: Any, error: str | None) -> None:
         i = missing[number]
         if error is not None:
-            result = {"outcome": "hangs" if error.startswith("not done") else "crash", "detail": error, "run": "", "seconds": 0.0}
+            result = {"outcome": "crash", "detail": error, "run": "", "seconds": 0.0}
         results[i] = result
         if journal is not None and result["outcome"] != "crash":
             with journal.open("a") as file:
@@ -360,7 +405,7 @@ def _findings(
     executor.run(run_mutant, tasks, done)
     crashed = [f"{chosen[i].name}: {result['detail']}" for i, result in results.items() if result["outcome"] == "crash"]
     if crashed:
-        raise DensemoeError(f"{given.key}: {len(crashed)} mutants could not be judged, an error of the emulator itself: {crashed[0]}")
+        raise DensemoeError(f"{given.key}: {len(crashed)} mutants could not be judged: {crashed[0]}")
     return [
         Finding(
             given.key, mutant.name, mutant.kind, mutant.family, mutant.line, mutant.text,

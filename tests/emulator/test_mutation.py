@@ -195,6 +195,16 @@ def test_proofs_turn_survivors_into_equivalents_and_unused_ones_are_named(monkey
     assert report.unused == [proofs[1]]
 
 
+def test_a_mutant_that_uses_up_its_processor_time_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forever(*_: object) -> None:
+        while True:
+            pass
+
+    monkeypatch.setattr(mutation, "run_case", forever)
+    given = dataclasses.replace(subject(KEYS[2]), runs=subject(KEYS[2]).runs[:1])
+    assert mutation.run_mutant(mutation.Task(given, "it", given.ptx, 0, 0.2))["outcome"] == "hangs"
+
+
 def test_a_journal_saves_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, journal = dataclasses.replace(subject(KEYS[2]), runs=subject(KEYS[2]).runs[:1]), tmp_path / "journal"
     first = mutation.run([given], Here(), only="bytes: *", journal=journal)
