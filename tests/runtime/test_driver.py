@@ -331,3 +331,40 @@ def test_nothing_is_copied_or_set_where_there_are_no_bytes(make: Make) -> None:
     driver.to_device(4096, bytearray(b"abc"))
     ((pointer, source, size),) = binding.named("cuMemcpyHtoD")
     assert (pointer, size, source != 0) == (4096, 3, True)
+
+
+def test_memory_apart_is_set_on_a_stream_of_its_own_while_captures_are_let_be(make: Make) -> None:
+    """A capture in "global" mode forbids allocations to every thread that has not relaxed its own."""
+    modes = ["global"]
+
+    def exchange(mode: str) -> tuple[Any, ...]:
+        modes.append(mode)
+        return OK, modes[-2]
+
+    done = {name: (lambda *arguments: (OK,)) for name in ("cuMemsetD8Async", "cuMemcpyHtoDAsync", "cuStreamSynchronize", "cuStreamDestroy")}
+    driver, binding = make(cuThreadExchangeStreamCaptureMode=exchange, cuStreamCreate=lambda flags: (OK, 55), **done)
+    binding.CUstreamCaptureMode = types.SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
+    binding.CUstream_flags = types.SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+    before = len(binding.calls)
+    assert driver.allocate_apart(100, b"abcd") == 4096
+    assert binding.named("cuMemsetD8Async") == [(4096, 0, 100, 55)]
+    ((pointer, _, size, stream),) = binding.named("cuMemcpyHtoDAsync")
+    assert (pointer, size, stream) == (4096, 4, 55)
+    order = [name for name, _ in binding.calls[before:]]
+    assert order[0] == order[-1] == "cuThreadExchangeStreamCaptureMode"
+    assert order[-3:-1] == ["cuStreamSynchronize", "cuStreamDestroy"]
+    assert modes == ["global", "relaxed", "global"]
+    binding.cuMemAlloc = fails(Result.CUDA_ERROR_OUT_OF_MEMORY)
+    with pytest.raises(DriverError, match="cuMemAlloc") as caught:
+        driver.allocate_apart(100)
+    assert caught.value.code == Result.CUDA_ERROR_OUT_OF_MEMORY
+    assert modes[-1] == "global"
+
+
+def test_a_capture_has_a_number(make: Make) -> None:
+    status = types.SimpleNamespace(CU_STREAM_CAPTURE_STATUS_ACTIVE=1)
+    driver, binding = make(cuStreamGetCaptureInfo=lambda stream: (OK, int(stream == 7), 42, "graph", [], [], 0))
+    binding.CUstreamCaptureStatus = status
+    assert driver.capture_id(7) == 42
+    with pytest.raises(DriverError, match="0x8 is not being captured"):
+        driver.capture_id(8)
