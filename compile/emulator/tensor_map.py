@@ -47,6 +47,8 @@ from numpy.typing import NDArray
 from densemoe.runtime.errors import EmulatorError
 
 __all__ = [
+    "BLACKWELL_FORM",
+    "HOPPER_FORM",
     "DataType",
     "Interleave",
     "L2Promotion",
@@ -60,6 +62,9 @@ Bytes = NDArray[np.uint8]
 
 GRANULE = 16
 """Bytes that no swizzle used here splits; boxes are whole granules wide."""
+LARGEST_TILE = 232_448  # bytes; an H200's driver took 230,400 and refused 245,760
+BLACKWELL_FORM, HOPPER_FORM = 1 << 21 | 2, 0  # bits of the flags
+_FORM_BITS = 1 << 21 | 15
 _PATTERN = 1024  # bytes after which every swizzle pattern repeats
 _SHARED_ALIGNMENT = 128  # of a tile's shared address, PTX ISA cp.async.bulk.tensor
 
@@ -255,7 +260,11 @@ class TensorMap:
                 interleaved or self.swizzle is Swizzle.NONE or self._inner_shared_bytes() <= span,
                 f"a box {self._inner_shared_bytes()} bytes wide, at most {span} with this swizzle",
             ),
-            (self.interleave is not Interleave.BYTES_32 or self.swizzle is Swizzle.BYTES_32, "interleave 32 B needs swizzle 32 B"),
+            (
+                # 32 B alone by the documentation; a driver on an H200 took 128 B too (tests/emulator/hardware)
+                self.interleave is not Interleave.BYTES_32 or self.swizzle in (Swizzle.BYTES_32, Swizzle.BYTES_128),
+                "interleave 32 B needs swizzle 32 B or 128 B",
+            ),
             (
                 self.dtype is not DataType.U4X16_ALIGN8B or self.sizes[0] % 2 == 0,
                 f"size {self.sizes[:1]} of packed 4-bit elements, an even number needed",
@@ -271,18 +280,25 @@ class TensorMap:
             (not unpacked or not interleaved, "this packed type needs no interleave"),
             (self.oob_fill is OobFill.ZERO or floats, f"NaN fill with {self.dtype.name}, a floating-point type needed"),
         ]
-        return [text for ok, text in checks if not ok][:1]
+        broken = [text for ok, text in checks if not ok][:1]
+        if not broken and self.tile_bytes > LARGEST_TILE:
+            broken = [f"a tile of {self.tile_bytes} bytes: at most {LARGEST_TILE}, the shared memory of a CTA"]
+        return broken
 
     def _inner_shared_bytes(self) -> int:
         return self.box[0] * KINDS[self.dtype].shared_bits // 8 if self.box else 0
 
-    def encode(self) -> bytes:
-        """The 128 bytes of the CUtensorMap; bytes 64–127 are zero. The map is validated first."""
+    def encode(self, form: int = BLACKWELL_FORM) -> bytes:
+        """The 128 bytes of the CUtensorMap; bytes 64–127 are zero. The map is validated first.
+
+        Args:
+            form: bits of the flags that say who reads it: those that CuTe DSL's host code writes, or ``HOPPER_FORM``, as a driver on an H200 wrote.
+        """
         self.validate()
         kind = KINDS[self.dtype]
         atom = _ATOMS.get(self.swizzle, 0)
         flags = (
-            2
+            form
             | (self.rank - 1) << 4
             | kind.code << 7
             | int(self.interleave) << 11
@@ -291,7 +307,6 @@ class TensorMap:
             | int(kind.tf32) << 16
             | int(self.l2_promotion) << 17
             | atom << 19
-            | 1 << 21
         )
         pad = 5 - self.rank
         strides = [s >> 4 for s in self.strides] + [0] * pad
@@ -366,8 +381,11 @@ def _decode(data: bytes) -> TensorMap:
     address, flags, *words = struct.unpack("<Q12I4B4x", data)
     boxes = words[11:]
     strides_low, high, sizes, steps = words[:4], words[4], words[5:10], words[10]
-    if flags & 15 != 2:
-        raise EmulatorError(f"tensor map: bits 0-3 of its third word are {flags & 15}, 2 (tiled) needed; im2col maps are not modelled")
+    if flags & _FORM_BITS not in (BLACKWELL_FORM, HOPPER_FORM):
+        raise EmulatorError(
+            f"tensor map: bits 0-3 and 21 of its third word are {flags & _FORM_BITS:#x}, {BLACKWELL_FORM:#x} or {HOPPER_FORM:#x} (tiled) needed;"
+            " im2col maps are not modelled"
+        )
     rank = (flags >> 4 & 7) + 1
     dtype = _BY_CODE.get((flags >> 7 & 15, bool(flags >> 16 & 1)))
     interleave, swizzle, atom = flags >> 11 & 3, flags >> 13 & 3, flags >> 19 & 3

@@ -100,12 +100,16 @@ def maps(draw: st.DrawFn) -> TensorMap:
     swizzle = draw(st.sampled_from(list(Swizzle)))
     span = {Swizzle.NONE: 256 * BYTES[dtype], Swizzle.BYTES_32: 32, Swizzle.BYTES_64: 64}.get(swizzle, 128)
     inner = 16 * draw(st.integers(1, min(span, 256 * BYTES[dtype]) // 16)) // BYTES[dtype]
+    box, room = [inner], tm.LARGEST_TILE // (inner * BYTES[dtype])
+    for _ in range(rank - 1):
+        box.append(draw(st.integers(1, min(256, room))))
+        room //= box[-1]
     return TensorMap(
         16 * draw(st.integers(0, 2**60 - 1)),
         dtype,
         sizes,
         strides,
-        (inner, *(draw(st.integers(1, 256)) for _ in range(rank - 1))),
+        tuple(box),
         tuple(draw(st.integers(1, 8)) for _ in range(rank)),
         Interleave.NONE,
         swizzle,
@@ -117,6 +121,7 @@ def maps(draw: st.DrawFn) -> TensorMap:
 @given(maps())
 def test_every_legal_map_survives_encode_and_decode(tensor_map: TensorMap) -> None:
     assert TensorMap.decode(tensor_map.encode()) == tensor_map
+    assert TensorMap.decode(tensor_map.encode(tm.HOPPER_FORM)) == tensor_map
 
 
 @pytest.mark.parametrize(
@@ -128,6 +133,7 @@ def test_every_legal_map_survives_encode_and_decode(tensor_map: TensorMap) -> No
         ({"strides": (520,)}, "stride 520 of dimension 1"),
         ({"strides": (1 << 40,)}, "below 2\\^40"),
         ({"box": (64, 257)}, "box 257 in dimension 1"),
+        ({"sizes": (64,) * 3, "strides": (128,) * 2, "box": (64, 256, 8), "element_strides": (1,) * 3}, "tile of 262144 bytes: at most 232448"),
         ({"box": (20, 8)}, "40.0 bytes wide, a multiple of 16"),
         ({"box": (128, 8)}, "256 bytes wide, at most 128"),
         ({"box": (32, 8), "swizzle": Swizzle.BYTES_32}, "64 bytes wide, at most 32"),
