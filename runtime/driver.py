@@ -305,7 +305,7 @@ class Driver:
         current = 0  # the structure's stream; setting it costs more than comparing
         forks, generation = _FORKS, len(_FORKS)
 
-        def launch(stream: int) -> None:
+        def launch(stream: int, kept: LaunchConfig = prepared) -> None:  # kept: the memory that `arguments` and `config` point to
             nonlocal current
             if len(forks) != generation:
                 self.check_process()

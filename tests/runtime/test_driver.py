@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import gc
 import os
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -266,6 +268,24 @@ def test_the_driver_is_asked_once_how_many_clusters_it_holds(make: Make) -> None
     binding.CUlaunchConfig, binding.CUfunction = types.SimpleNamespace, int
     assert [driver.resident_clusters(9, (192, 1, 1), (4, 1, 1), 1000) for _ in range(3)] == [29] * 3
     assert len(binding.named("cuOccupancyMaxActiveClusters")) == 1
+
+
+def test_a_launcher_keeps_the_memory_that_its_launches_read(make: Make) -> None:
+    """A launcher whose LaunchConfig nobody else holds crashed the process on an H200: the driver read freed parameters."""
+
+    class Memory:
+        pass
+
+    memory = Memory()
+    alive = weakref.ref(memory)
+    launch = make(cuLaunchKernelEx=lambda *given: (OK,)).launcher(LaunchConfig(1, types.SimpleNamespace(hStream=0), 64, (memory,)))
+    del memory
+    gc.collect()
+    launch(7)
+    assert alive() is not None
+    del launch
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_failed_launch_names_itself(make: Make) -> None:
