@@ -73,6 +73,19 @@ def test_a_layer_equals_its_cpu_reference(ops: Any, layer: Layer, form: str, c_d
     assert marks.layer_mark(ours.double(), exact).passed
 
 
+@pytest.mark.parametrize("shape", data.LAYERS[:4], ids=str)
+@pytest.mark.parametrize("m", [1, 8])
+def test_the_contract_s_small_layers(ops: Any, shape: tuple[int, int, int, int], m: int) -> None:
+    """Those of section 9 that a CPU computes in time; the large ones run in test_kernels."""
+    case = Layer(*shape, m)
+    exact = reference.layer(case.x.double(), lambda e: tuple(map(torch.from_numpy, case.data.unquantised(e))), case.ids.numpy(), case.router.numpy())
+    for form in ("bf16", "nvfp4"):
+        arguments = case.arguments(form)
+        ours = ops.moe(*on_gpu(arguments)).cpu()
+        torch.testing.assert_close(ours, ops.moe(*arguments), **TOLERANCE)
+        assert marks.layer_mark(ours.double(), exact).passed
+
+
 def test_opcheck_on_the_device(ops: Any, layer: Layer) -> None:
     torch.library.opcheck(ops.moe.default, tuple(on_gpu(layer.arguments("nvfp4"))))
     torch.library.opcheck(ops.quantize_nvfp4.default, (layer.x.cuda(), torch.tensor([100.0], device="cuda")))
