@@ -278,7 +278,8 @@ def test_a_launcher_keeps_the_memory_that_its_launches_read(make: Make) -> None:
 
     memory = Memory()
     alive = weakref.ref(memory)
-    launch = make(cuLaunchKernelEx=lambda *given: (OK,)).launcher(LaunchConfig(1, types.SimpleNamespace(hStream=0), 64, (memory,)))
+    driver, _ = make()
+    launch = driver.launcher(LaunchConfig("function", types.SimpleNamespace(hStream=0), 64, (memory,)))
     del memory
     gc.collect()
     launch(7)
