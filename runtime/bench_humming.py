@@ -96,8 +96,7 @@ class Humming(Nvfp4Competitor):
     def configurations(self, op: str, shape: Shape, m: int) -> Sequence[Hashable]:
         """Its heuristic's choice for these rows, then a sample of what its own tuning tests enumerate; the same every time."""
         config = self._own[op][0].config
-        own = self._tune.get_heuristics_config(config, shape_m=m * shape.top_k, gemm_type=self._config.GemmType.INDEXED)
-        found = [Tuning.of(own)]
+        found = [self.own_choice(self._own[op][0], m * shape.top_k)]
         text = os.environ.get(VARIABLE, str(SAMPLE))
         if not text.isdigit():
             raise Unavailable(f"{VARIABLE}={text!r}: use a number of configurations, 0 for Humming's own choice alone")
@@ -105,6 +104,10 @@ class Humming(Nvfp4Competitor):
             tuning = importlib.import_module("humming.testing.tuning")
             found += [Tuning.of(each) for each in tuning.sample_test_tuning_configs(config, self._compute, sample_size=int(text))]
         return list(dict.fromkeys(found))
+
+    def own_choice(self, own: Own, rows: int) -> Tuning:
+        """Its heuristic's configuration for so many rows."""
+        return Tuning.of(self._tune.get_heuristics_config(own.config, shape_m=rows, gemm_type=self._config.GemmType.INDEXED))
 
     def bind(self, op: str, shape: Shape, own: Own, rotation: Rotation, configuration: Tuning) -> Callable[[Any], Any]:
         """The GEMM over sorted blocks of rows, and what makes it the op: SwiGLU, or the router's weights and the sum."""

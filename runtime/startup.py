@@ -9,12 +9,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from densemoe.runtime.driver import version_text
 from densemoe.runtime.errors import ArtifactError, DensemoeError
+from densemoe.runtime.first_layer import ABSENT
 from densemoe.runtime.loader import ArtifactSet
 
 __all__ = ["lines", "measure"]
@@ -22,15 +24,27 @@ __all__ = ["lines", "measure"]
 SCHEMA: Final = 1
 PROCESSES: Final = 7
 LATER: Final = 12  # kernels that each process loads after its first
+FEW: Final = 3  # processes of Humming with a warm cache: each takes some ten seconds
+FIRST: Final = "process start to first layer result"
 MICRO, MILLI = "us", "ms"
 _IMPORT: Final = "import time; start = time.perf_counter(); from densemoe.runtime import Loader, Problem; print(time.perf_counter() - start)"
 
 
-def _run(arguments: Sequence[str], bytecode: str) -> str:
-    """Output of a fresh interpreter, whose bytecode lies cached in the folder ``bytecode``, as it does where pip installed densemoe."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+class _Absent(Exception):
+    """Why a fresh process measured nothing."""
+
+
+def _run(arguments: Sequence[str], bytecode: str, more: Mapping[str, str] | None = None) -> str:
+    """Output of a fresh interpreter, whose bytecode lies cached in the folder ``bytecode``, as it does where pip installed densemoe.
+
+    Raises:
+        _Absent: it says that it cannot run here (exit code 3); DensemoeError: it failed.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | dict(more or {})
     environment["PYTHONPYCACHEPREFIX"] = bytecode
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment)
+    if done.returncode == ABSENT and done.stdout.strip():
+        raise _Absent(done.stdout.strip())
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise DensemoeError(f"a measured process failed: {said[-1] if said else f'exit code {done.returncode}'}")
@@ -62,7 +76,8 @@ def measure(artifacts: str | None = None, device: int = 0, processes: int = PROC
         processes: fresh processes behind each median.
 
     Returns:
-        ``processes``, ``device``, ``driver``, ``rows``, and ``not_measured``: why the GPU's rows are absent, None where they are there.
+        ``processes``, ``device``, ``driver``, ``rows``, ``absent``: rows by name that cannot be measured here, with the reason; ``against``:
+        Humming's first layer over ours; and ``not_measured``: why the GPU's rows are absent, None where they are there.
     """
     with tempfile.TemporaryDirectory() as bytecode:
         return _measure(artifacts, device, processes, bytecode)
@@ -80,6 +95,8 @@ def _measure(artifacts: str | None, device: int, processes: int, bytecode: str) 
         "driver": None,
         "not_measured": None,
         "rows": rows,
+        "absent": {},
+        "against": [],
     }
     try:
         from densemoe.runtime.driver import Driver
@@ -119,7 +136,45 @@ def _measure(artifacts: str | None, device: int, processes: int, bytecode: str) 
     seconds = _compile_seconds(root.root / manifest.arch, chosen)
     if seconds:
         rows.append(_row("beside it: compiling one of these kernels, on the machine that built them", (s * 1e3 for s in seconds), MILLI, 1000.0))
+    _first_layers(document, json.dumps({"artifacts": artifacts, "device": device}), processes, bytecode)
     return document
+
+
+def _first_layers(document: dict[str, Any], task: str, processes: int, bytecode: str) -> None:
+    """Rows of process start to first layer result, ours and Humming's, what is absent, and how many times ours Humming's are."""
+    absent: dict[str, str] = document["absent"]
+    medians: dict[str, float] = {}
+
+    def measured(which: str, count: int, more: Mapping[str, str] | None = None) -> list[float]:
+        found = []
+        for _ in range(count):
+            start = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+            found.append((int(_run(["-m", "densemoe.runtime.first_layer", which, task], bytecode, more).split()[-1]) - start) / 1e6)
+        return found
+
+    def add(name: str, what: str, values: Sequence[float]) -> None:
+        document["rows"].append(_row(f"{FIRST}, {what}", values, MILLI))
+        medians[name] = document["rows"][-1]["median"]
+
+    for name, what in (("runtime", "runtime alone"), ("torch", "with torch")):
+        try:
+            add(name, what, measured(name, processes + 1)[1:])
+        except (_Absent, DensemoeError) as error:
+            absent[f"{FIRST}, {what}"] = str(error)
+    with tempfile.TemporaryDirectory() as cache:
+        own = {"HUMMING_CACHE_DIR": str(Path(cache) / "cache"), "HUMMING_TMP_DIR": str(Path(cache) / "tmp")}
+        try:
+            Path(own["HUMMING_TMP_DIR"]).mkdir()
+            add("empty", "Humming, empty cache", measured("humming", 1, own))
+            add("warm", "Humming, warm cache", measured("humming", FEW, own))
+        except (_Absent, DensemoeError) as error:
+            absent[f"{FIRST}, Humming"] = str(error)
+    for ours, bar in (("runtime", 10.0), ("torch", 3.0)):
+        for other, least in (("empty", bar), ("warm", 1.0)):
+            if ours in medians and other in medians:
+                times = round(medians[other] / medians[ours], 2)
+                what = f"Humming, {other} cache, over {'runtime alone' if ours == 'runtime' else 'densemoe with torch'}"
+                document["against"].append({"what": what, "times": times, "bar": least, "met": times > least if least == 1 else times >= least})
 
 
 def _compile_seconds(folder: Path, keys: Sequence[str]) -> list[float]:
@@ -142,6 +197,10 @@ def lines(document: dict[str, Any]) -> list[list[str]]:
         median, least, most = (f"{row[name]:.{digits}f}" for name in ("median", "least", "most"))
         bar = "" if row["bar"] is None else f"<= {row['bar']:g} {row['unit']}"
         table.append([row["what"], f"{median} {row['unit']}", f"{least}..{most}", bar, {None: "", True: "yes", False: "NO"}[row["met"]]])
+    for each in document.get("against", ()):
+        bar = f"{'>' if each['bar'] == 1 else '>='} {each['bar']:g} x"
+        table.append([each["what"], f"{each['times']} x", "", bar, "yes" if each["met"] else "NO"])
+    table += [[what, f"absent: {reason}", "", "", ""] for what, reason in document.get("absent", {}).items()]
     if document["not_measured"] is not None:
         table.append(["first kernel, later kernel, launch", f"not measured: {document['not_measured']}", "", "", ""])
     return table

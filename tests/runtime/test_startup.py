@@ -51,6 +51,12 @@ def test_each_bar_has_its_own_figure(artifacts: Path, stub_driver: Path) -> None
     first, load = (next(row for row in rows if row["what"].strip().startswith(name)) for name in ("first kernel", "of it cuLibraryLoadData, the"))
     assert load["median"] < first["median"]
     assert any(row["what"].startswith("beside it: compiling") for row in rows)
+    (alone,) = [row for row in rows if row["what"] == "process start to first layer result, runtime alone"]
+    assert alone["values"] == 7
+    assert alone["median"] > next(row for row in rows if row["what"].startswith("cuda-bindings"))["median"]
+    assert set(found["absent"]) == {"process start to first layer result, with torch", "process start to first layer result, Humming"}
+    assert "humming-kernels is not installed" in found["absent"]["process start to first layer result, Humming"]
+    assert found["against"] == []
 
 
 def test_the_table_says_the_same(artifacts: Path, stub_driver: Path) -> None:
@@ -85,6 +91,39 @@ def test_figures_are_medians_and_bars_are_met_or_not() -> None:
     table = startup.lines({"rows": [row], "not_measured": "why"})
     assert table[1][-1] == "NO"
     assert table[-1][1] == "not measured: why"
+    assert {len(line) for line in table} == {5}
+
+
+def test_humming_is_measured_with_an_empty_and_a_warm_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[str] = []
+    slept = {"runtime": 1.0, "torch": 3.0, "humming": 20.0}
+
+    def run(arguments: list[str], bytecode: str, more: dict[str, str] | None = None) -> str:
+        which = arguments[2]
+        clock = startup.time.clock_gettime_ns(startup.time.CLOCK_MONOTONIC)
+        seconds = slept[which]
+        if which == "humming":
+            assert more is not None
+            caches.append(more["HUMMING_CACHE_DIR"])
+            seconds /= 1 if len(caches) == 1 else 10
+        return f"a line of somebody's\n{clock + int(seconds * 1e9)}\n"
+
+    monkeypatch.setattr(startup, "_run", run)
+    document: dict[str, Any] = {"rows": [], "absent": {}, "against": [], "not_measured": None}
+    startup._first_layers(document, "{}", 2, "")
+    assert document["absent"] == {}
+    assert [round(row["median"] / 1e3, 1) for row in document["rows"]] == [1.0, 3.0, 20.0, 2.0]
+    assert len(caches) == 4
+    assert len(set(caches)) == 1
+    found = {each["what"]: (round(each["times"], 1), each["bar"], each["met"]) for each in document["against"]}
+    assert found == {
+        "Humming, empty cache, over runtime alone": (20.0, 10.0, True),
+        "Humming, warm cache, over runtime alone": (2.0, 1.0, True),
+        "Humming, empty cache, over densemoe with torch": (6.7, 3.0, True),
+        "Humming, warm cache, over densemoe with torch": (0.7, 1.0, False),
+    }
+    table = startup.lines(document)
+    assert [line[-1] for line in table[-4:]] == ["yes", "yes", "yes", "NO"]
     assert {len(line) for line in table} == {5}
 
 
