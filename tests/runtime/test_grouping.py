@@ -23,7 +23,7 @@ def variants(*keys: str) -> list[Variant]:
 @pytest.mark.parametrize(
     ("m", "top_k", "experts", "expected"),
     [(1, 8, 128, 0), (16, 2, 8, 0), (17, 8, 128, 8), (96, 8, 128, 8), (97, 8, 128, 16), (192, 8, 128, 16), (320, 8, 128, 32),
-     (512, 8, 128, 64), (1024, 8, 128, 64), (4096, 8, 128, 128), (64, 2, 8, 32), (512, 2, 8, 128)],
+     (512, 8, 128, 32), (768, 8, 128, 32), (1024, 8, 128, 128), (4096, 8, 128, 128), (64, 2, 8, 32), (512, 2, 8, 128)],
 )  # fmt: skip
 def test_tiles_follow_the_rows_of_an_expert(m: int, top_k: int, experts: int, expected: int) -> None:
     assert group_tile(GROUPING, TILES, m, top_k, experts) == expected
@@ -36,12 +36,17 @@ def test_a_set_without_the_tile_takes_the_nearest() -> None:
     assert group_tile(None, TILES, 4096, 8, 128) == 0
 
 
-def test_wgmma_comes_first_where_it_has_the_tile_and_dtypes() -> None:
-    both = variants("groupedfc1.sm90a.t16x64.c1x1.bf16-bf16", "groupedfc1.sm90a.t16x256.c1x1.bf16-bf16", "groupedfc1.sm90a.t16x64.c1x1.bf16-f32")
-    problem = Problem("groupedfc1", 64, 8, 256, 128, top_k=2, group_tile=16)
-    choice = select(problem, both, load_table("sm_90a"))
-    assert (choice.variant.tile_n, choice.provenance) == (256, "modelled")
-    plain = Problem("groupedfc1", 64, 8, 256, 128, c_dtype="f32", top_k=2, group_tile=16)
+@pytest.mark.parametrize(("op", "tile", "first"), [("groupedfc1", 16, 64), ("groupedfc1", 32, 256), ("groupedfc2", 16, 64), ("groupedfc2", 32, 64)])
+def test_of_two_kernels_of_a_tile_the_one_that_was_faster_comes_first(op: str, tile: int, first: int) -> None:
+    both = variants(*(f"{op}.sm90a.t{tile}x{n}.c1x1.bf16-bf16" for n in (64, 256)))
+    choice = select(Problem(op, 64, 8, 256, 128, top_k=2, group_tile=tile), both, load_table("sm_90a"))
+    assert (choice.variant.tile_n, choice.provenance) == (first, "measured")
+
+
+def test_the_other_kernel_of_a_tile_runs_where_the_first_lacks_the_dtypes() -> None:
+    both = variants("groupedfc1.sm90a.t32x64.c1x1.bf16-bf16", "groupedfc1.sm90a.t32x256.c1x1.bf16-bf16", "groupedfc1.sm90a.t32x64.c1x1.bf16-f32")
+    problem = Problem("groupedfc1", 64, 8, 256, 128, top_k=2, group_tile=32)
+    plain = Problem("groupedfc1", 64, 8, 256, 128, c_dtype="f32", top_k=2, group_tile=32)
     assert select(plain, both, load_table("sm_90a")).variant.tile_n == 64
     assert select(problem, both[:1], load_table("sm_90a")).variant.tile_n == 64
 
