@@ -65,6 +65,7 @@ GRANULE = 16
 LARGEST_TILE = 232_448  # bytes; an H200's driver took 230,400 and refused 245,760
 BLACKWELL_FORM, HOPPER_FORM = 1 << 21 | 2, 0  # bits of the flags
 _FORM_BITS = 1 << 21 | 15
+_FORMS = (BLACKWELL_FORM, HOPPER_FORM, 2)  # the last as host code of NVIDIA's examples writes it too
 _PATTERN = 1024  # bytes after which every swizzle pattern repeats
 _SHARED_ALIGNMENT = 128  # of a tile's shared address, PTX ISA cp.async.bulk.tensor
 
@@ -381,7 +382,7 @@ def _decode(data: bytes) -> TensorMap:
     address, flags, *words = struct.unpack("<Q12I4B4x", data)
     boxes = words[11:]
     strides_low, high, sizes, steps = words[:4], words[4], words[5:10], words[10]
-    if flags & _FORM_BITS not in (BLACKWELL_FORM, HOPPER_FORM):
+    if flags & _FORM_BITS not in _FORMS:
         raise EmulatorError(
             f"tensor map: bits 0-3 and 21 of its third word are {flags & _FORM_BITS:#x}, {BLACKWELL_FORM:#x} or {HOPPER_FORM:#x} (tiled) needed;"
             " im2col maps are not modelled"
