@@ -24,7 +24,7 @@ __all__ = ["lines", "measure"]
 SCHEMA: Final = 1
 PROCESSES: Final = 7
 LATER: Final = 12  # kernels that each process loads after its first
-FEW: Final = 3  # processes of Humming with a warm cache: each takes some ten seconds
+FEW: Final = 3  # processes that import torch, or Humming with a warm cache: each takes some five or ten seconds
 FIRST: Final = "process start to first layer result"
 MICRO, MILLI = "us", "ms"
 _IMPORT: Final = "import time; start = time.perf_counter(); from densemoe.runtime import Loader, Problem; print(time.perf_counter() - start)"
@@ -158,7 +158,8 @@ def _first_layers(document: dict[str, Any], task: str, processes: int, bytecode:
 
     for name, what in (("runtime", "runtime alone"), ("torch", "with torch")):
         try:
-            add(name, what, measured(name, processes + 1)[1:])
+            count = processes if name == "runtime" else min(processes, FEW)
+            add(name, what, measured(name, count + 1)[1:])
         except (_Absent, DensemoeError) as error:
             absent[f"{FIRST}, {what}"] = str(error)
     with tempfile.TemporaryDirectory() as cache:
