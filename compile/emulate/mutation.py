@@ -46,7 +46,8 @@ def _runs(many: str, listed: str, *small: str) -> Runs:
 
 
 #: ``many``: one cluster takes so many tiles that every ring wraps more than once; its list of experts is waited for. ``listed``: more clusters than
-#: tiles, a list that is read early, alphas of 0 (FC2: two launches on one workspace). ``small``: one tile; no list; an empty split.
+#: tiles, a list that is read early, alphas of 0, CTAs that share a unit (FC2: two launches on one workspace). ``small``: one tile; no list; an empty
+#: split; an odd number of steps.
 SUBJECTS: Final[Mapping[str, Runs]] = {
     "fc1.sm100f.t128x128.c1x1.nvfp4-nvfp4": _runs(
         "m=129,e=4,h=320,i=128,kind=exact,post=1,list=1,sms=1",
@@ -62,6 +63,7 @@ SUBJECTS: Final[Mapping[str, Runs]] = {
         "m=257,e=4,h=320,i=128,kind=exact,post=1,list=1,sms=2",
         "m=389,e=5,h=1088,i=64,kind=exact,post=1,list=1,zeros=1,sms=12,early_list=1",
         "m=1,e=2,h=256,i=64,kind=exact,sms=2",
+        "m=513,e=2,h=576,i=64,kind=exact,list=1,sms=2",
     ),
     "fc2.sm100f.t128x128.c1x1.nvfp4-f32": _runs(
         "m=129,e=6,h=192,i=512,kind=exact,list=1,sms=1,splits=2",

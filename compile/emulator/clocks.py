@@ -37,7 +37,7 @@ class Clock:
         np.maximum(self.order, other.order, out=self.order)
         np.maximum(self.proxy, other.proxy, out=self.proxy)
         np.maximum(self.tensor, other.tensor, out=self.tensor)
-        if self.wide is not None:
+        if self.wide is not None and other.wide is not None:
             np.maximum(self.wide, other.wide, out=self.wide)
 
 

@@ -117,7 +117,7 @@ class Races:
         np.maximum(self.order[row], clock.order, out=self.order[row])
         np.maximum(self.proxy[row], clock.proxy, out=self.proxy[row])
         np.maximum(self.tensor_in[row], clock.tensor, out=self.tensor_in[row])
-        if self.everywhere is not None:
+        if self.everywhere is not None and clock.wide is not None:
             np.maximum(self.everywhere.known[row], clock.wide, out=self.everywhere.known[row])
 
     def _release_ready(self, clock: Clock | None, warp: Warp) -> Clock | None:

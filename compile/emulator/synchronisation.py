@@ -486,8 +486,10 @@ class Synchronisation:
 
 def _only_lane(mask: Any, w: int) -> int:
     """The active lane of a warp where it is the only one, else -1."""
-    lanes = [] if mask is None else np.flatnonzero(mask[w * LANES : (w + 1) * LANES])
-    return int(lanes[0]) if len(lanes) == 1 else -1
+    if mask is None:
+        return -1
+    lanes = np.flatnonzero(mask[w * LANES : (w + 1) * LANES])
+    return int(lanes[0]) if lanes.size == 1 else -1
 
 
 def _completed(barrier: MBarrier, value: int, parity: bool) -> bool:
