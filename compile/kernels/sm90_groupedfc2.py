@@ -219,15 +219,18 @@ def groupedfc2_kernel(
         unit += 1
 
 
-def finish_tokens(c_dtype: str, c: Any, partials: Any, start: Any, tokens_total: Any, row_block: Any, hidden: Any, lane: Any) -> None:
-    """One warp converts, stores and clears 64 columns of ``FINISHED_TOKENS`` tokens from ``start`` on; all its loads are in flight together.
+def finish_tokens(
+    c_dtype: str, c: Any, partials: Any, start: Any, tokens_total: Any, row_block: Any, hidden: Any, lane: Any, count: int = FINISHED_TOKENS
+) -> None:
+    """One warp converts, stores and clears 64 columns of ``count`` tokens from ``start`` on; all its loads are in flight together.
 
     Args:
         partials: float32 ``[row block][M][64]``.
+        count: a multiple of 4; four tokens take eight registers.
     """
     column = (lane % LANES_A_TOKEN) * OUTPUTS
     done = []
-    for batch in range(FINISHED_TOKENS * LANES_A_TOKEN // 32):
+    for batch in range(count * LANES_A_TOKEN // 32):
         token = start + batch * (32 // LANES_A_TOKEN) + lane // LANES_A_TOKEN
         exists = Int32(token < tokens_total)
         where = partials + ((Int64(row_block) * Int64(tokens_total) + Int64(token)) * common.SUPERBLOCK_ROWS + Int64(column)) * 4

@@ -25,8 +25,9 @@ from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_wgmma as wgmma
-from densemoe.compile.kernels.sm90_epilogue import fc1_pairs, multiply, select, store_fc1_outputs, store_fc1_pairs, store_if, store_row
+from densemoe.compile.kernels.sm90_epilogue import fc1_pairs, multiply, select, store_fc1_outputs, store_fc1_pairs, store_if
 from densemoe.compile.kernels.sm90_fc2 import add_to_workspace, load_workspace_if, wait
+from densemoe.compile.kernels.sm90_groupedfc2 import FINISHED_TOKENS, finish_tokens
 from densemoe.compile.kernels.sm90_reduction import take_ticket
 
 TILE_BYTES = 16  # of a tile of ``route``, and of the list's head
@@ -34,7 +35,6 @@ SMALLEST_SPAN = 4  # K 128 blocks of a CTA
 SLOTS = 2  # of a CTA: for the unit that its span begins inside of, and for the one that it ends inside of
 VECTOR = 4  # float32 of one access to a slot
 FC2_OUTPUTS = 8  # consecutive output columns that the four m16 blocks of a superblock give one lane
-FINISHED_TOKENS = 4  # tokens that a warp converts at a time: eight lanes hold 64 columns of one
 
 
 @cute.kernel
@@ -214,9 +214,10 @@ def wgmma_kernel(
                 if flag[0] == contributors - 1:
                     cute.arch.fence_acq_rel_gpu()
                     if exists != 0:
-                        begin_token = (warp // wgmma.WARPGROUP_WARPS) * FINISHED_TOKENS
-                        for start in cutlass.range(begin_token, tokens_total, FINISHED_TOKENS * config.shape.warpgroups, unroll=1):
-                            finish_tokens(config, c, partials, start, tokens_total, row_block, hidden, lane)
+                        at_once = FINISHED_TOKENS if config.tile_m > 16 else FINISHED_TOKENS // 2  # as registers allow
+                        step = at_once * config.shape.warpgroups
+                        for start in cutlass.range((warp // wgmma.WARPGROUP_WARPS) * at_once, tokens_total, step, unroll=1):
+                            finish_tokens(config.c_dtype, c, partials, start, tokens_total, row_block, hidden, lane, at_once)
                     if tid == 0:
                         store_if("b32", tickets + Int64(group) * 4, Int32(1), [Uint32(0)])
         else:
@@ -466,18 +467,3 @@ def add_tile(
                     values.append(multiply(value, alpha))
             for first in range(0, len(values), VECTOR):
                 add_to_workspace(address + first * 4, live, values[first : first + VECTOR])
-
-
-def finish_tokens(
-    config: wgmma.Config, c: Any, partials: Any, start: Any, tokens_total: Any, row_block: Any, hidden: Any, lane: Any
-) -> None:
-    """Converts and stores 64 columns of ``FINISHED_TOKENS`` tokens and clears their sums."""
-    token = start + lane // 8
-    valid = Int32(token < tokens_total)
-    column = (lane % 8) * FC2_OUTPUTS
-    where = partials + ((Int64(row_block) * Int64(tokens_total) + Int64(token)) * common.SUPERBLOCK_ROWS + Int64(column)) * 4
-    results = load_workspace_if(where, valid) + load_workspace_if(where + VECTOR * 4, valid)
-    zeros = [Float32(0.0) for _ in range(VECTOR)]
-    store_if("v4.f32", where, valid, zeros)
-    store_if("v4.f32", where + VECTOR * 4, valid, zeros)
-    store_row(config.c_dtype, c, Int64(token) * Int64(hidden) + Int64(row_block * common.SUPERBLOCK_ROWS + column), valid, results)
