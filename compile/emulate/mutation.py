@@ -47,7 +47,7 @@ def _runs(many: str, listed: str, *small: str) -> Runs:
 
 #: ``many``: one cluster takes so many tiles that every ring wraps more than once; its list of experts is waited for. ``listed``: more clusters than
 #: tiles, a list that is read early, alphas of 0, CTAs that share a unit (FC2: two launches on one workspace). ``small``: one tile; no list; an empty
-#: split; an odd number of steps.
+#: split; an odd number of steps; rings that wrap where ``listed`` has too many CTAs for it.
 SUBJECTS: Final[Mapping[str, Runs]] = {
     "fc1.sm100f.t128x128.c1x1.nvfp4-nvfp4": _runs(
         "m=129,e=4,h=320,i=128,kind=exact,post=1,list=1,sms=1",
@@ -81,11 +81,13 @@ SUBJECTS: Final[Mapping[str, Runs]] = {
         "m=9,e=3,h=384,i=64,kind=exact,post=1,list=1,sms=1",
         "m=9,e=4,h=640,i=64,kind=exact,post=1,list=1,zeros=1,sms=3,early_list=1",
         "m=1,e=1,h=256,i=64,kind=exact,sms=1",
+        "m=21,e=6,h=320,i=128,kind=exact,post=1,list=1,zeros=1,sms=1,early_list=1",
     ),
     "fc2.sm90a.t8x64.c1x1.bf16-bf16": _runs(
         "m=9,e=3,h=192,i=384,kind=exact,list=1,sms=1",
         "m=9,e=4,h=192,i=384,kind=exact,list=1,zeros=1,sms=4,launches=2,early_list=1",
         "m=1,e=1,h=128,i=256,kind=exact,scalar=1,sms=1",
+        "m=21,e=6,h=128,i=320,kind=exact,list=1,zeros=1,sms=1,launches=2,early_list=1",
     ),
 }
 #: What can become of a mutant.
