@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from densemoe.runtime import bounds
 from densemoe.runtime.bench_competitors import Competitor, Unavailable, Workload
-from densemoe.runtime.bench_gathered import GatheredData, plain
+from densemoe.runtime.bench_gathered import GatheredData
 from densemoe.runtime.bench_read import ReadKernel
 from densemoe.runtime.bench_report import CHOSEN, GATHERED, OURS, READ
 from densemoe.runtime.bench_timing import Launch, Sample, Timed
@@ -129,9 +129,6 @@ class Bench:
         opened: list[Plan | GatheredData] = []
         point.same[CHOSEN] = OURS
         if not case.active:
-            return reports, opened
-        if not plain(case.a_dtype, case.c_dtype):
-            point.missing[f"{GATHERED} forms"] = "grouped kernels of NVFP4 activations or outputs are not benchmarked yet"
             return reports, opened
         tiles = grouped_tiles(tuner.entries.values(), (case.a_dtype, case.c_dtype), op)
         wanted = group_tile(load_table(self.arch).get("grouping"), tiles, case.m, case.shape.top_k, case.shape.experts)

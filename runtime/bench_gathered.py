@@ -19,19 +19,20 @@ import numpy as np
 import numpy.typing as npt
 
 from densemoe.runtime import bounds, data, reference
-from densemoe.runtime.nvfp4 import bf16_values, widen
+from densemoe.runtime.layout import scale_offsets, tile_scales, untile_scales
+from densemoe.runtime.nvfp4 import GROUP, bf16_values, unpack_codes, widen
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.tune_data import DeviceMemory, OpData
 
-__all__ = ["GatheredData", "GatheredLayer", "TiledData", "plain"]
+__all__ = ["GatheredData", "GatheredLayer", "TiledData"]
 
 SAMPLED: Final = 6  # rows of FC1's output, tokens of FC2's
 COLUMNS: Final = 64
-_NUMPY: Final = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
+_NUMPY: Final = {"u8": np.uint8, "f32": np.float32, "f16": np.float16, "bf16": np.uint16}
 
 
 class GatheredData:
-    """Tensors of ``groupedfc1`` or ``groupedfc2`` for the shape of an OpData with a list of active experts; plain activations and outputs alone.
+    """Tensors of ``groupedfc1`` or ``groupedfc2`` for the shape and dtypes of an OpData with a list of active experts.
 
     Args:
         made: whose weights, activations and routing are used; it must outlive this.
@@ -45,19 +46,19 @@ class GatheredData:
         self._routes: dict[int, reference.Routes] = {}
         self._bound: tuple[int, dict[int, list[dict[str, int]]]] = (0, {})
         shape, pairs = made.shape, made.largest_m * made.shape.top_k
+        self._a: dict[str, npt.NDArray[Any]] = {}
         try:
             if before is not None:
-                self._inputs = {"a": before.output}
-                self._output = self._memory.empty(made.largest_m * shape.hidden * 4)
+                self._inputs = {role.replace("c", "a", 1): pointer for role, pointer in before.outputs.items()}
             elif made.op == "fc2":
                 rng = np.random.default_rng([made.seed, 4])
-                self._a = data.activations(rng, pairs, shape.intermediate, "bf16", "normal")[0]
-                self._inputs = {"a": self._memory.put(self._a)}
-                self._output = self._memory.empty(made.largest_m * shape.hidden * 4)
+                stored, tiled, _ = data.activations(rng, pairs, shape.intermediate, made.a_dtype, "normal")
+                self._a = {"a": stored} if tiled is None else {"a.codes": stored, "a.scales": tiled}
+                self._inputs = {role: self._memory.put(array) for role, array in self._a.items()}
             else:
-                self._a = made.stored_activations
-                self._inputs = {role: made.inputs[role] for role in ("a", "alpha")}
-                self._output = self._memory.empty(pairs * shape.intermediate * 4)
+                self._inputs = {role: pointer for role, pointer in made.inputs.items() if role.startswith("a")}  # alpha too
+            specs = self.problem(made.largest_m, 8).tensors()
+            self._outputs = {role: self._memory.empty(spec.nbytes) for role, spec in specs.items() if spec.output}
         except BaseException:
             self.close()
             raise
@@ -70,9 +71,9 @@ class GatheredData:
         )  # fmt: skip
 
     @property
-    def output(self) -> int:
-        """Address of ``c``."""
-        return self._output
+    def outputs(self) -> Mapping[str, int]:
+        """Addresses by role of what a launch writes."""
+        return self._outputs
 
     def tiled(self, tile: int) -> TiledData:
         """This over tiles of up to ``tile`` rows."""
@@ -92,6 +93,8 @@ class GatheredData:
         if tile in self._bound[1]:
             return self._bound[1][tile]
         bound = self._bound[1].setdefault(tile, [])
+        listed = made.bind(m)[0]  # scales of M rows of activations
+        shared = {**self._inputs, **self._outputs, **{role: listed[role] for role in ("output_multiplier",) if role in listed}}
         wanted = ("tiles", "rows") if self.op == "groupedfc1" else ("tiles", "rows", "row_alpha")
         for rotation in range(count or made.rotation_count(m)):
             routes = self.routes(m, tile, rotation)
@@ -103,7 +106,7 @@ class GatheredData:
                 own = {role: self._routed.put(arrays[role]) for role in wanted}
             else:
                 own = {role: routed[role] for role in wanted}
-            bound.append({**self._inputs, **own, "b": made.weights.copy(rotation * used // shape.experts), "c": self._output})
+            bound.append({**shared, **own, "b": made.weights.copy(rotation * used // shape.experts)})
         return bound
 
     def routes(self, m: int, tile: int, rotation: int) -> reference.Routes:
@@ -111,15 +114,16 @@ class GatheredData:
         routing = np.array(self.made.routing(m, rotation), dtype=np.int64)
         return reference.route(routing, self.made.router[:m], self.made.w2_alpha, group_tile=tile)
 
-    def fetch(self, m: int) -> npt.NDArray[Any]:
-        """The output as it is stored."""
-        spec = self.problem(m, 8).tensors()["c"]
-        return self._memory.get(self._output, spec.shape, _NUMPY[spec.dtype])
+    def fetch(self, m: int) -> dict[str, npt.NDArray[Any]]:
+        """The outputs as they are stored, by role."""
+        specs = self.problem(m, 8).tensors()
+        return {role: self._memory.get(pointer, specs[role].shape, _NUMPY[specs[role].dtype]) for role, pointer in self._outputs.items()}
 
     def poison(self, m: int) -> None:
-        """Makes every byte of the output wrong."""
-        problem = self.problem(m, 8)
-        self.made.driver.fill(self._output, 0xA5, problem.tensors()["c"].nbytes)
+        """Makes every byte of the outputs wrong."""
+        specs = self.problem(m, 8).tensors()
+        for role, pointer in self._outputs.items():
+            self.made.driver.fill(pointer, 0xA5, specs[role].nbytes)
 
     def check(self, m: int, tile: int) -> bounds.Report:
         """Sampled outputs of rotation 0 against the reference; in a layer, of what FC1 did write."""
@@ -127,7 +131,7 @@ class GatheredData:
         got = self.fetch(m)
         routes = self._routes[tile]
         if self._before is not None:
-            self._a = self._before.fetch(m)
+            self._a = {role.replace("c", "a", 1): array for role, array in self._before.fetch(m).items()}
         reports = []
         chosen = np.unique(np.round(np.linspace(0, (len(routes.rows) if self.op == "groupedfc1" else m) - 1, SAMPLED)).astype(np.int64))
         for place in chosen:
@@ -135,21 +139,35 @@ class GatheredData:
                 expert, token = int(routes.experts[place]), int(routes.rows[place])
                 columns = _columns(shape.intermediate, int(place))
                 one = made.fc1_reference(np.array([token]), expert, columns)
-                bound = bounds.fc1_bound(one, shape.hidden)
-                reports.append(bounds.compare_plain(widen(got[[place]][:, columns], made.c_dtype), one.y, bound, made.c_dtype))
+                reports.append(self._compare_fc1(got, int(place), columns, one))
                 continue
             rows = np.flatnonzero(routes.rows == place)
             columns = _columns(shape.hidden, int(place))
             two = self._fc2(rows, routes, columns)
             bound = bounds.fc2_bound(two, len(rows), shape.intermediate)
-            reports.append(bounds.compare_plain(widen(got[[place]][:, columns], made.c_dtype), two.c, bound, made.c_dtype))
+            reports.append(bounds.compare_plain(widen(got["c"][[place]][:, columns], made.c_dtype), two.c, bound, made.c_dtype))
         return bounds.combine(reports)
+
+    def _compare_fc1(self, got: Mapping[str, npt.NDArray[Any]], place: int, columns: npt.NDArray[np.int64], exact: Any) -> bounds.Report:
+        made, bound = self.made, bounds.fc1_bound(exact, self.made.shape.hidden)
+        if made.c_dtype != "nvfp4":
+            return bounds.compare_plain(widen(got["c"][[place]][:, columns], made.c_dtype), exact.y, bound, made.c_dtype)
+        codes = unpack_codes(np.ascontiguousarray(got["c.codes"][[place]][:, columns[::2] // 2]))
+        offsets = scale_offsets([[place]], columns[None, ::GROUP] // GROUP, made.shape.intermediate // GROUP)
+        return bounds.compare_nvfp4(codes, got["c.scales"].reshape(-1)[offsets], exact.y, bound, made.output_multiplier)
+
+    def _rows_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """FC2's activations of some rows, exact."""
+        if "a" in self._a:
+            return bf16_values(self._a["a"][rows]).astype(np.float64)
+        codes = self._a["a.codes"]
+        return reference.activation_values(codes[rows], tile_scales(untile_scales(self._a["a.scales"], len(codes))[rows]))
 
     def _fc2(self, rows: npt.NDArray[np.int64], routes: reference.Routes, columns: npt.NDArray[np.int64]) -> Any:
         """A token's experts side by side, as dense FC2 of these alone."""
         made = self.made
         experts: Sequence[int] = [int(each) for each in routes.experts[rows]]
-        a = bf16_values(self._a[rows]).astype(np.float64).reshape(1, -1)
+        a = self._rows_of(rows).reshape(1, -1)
         alpha = routes.row_alpha[rows].astype(np.float64)[None]
         return reference.fc2(
             a, lambda place, at: made.weights.values(experts[place], at), alpha, len(rows), made.shape.intermediate, columns=columns
@@ -184,8 +202,8 @@ class TiledData:
         self._data.poison(m)
 
     def fetch(self, m: int) -> Mapping[str, npt.NDArray[Any]]:
-        """The output."""
-        return {"c": self._data.fetch(m)}
+        """The outputs, by role."""
+        return self._data.fetch(m)
 
     def check(self, m: int, got: Mapping[str, npt.NDArray[Any]]) -> bounds.Report:
         """Sampled outputs against the reference."""
@@ -193,7 +211,7 @@ class TiledData:
 
 
 class GatheredLayer:
-    """``route``, grouped FC1 and grouped FC2 as the layer op launches them, one behind the other; plain activations and outputs alone.
+    """``route``, grouped FC1 and grouped FC2 as the layer op launches them, one behind the other.
 
     Args:
         one, two: FC1 and FC2 with a list of active experts; they must outlive this.
@@ -262,11 +280,6 @@ class GatheredLayer:
         if hasattr(self, "_fc2"):
             self._fc2.close()
         self._fc1.close()
-
-
-def plain(a_dtype: str, c_dtype: str) -> bool:
-    """Whether this module makes data of these dtypes."""
-    return "nvfp4" not in (a_dtype, c_dtype)
 
 
 def _columns(width: int, place: int) -> npt.NDArray[np.int64]:

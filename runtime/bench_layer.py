@@ -15,7 +15,7 @@ import numpy as np
 
 from densemoe.runtime.bench import Bench, Point, regions
 from densemoe.runtime.bench_competitors import Workload
-from densemoe.runtime.bench_gathered import GatheredLayer, plain
+from densemoe.runtime.bench_gathered import GatheredLayer
 from densemoe.runtime.bench_report import GATHERED, OURS, WHOLE, WITH_PREPARE
 from densemoe.runtime.bench_timing import Launch
 from densemoe.runtime.grouping import group_tile
@@ -89,7 +89,7 @@ class LayerBench(Bench):
         """Rows of the tiles that a layer of these dtypes may be gathered into."""
         if not any(entry.variant.op == "route" for entry in self.tuner.entries.values()):
             return set()
-        return grouped_tiles(self.tuner.entries.values(), dtypes, "groupedfc1", "groupedfc2") if plain(*dtypes[:2]) else set()
+        return grouped_tiles(self.tuner.entries.values(), dtypes, "groupedfc1", "groupedfc2")
 
     def _planned(self, problem: Problem, addresses: Mapping[str, int]) -> Plan:
         """The selection's variant; FC2 fetches weights before FC1 ends where its kernel can, as the layer op tells it to."""
@@ -110,8 +110,6 @@ class LayerBench(Bench):
             del point.same[WHOLE]  # the layer op always skips idle experts
             return []
         if gathered is None:
-            if not plain(*dtypes[:2]):
-                point.missing[f"{GATHERED} forms"] = "grouped kernels of NVFP4 activations or outputs are not benchmarked yet"
             return []
         tiles = self._tiles(dtypes)
         wanted = group_tile(load_table(self.arch).get("grouping"), tiles, m, shape.top_k, shape.experts)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from densemoe.runtime.bench_gathered import GatheredData, TiledData, plain
+from densemoe.runtime.bench_gathered import GatheredData, TiledData
 from densemoe.runtime.bench_timing import Launch, Sample, Timed, Timer
 from densemoe.runtime.errors import DensemoeError, ProblemError
 from densemoe.runtime.loader import Loader
@@ -270,9 +270,9 @@ class Tuner:
 
     @property
     def tiles(self) -> dict[tuple[str, str, str], set[int]]:
-        """By dtypes of a layer, the tiles of grouped kernels that can be measured: those of both ops, plain activations and outputs."""
+        """By dtypes of a layer, the tiles of grouped kernels that both ops have."""
         every = list(self.entries.values())
-        return {each: grouped_tiles(every, each, "groupedfc1", "groupedfc2") for each in DTYPES if plain(*each[:2])}
+        return {each: grouped_tiles(every, each, "groupedfc1", "groupedfc2") for each in DTYPES}
 
     def run(
         self,

@@ -158,6 +158,11 @@ class OpData:
         return self._a
 
     @property
+    def output_multiplier(self) -> float:
+        """Of an NVFP4 output."""
+        return float(self._multiplier)
+
+    @property
     def router(self) -> npt.NDArray[np.float32]:
         """The router's weights ``[largest M, k]``."""
         return self._router

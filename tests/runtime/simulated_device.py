@@ -195,7 +195,12 @@ class SimulatedPlan:
         else:
             a = reference.activation_values(self.array("a.codes"), self.array("a.scales"))
         if op != problem.op:
-            self.array("c")[:] = convert(self.grouped(a, weights).astype(np.float32), problem.c_dtype)
+            y = self.grouped(a, weights).astype(np.float32)
+            if problem.c_dtype == "nvfp4":
+                plain, own_scales = quantise_rows(y, self.array("output_multiplier")[0])
+                self.array("c.codes")[:], self.array("c.scales")[:] = pack_codes(plain), tile_scales(own_scales)
+            else:
+                self.array("c")[:] = convert(y, problem.c_dtype)
             return
         alpha = self.array("alpha").astype(np.float64)
         outputs = {role: self.array(role) for role, spec in problem.tensors().items() if spec.output}

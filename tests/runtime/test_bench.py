@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from simulated_device import READ_BYTES_PER_MICROSECOND, SimulatedLoader, SimulatedPlan
 
-from densemoe.runtime import bench_competitors, bench_report, cli, tune_cli
+from densemoe.runtime import bench, bench_competitors, bench_layer, bench_report, cli, select, tune_cli
 from densemoe.runtime.bench_competitors import Absent, Unavailable, Workload
 from densemoe.runtime.bench_device import Sensors
 from densemoe.runtime.bench_timing import Sample, Timed, Timer, rotations
 from densemoe.runtime.errors import DriverError, ProblemError
 from densemoe.runtime.problem import Problem
+from densemoe.runtime.select import load_table
 from densemoe.runtime.tune import Tuner
 from densemoe.runtime.tune_cases import parse_shapes, worth_a_tile
 
@@ -33,6 +34,26 @@ KEYS: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
 KEYS["prepare.sm90a.t32x4096.c1x1.i32-f32"] = ()
 KEYS["route.sm90a.t32x4096.c1x1.i32-f32"] = ()
 KEYS |= {f"grouped{op}.sm90a.t{tile}.c1x1.bf16-bf16": () for op in ("fc1", "fc2") for tile in ("8x64", "16x64", "16x256", "32x256")}
+KEYS |= {"groupedfc1.sm90a.t8x64.c1x1.nvfp4-nvfp4": (), "groupedfc2.sm90a.t8x64.c1x1.nvfp4-bf16": ()}
+
+
+SHIPPED: Any = load_table("sm_90a")
+#: The shipped table's rules of the other ops, and forms and families that no measurement changes: WGMMA where it has the tile.
+TABLE: Any = {
+    **SHIPPED,
+    "grouping": {
+        "provenance": "modelled",
+        "reason": "for these tests",
+        "dense_to": 16,
+        "tiles": [{"share_to": 6, "tile_m": 8}, {"share_to": 12, "tile_m": 16}, {"tile_m": 32}],
+    },
+    "rules": [rule for rule in SHIPPED["rules"] if not rule["op"].startswith("grouped")]
+    + [
+        {"op": f"grouped{op}", "m_from": 0, "m_to": 2**31 - 1, "tile": tile, "cluster": [1, 1], "provenance": "modelled", "reason": "for these tests"}
+        for op in ("fc1", "fc2")
+        for tile in ([16, 256], [32, 256], [8, 64])
+    ],
+}
 
 
 def cost(key: str, settings: Mapping[str, int], problem: Problem) -> float:
@@ -55,13 +76,16 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs a command line on the simulated device, in a folder of its own, without nvidia-smi."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")
+    for module in (bench, bench_layer, select):
+        monkeypatch.setattr(module, "load_table", lambda arch: TABLE)
 
     def run(*arguments: str, fault: Any = None, others: Sequence[Any] = (), table: Any = None) -> int:
         def opened(args: argparse.Namespace) -> Tuner:
             loader = SimulatedLoader(KEYS, cost, fault)
-            loader.table = table or loader.table
+            loader.table = table or TABLE
             for other in others:
                 other.driver = loader.driver
+
             def say(line: str) -> None:
                 print(line, file=sys.stderr)
 
@@ -88,12 +112,14 @@ def test_tune_writes_a_table_that_check_agrees_with(command: Run, tmp_path: Path
     assert "regret of the form and tile of a layer: 12 cases, geomean 0.00%, worst 0.00%" in said.out
     shapes = parse_shapes(SHAPES)
     worth = [tile for shape in shapes for m in (1, 8, 16, 32) for tile in (8, 16, 32) if worth_a_tile(shape, m, tile)]
-    assert f"[1/{96 + 2 * len(worth)}]" in said.err
+    nvfp4 = 2 * 3 * 4  # two ops, shapes and M of the one tile of NVFP4 kernels
+    assert f"[1/{96 + 2 * len(worth) + nvfp4}]" in said.err
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["provenance"]["whole"] is True
     assert table["provenance"]["read_bytes_per_second"] == pytest.approx(READ_BYTES_PER_MICROSECOND * 1e6, rel=0.02)
-    assert table["provenance"]["measurements"] == 96 * 3 + 2 * sum(2 if tile == 16 else 1 for tile in worth)  # tiles of 16 are of both families
-    assert len(table["shapes"]) == 3 * 4 * 2 + len({(name, tile) for name in SHAPES for tile in (8, 16, 32)}) * 2
+    both = 2 * sum(2 if tile == 16 else 1 for tile in worth)  # tiles of 16 are of both families
+    assert table["provenance"]["measurements"] == 96 * 3 + both + nvfp4
+    assert len(table["shapes"]) == 3 * 4 * 2 + 3 * 3 * 2 + 3 * 2
     rows = table["shapes"]["groupedfc1 7x128x128 bf16-bf16 t16"]
     assert {table["keys"][row[1]][0] for row in rows} == {"groupedfc1.sm90a.t16x256.c1x1.bf16-bf16"}
     # 16 tokens in one tile are faster than gathered, 32 are not; rows of an expert at M = 32: 6.4, 9.1 and 16
@@ -262,9 +288,19 @@ def test_beyond_16_tokens_the_chosen_form_gathers(command: Run, what: str, tmp_p
 
 
 @pytest.mark.parametrize("what", ["ops", "layer"])
-def test_bench_finds_a_wrong_grouped_kernel(
-    command: Run, what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nvfp4_layers_gather_too(command: Run, what: str, tmp_path: Path) -> None:
+    options = ("--models", SHAPES[0], "--tokens", "9", "20", "--form", "active", "--a-dtype", "nvfp4", "--out", "out")
+    assert command("bench", what, *options) == 0
+    rows = json.loads((tmp_path / "out" / f"{what}-simulated.json").read_text())["rows"]
+    name, gathered = ("densemoe chosen form", "gathered t8x64") if what == "ops" else ("densemoe whole layer", "gathered t8 with route")
+    for row in rows:
+        assert row["passed"], row
+        assert gathered in row["us"]
+        assert (row["same"][name] == gathered) == (row["m"] == 20)
+
+
+@pytest.mark.parametrize("what", ["ops", "layer"])
+def test_bench_finds_a_wrong_grouped_kernel(command: Run, what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SimulatedPlan, "grouped", lambda self, a, weights: np.full(self.array("c").shape, 3.0))
     assert command("bench", what, "--models", SHAPES[0], "--tokens", "8", "--form", "active", "--a-dtype", "bf16") == 1
     assert "FAILED" in capsys.readouterr().out

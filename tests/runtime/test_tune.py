@@ -57,16 +57,20 @@ def test_every_variant_is_checked_and_timed(op: str, active: bool, dtypes: tuple
 
 
 @pytest.mark.parametrize("op", ["fc1", "fc2"])
-def test_both_families_of_a_tile_are_checked_and_timed(op: str) -> None:
-    keys = {f"grouped{op}.sm90a.t{tile}.c1x1.bf16-bf16": () for tile in ("8x64", "16x64", "16x256")}
+@pytest.mark.parametrize("a_dtype", ["bf16", "nvfp4"])
+def test_both_families_of_a_tile_are_checked_and_timed(op: str, a_dtype: str) -> None:
+    c_dtype = a_dtype if op == "fc1" else "bf16"
+    dtypes = f"{a_dtype}-{c_dtype}"
+    keys = {f"grouped{op}.sm90a.t{tile}.c1x1.{dtypes}": () for tile in ("8x64", "16x64", "16x256")}
 
     def fault(self: SimulatedPlan, a: np.ndarray, weights: object) -> np.ndarray:
         good = real(self, a, weights)  # type: ignore[arg-type]
         return good * 1.5 if self.key in broken else good
 
-    tuning, loader = tuner({**BF16, **keys})
+    tuning, loader = tuner({f"{op}.sm90a.t{tile}x64.c1x1.{dtypes}": () for tile in (8, 16, 32)} | keys)
     real, broken = SimulatedPlan.grouped, set()  # type: ignore[var-annotated]
-    cases = [Case(op, SHAPE, 12, "bf16", "bf16", True), *(Case(f"grouped{op}", SHAPE, 12, "bf16", "bf16", False, tile) for tile in (8, 16))]
+    tiles = (Case(f"grouped{op}", SHAPE, 12, a_dtype, c_dtype, False, tile) for tile in (8, 16))
+    cases = [Case(op, SHAPE, 12, a_dtype, c_dtype, True), *tiles]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SimulatedPlan, "grouped", fault)
         listed, eight, sixteen = list(tuning.cases(cases))
@@ -74,7 +78,7 @@ def test_both_families_of_a_tile_are_checked_and_timed(op: str) -> None:
         assert [each.candidate.key.split(".")[2] for each in (*eight, *sixteen)] == ["t8x64", "t16x256", "t16x64"]
         assert {each.weight_bytes for each in (*eight, *sixteen)} == {listed[0].weight_bytes}
         assert all(each.sample is not None and each.sample.microseconds > 0 for each in (*eight, *sixteen))
-        broken.add(f"grouped{op}.sm90a.t16x64.c1x1.bf16-bf16")
+        broken.add(f"grouped{op}.sm90a.t16x64.c1x1.{dtypes}")
         wrong = [each for measured in tuning.cases(cases) for each in measured if not each.passed]
     assert [each.candidate.key for each in wrong] == sorted(broken)
     assert wrong[0].sample is None
