@@ -249,5 +249,5 @@ def test_the_command_lists_survivors_and_its_exit_code_tells(monkeypatch: pytest
 
 @pytest.mark.full
 def test_every_mutant_of_the_suite() -> None:
-    """The whole suite, as ``densemoe mutate``: about half an hour on an idle core."""
+    """The whole suite, as ``densemoe mutate``: estimated at half an hour on an idle core."""
     assert main(["mutate"]) == 0
