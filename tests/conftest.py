@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,6 +15,12 @@ import pytest
 
 # the emulator multiplies tiles of 128 x 128: threads of a BLAS gain nothing there, and spin. Before numpy is imported
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+if importlib.util.find_spec("hypothesis"):  # a GPU machine has none; no test depends on time
+    from hypothesis import settings
+
+    settings.register_profile("no deadline", deadline=None)
+    settings.load_profile("no deadline")
 
 for _folder in ("emulator", "gpu", "runtime"):
     sys.path.insert(0, str(Path(__file__).parent / _folder))
