@@ -10,12 +10,12 @@ import argparse
 import dataclasses
 import importlib
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from densemoe.runtime import bench_cli, mutate_cli, records, release_cli, tune_cli, verify_cli
+from densemoe.runtime.arguments import natural, positive, seconds
 from densemoe.runtime.errors import (
     ArtifactError,
     BuildError,
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--arch", help="only this architecture")
     _executor(build)
     build.add_argument("--filter", help="shell pattern over variant keys; other variants of the set stay")
-    build.add_argument("--timeout", type=_seconds, default=120.0, help="seconds a variant may take in the local executor (default: 120)")
+    build.add_argument("--timeout", type=seconds, default=120.0, help="seconds a variant may take in the local executor (default: 120)")
     build.add_argument("--locked", action="store_true", help="compare every cubin with artifacts/manifest.lock; one differing byte fails")
     build.add_argument("--oracle", action="store_true", help="compare every launch with the compiler's own host code; needs a C compiler")
     build.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -107,13 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     _problem(run)
     run.add_argument("--tile", help="only variants of this tile, as in 8x64")
     run.add_argument("--cluster", help="only variants of this cluster, as in 1x2")
-    run.add_argument("--device", type=_natural, default=0, help="device ordinal (default: 0)")
-    run.add_argument("--warmup", type=_natural, default=10, help="launches before the timed ones (default: 10)")
-    run.add_argument("--iterations", type=_natural, default=100, help="timed launches a graph; 0 does not time (default: 100)")
+    run.add_argument("--device", type=natural, default=0, help="device ordinal (default: 0)")
+    run.add_argument("--warmup", type=natural, default=10, help="launches before the timed ones (default: 10)")
+    run.add_argument("--iterations", type=natural, default=100, help="timed launches a graph; 0 does not time (default: 100)")
     run.add_argument("--cold-l2", action=argparse.BooleanOptionalAction, default=True, help="rotate over weights that exceed the L2")
     run.add_argument("--prefetch", action=argparse.BooleanOptionalAction, default=None, help="L2 prefetch (default: the selection's choice)")
     run.add_argument("--skip-check", action="store_true", help="do not compare with the reference")
-    run.add_argument("--seed", type=_natural, default=0, help="of the data (default: 0)")
+    run.add_argument("--seed", type=natural, default=0, help="of the data (default: 0)")
     _common(run)
 
     doctor = add("doctor", "driver, devices, artifacts: what will be used and why", "densemoe doctor", "doctor")
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "densemoe quickstart",
         "quickstart",
     )
-    quick.add_argument("--m", type=_positive, default=4, help="tokens (default: 4)")
+    quick.add_argument("--m", type=positive, default=4, help="tokens (default: 4)")
     quick.add_argument("--a-dtype", default="bf16", choices=("bf16", "nvfp4"))
     _common(quick)
 
@@ -138,29 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _number(kind: type[int] | type[float], allowed: str, check: Callable[[float], bool]) -> Callable[[str], float]:
-    """A type for argparse: a number that ``check`` allows; ``allowed`` says so in words."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = kind(-1)
-        if not check(value):
-            raise argparse.ArgumentTypeError(f"{text}: use {allowed}")
-        return value
-
-    return parse
-
-
-_positive: Final = _number(int, "a positive integer", lambda value: value >= 1)
-_natural: Final = _number(int, "an integer of at least 0", lambda value: value >= 0)
-_seconds: Final = _number(float, "a positive number of seconds", lambda value: 0 < value < math.inf)
-
-
 def _executor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--executor", help="local, or the address of a dask.distributed scheduler, which needs [cluster] (default: local)")
-    parser.add_argument("--jobs", type=_positive, help="processes of the local executor (default: the cores this process may use)")
+    parser.add_argument("--jobs", type=positive, help="processes of the local executor (default: the cores this process may use)")
 
 
 def _common(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from densemoe.runtime.arguments import natural, positive, seconds
 from densemoe.runtime.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, ManifestError, ProblemError
 from densemoe.runtime.fields import plain
 
@@ -50,24 +51,14 @@ def add_command(add: Add, executor: Callable[[argparse.ArgumentParser], None], c
     parser.add_argument("--arch", help="with --emulate: only this architecture")
     parser.add_argument("--filter", help="with --emulate: shell pattern over variant keys")
     parser.add_argument("--matrix", help="with --emulate: the matrix that the set was built from (default: the project's)")
-    parser.add_argument("--cases", type=_at_least(1), help="with --emulate: cases a variant (default: a covering array of the contract's grid)")
+    parser.add_argument("--cases", type=positive, help="with --emulate: cases a variant (default: a covering array of the contract's grid)")
     parser.add_argument("--full", action="store_true", help="with --emulate: the whole grid")
     parser.add_argument("--case", help="with --emulate: this case alone, as a failure names it; writes no record")
-    parser.add_argument("--seeds", type=_at_least(0), nargs="+", help="with --emulate: seeds of the data (default: 0)")
+    parser.add_argument("--seeds", type=natural, nargs="+", help="with --emulate: seeds of the data (default: 0)")
     parser.add_argument("--schedules", nargs="+", help="with --emulate: eager, lazy, random, pct, or random:SEED, pct:SEED:DEPTH (default: random)")
     executor(parser)
-    parser.add_argument("--timeout", type=float, help="with --emulate: seconds a run may take in the local pool (default: no limit)")
+    parser.add_argument("--timeout", type=seconds, help="with --emulate: seconds a run may take in the local pool (default: no limit)")
     common(parser)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text}: use an integer of at least {least}")
-        return value
-
-    return parse
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -99,6 +90,8 @@ def refuse_idle_options(args: argparse.Namespace) -> None:
 
     if args.emulate and (idle := given(("wheel", "signature", *_SIGNING))):
         raise ProblemError(f"--{idle[0]} does not go with --emulate: check the files in a run of its own")
+    if args.full and args.cases:
+        raise ProblemError(f"--full is the whole grid, --cases {args.cases} a part of it: give one of them")
     if not args.emulate and (idle := given(_EMULATION)):
         raise ProblemError(f"--{idle[0]} belongs to --emulate: add it, or leave the option out")
     if not args.signature and (idle := given(_SIGNING)):

@@ -418,3 +418,22 @@ def test_a_build_on_a_cluster_gives_the_same_set(artifacts: Path, tmp_path: Path
     assert {path.name: path.read_bytes() for path in (out / "sm_90a").glob("*.cubin")} == {
         path.name: path.read_bytes() for path in (artifacts / "sm_90a").glob("prepare*.cubin")
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--timeout", "nan"), "nan: use a positive number of seconds"),
+        (("--timeout", "0"), "0: use a positive number of seconds"),
+        (("--cases", "0"), "0: use a positive integer"),
+        (("--seeds", "-1"), "-1: use an integer of at least 0"),
+        (("--full", "--cases", "3"), "--full is the whole grid, --cases 3 a part of it: give one of them"),
+    ],
+)
+def test_options_that_make_no_sense_are_wrong_usage(options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = cli.main(["verify", "--emulate", *options])
+    except SystemExit as error:
+        code = int(error.code or 0)
+    assert code == 2
+    assert said in capsys.readouterr().err
