@@ -8,6 +8,7 @@ tactics that won. Modelled times are of other kernels, launches alone: they must
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -210,13 +211,19 @@ def test_the_table_is_the_model_s() -> None:
     assert all(rule["provenance"] == "modelled" for rule in json.loads(text)["rules"])
 
 
+@functools.cache
+def modelled_rules() -> list[dict[str, Any]]:
+    """Every modelled rule; the model takes some seconds for them."""
+    return roofline_table.modelled_rules()
+
+
 @pytest.mark.parametrize("device", roofline.DEVICES.values(), ids=lambda d: d.name)
 def test_ranges_of_a_device_cover_every_m_once(device: Device) -> None:
     for op, hidden in itertools.product(("fc1", "fc2"), roofline_table.HIDDEN):
         for m in (0, 1, 8, 128, 256, 384, 512, 640, 768, 896, 1024, 2**31 - 1):
             matching = [
                 rule
-                for rule in roofline_table.modelled_rules()
+                for rule in modelled_rules()
                 if rule["op"] == op
                 and rule["m_from"] <= m <= rule["m_to"]
                 and rule.get("hidden_from", 0) <= hidden[1] <= rule.get("hidden_to", 2**31)
@@ -234,5 +241,5 @@ def test_a_b300_of_160_sms_gets_the_same_choices_where_weights_stream() -> None:
 
 
 def test_devices_differ_in_the_table() -> None:
-    capabilities = {tuple(rule["capability"]) for rule in roofline_table.modelled_rules() if "capability" in rule}
+    capabilities = {tuple(rule["capability"]) for rule in modelled_rules() if "capability" in rule}
     assert capabilities == {B200.capability, B300.capability}
