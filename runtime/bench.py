@@ -24,7 +24,7 @@ from densemoe.runtime.errors import DensemoeError
 from densemoe.runtime.grouping import group_tile
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.select import load_table
-from densemoe.runtime.tune import Tuner, grouped_keys, grouped_tiles
+from densemoe.runtime.tune import STATED, Tuner, grouped_keys, grouped_tiles
 from densemoe.runtime.tune_cases import PEAK_FLOPS, Case, Shape, flops, roofline, worth_a_tile
 from densemoe.runtime.tune_data import OpData, PackedWeights
 
@@ -98,7 +98,7 @@ class Bench:
         tuner = self.tuner
         point, rotations = Point(), made.bind(case.m)
         choice = tuner.loader.select(case.problem(), tuner.device)
-        plan = tuner.loader.plan(case.problem(), rotations[0], tuner.device)
+        plan = tuner.loader.plan(case.problem(), rotations[0], tuner.device, settings=self._stated(choice.variant.key) if case.active else None)
         try:
             made.poison(case.m)
             plan.launch(tuner.timer.stream)
@@ -141,7 +141,7 @@ class Bench:
                     continue
                 rotations = data.bind(case.m, tile)
                 problem = data.problem(case.m, tile)
-                plan = tuner.loader.plan(problem, rotations[0], tuner.device, key)
+                plan = tuner.loader.plan(problem, rotations[0], tuner.device, key, settings=self._stated(key))
                 opened.append(plan)
                 data.poison(case.m)
                 plan.launch(tuner.timer.stream)
@@ -156,6 +156,10 @@ class Bench:
                 each.close()
             raise
         return reports, opened
+
+    def _stated(self, key: str) -> dict[str, int]:
+        """What is true of the launches of ``ops``: no list that they read comes from the launch before."""
+        return {name: 1 for name, _ in self.tuner.entries[key].recipe.settings if name in STATED}
 
     # ---- columns
 

@@ -28,7 +28,7 @@ from densemoe.runtime.rules import can_implement
 from densemoe.runtime.tune_cases import Case, Shape, in_order, worth_a_tile
 from densemoe.runtime.tune_data import OpData, PackedWeights
 
-__all__ = ["DTYPES", "Candidate", "Journal", "Measurement", "Tuner", "candidates", "cases_of", "grouped_keys", "grouped_tiles"]
+__all__ = ["DTYPES", "STATED", "Candidate", "Journal", "Measurement", "Tuner", "candidates", "cases_of", "grouped_keys", "grouped_tiles"]
 
 SCHEMA: Final = 1
 ROUNDS: Final = 9

@@ -36,6 +36,7 @@ SUPERBLOCK_BYTES = (CODE_CHUNKS + 1) * CHUNK_BYTES  # the last chunk holds the s
 M16_BLOCKS = SUPERBLOCK_ROWS // 16
 K64_HALVES = SUPERBLOCK_K // 64
 K16_STEPS = 4  # MMA steps in a K 64 half
+SCALE_TILE_BYTES = 512  # 128 rows x 4 scales of contract section 2: K 64 of a token further
 MMA_TOKENS = 8  # columns of one m16n8k16
 ACCUMULATORS = 4  # float32 registers a lane holds of one m16n8 tile
 WARPS = 4
@@ -281,6 +282,44 @@ def load_superblock_activations(
     return halves
 
 
+def lane_sources(config: Config, a: Any, a_scales: Any, tokens: list[Any], base: Any, k_total: Any, t: Any) -> list[tuple[Any, Any]]:
+    """For each token block the addresses that ``load_half`` counts from: of the lane's first activations of K block 0, and of their scale.
+
+    Args:
+        tokens: this lane's token in each token block; base: first k of the range that K blocks are counted in, a multiple of 64.
+    """
+    sources = []
+    for token in tokens:
+        first = Int64(token) * Int64(k_total) + Int64(base + t * 16)
+        if config.nvfp4_activations:
+            scale = a_scales + scale_offset(Uint32(token), Uint32(base // 16 + t), Uint32(k_total // 16))
+            sources.append((a + (first >> 1), scale))
+        else:
+            sources.append((a + first * 2, a))
+    return sources
+
+
+def load_half(config: Config, sources: list[tuple[Any, Any]], exists: list[Any], k_block: Any, half: int, k_end: Any) -> list[list[Any]]:
+    """``load_activations`` of one K 64 half of a K block, from the addresses of ``lane_sources``.
+
+    Args:
+        exists: 1 where the lane's token of a block exists and the K block lies inside; what does not is not read and counts as 0, nor is the
+            second half of a K block that ends behind ``k_end``.
+    """
+    inside = Int32(k_block * SUPERBLOCK_K + 64 < k_end) if half else None
+    loaded = []
+    for (address, scale), each in zip(sources, exists, strict=True):
+        valid = each if inside is None else each & inside
+        if config.nvfp4_activations:
+            codes = address + (Int64(k_block) * (SUPERBLOCK_K // 2) + half * 32)
+            byte = scale + (Int64(k_block) * (2 * SCALE_TILE_BYTES) + half * SCALE_TILE_BYTES)
+            loaded.append([*load_global_v2_if(codes, valid), load_global_u8_if(byte, valid)])
+        else:
+            words = address + (Int64(k_block) * (SUPERBLOCK_K * 2) + half * 128)
+            loaded.append(load_global_v4_if(words, valid) + load_global_v4_if(words + 16, valid))
+    return loaded
+
+
 def activation_fragments(config: Config, loaded: list[list[Any]]) -> list[list[Any]]:
     """B fragments of what ``load_activations`` loaded: for each token block eight bf16x2 words; step s uses words 2s and 2s+1."""
     if not config.nvfp4_activations:
@@ -325,6 +364,17 @@ def shared_words(pointer: Any) -> list[Any]:
     return [loaded[i] for i in range(4)]
 
 
+def superblock_scales(stage: Any) -> list[Any]:
+    """The lane's four scale words of a superblock in shared memory; ``stage`` as in ``multiply_superblock``."""
+    return shared_words(stage + CODE_CHUNKS * CHUNK_BYTES)
+
+
+def multiply_stage_half(config: Config, accumulators: list[Any], stage: Any, scales: list[Any], half: int, loaded: list[list[Any]]) -> list[Any]:
+    """``accumulators`` with one K 64 half of a superblock in shared memory added; ``loaded``: what ``load_half`` gave of it."""
+    codes = [shared_words(stage + (block * K64_HALVES + half) * CHUNK_BYTES) for block in range(M16_BLOCKS)]
+    return multiply_half(accumulators, codes, scales, half, activation_fragments(config, loaded))
+
+
 def multiply_superblock(config: Config, accumulators: list[Any], stage: Any, loaded: list[list[list[Any]]]) -> list[Any]:
     """``accumulators`` with one superblock in shared memory added.
 
@@ -332,10 +382,9 @@ def multiply_superblock(config: Config, accumulators: list[Any], stage: Any, loa
         stage: pointer to the lane's 16 bytes of the superblock's first chunk.
         loaded: for each K 64 half what ``load_activations`` gave.
     """
-    scales = shared_words(stage + CODE_CHUNKS * CHUNK_BYTES)
+    scales = superblock_scales(stage)
     for half in range(K64_HALVES):
-        codes = [shared_words(stage + (block * K64_HALVES + half) * CHUNK_BYTES) for block in range(M16_BLOCKS)]
-        accumulators = multiply_half(accumulators, codes, scales, half, activation_fragments(config, loaded[half]))
+        accumulators = multiply_stage_half(config, accumulators, stage, scales, half, loaded[half])
     return accumulators
 
 

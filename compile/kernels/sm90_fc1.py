@@ -44,6 +44,7 @@ WEIGHT_LAYOUT = common.WEIGHT_LAYOUT
 RESIDENT_CTAS = {8: 4, 16: 3, 32: 2}
 PREFETCH_UP_TO = 16  # largest tile_m whose activations are loaded one superblock ahead
 SMALLEST_SPAN = 2 * common.WARPS  # K 128 blocks of a CTA
+UNROLL = 2  # steps of the main loop
 OUTPUT_COLUMNS = common.SUPERBLOCK_ROWS // 2  # of one superblock row: half its rows are gates
 
 
@@ -85,45 +86,37 @@ def fc1_kernel(
     t = lane % 4
     stages = config.stages
     superblock = common.SUPERBLOCK_BYTES
-    k_blocks = (hidden + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K
-    row_blocks = intermediate // OUTPUT_COLUMNS  # of one expert
+    k_blocks = Int32((Uint32(hidden) + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K)
+    row_blocks = Int32(Uint32(intermediate) // OUTPUT_COLUMNS)  # of one expert
     row_bytes = Int64(k_blocks) * superblock
     listed = Int32(chosen.toint() != 0)
     if waits_first != 0:
         pr.griddepcontrol("wait")  # the list may come from the launch before
+    pr.griddepcontrol("launch_dependents")
     units = common.load_global_s32_or(chosen, listed, experts) * row_blocks * token_tiles
 
     all_rings, all_barriers = common.shared_memory(config)
     ring = all_rings.subview(warp * (stages * superblock))
     barriers = all_barriers.subview(warp * stages)
     partials = reduction.shared_partials(config)
-    shared_ticket = reduction.shared_word()
-
-    # the CTA's span of all units' K blocks, laid end to end; it takes at least two blocks a warp, to hide latency
-    total = Int64(units) * Int64(k_blocks)
-    workers = min(Int64(ctas), (total + (SMALLEST_SPAN - 1)) // SMALLEST_SPAN)
-    first = total
-    last = total
-    if Int64(bid) < workers:
-        first = Int64(bid) * total // workers
-        last = (Int64(bid) + 1) * total // workers
-    remaining = Int32(last - first)
-    unit = Int32(first // Int64(k_blocks))
-    k = Int32(first - Int64(unit) * Int64(k_blocks))
-
-    # what the warp's ring fetches next: every fourth block of the span, `stages` of them ahead
-    to_fetch = (remaining + (common.WARPS - 1 - warp)) // common.WARPS
-    next_unit = unit + (k + warp) // k_blocks
-    next_k = (k + warp) % k_blocks
-    step_units = common.WARPS // k_blocks
-    step_k = common.WARPS % k_blocks
-    next_row = b + Int64(weight_row(grouped, chosen, listed, Int32(to_fetch > 0), next_unit, row_blocks, token_tiles)) * row_bytes
-
     if lane == 0:
         for i in cutlass.range_constexpr(stages):
             pr.mbarrier_init(barriers.subview(i), 1)
         pr.fence_mbarrier_init()
     cute.arch.sync_warp()
+
+    # the CTA's span of all units' K blocks, laid end to end
+    span = reduction.span_of(Uint32(bid), Uint32(ctas), Uint32(units), Uint32(k_blocks), SMALLEST_SPAN)
+    unit, k, remaining = (Int32(each) for each in span[:3])
+    quotient, longer = span[3:]
+
+    # what the warp's ring fetches next: every fourth block of the span, `stages` of them ahead
+    to_fetch = (remaining + (common.WARPS - 1 - warp)) // common.WARPS
+    next_unit = unit + Int32(Uint32(k + warp) // Uint32(k_blocks))
+    next_k = Int32(Uint32(k + warp) % Uint32(k_blocks))
+    step_units = Int32(common.WARPS // Uint32(k_blocks))
+    step_k = Int32(common.WARPS % Uint32(k_blocks))
+    next_row = b + Int64(weight_row(grouped, chosen, listed, Int32(to_fetch > 0), next_unit, row_blocks, token_tiles)) * row_bytes
     for i in cutlass.range_constexpr(stages):
         if to_fetch > 0:
             if lane == 0:
@@ -138,124 +131,154 @@ def fc1_kernel(
             if next_unit != before:
                 next_row = b + Int64(weight_row(grouped, chosen, listed, Int32(to_fetch > 0), next_unit, row_blocks, token_tiles)) * row_bytes
 
+    # the span's first unit and the one after: words of both, tokens of the first
+    words = unit_words(config, grouped, chosen, listed, Int32(remaining > 0), unit, row_blocks, token_tiles, tokens_total)
+    after = unit_words(config, grouped, chosen, listed, Int32(remaining > k_blocks - k), unit + 1, row_blocks, token_tiles, tokens_total)
+    tokens, exists = tokens_of(config, grouped, rows, words, g)
+
     pr.griddepcontrol("wait")  # weights do not depend on the launch before; activations do
-    pr.griddepcontrol("launch_dependents")
+    multiplier = Float32(1.0)
+    if cutlass.const_expr(config.c_dtype == "nvfp4"):
+        multiplier = common.load_global_f32_if(output_multiplier, Int32(1))
 
     stage = Int32(0)
     phase = Int32(0)
     done = Int32(0)  # blocks of the span that lie behind, modulo 4
+    cold = Int32(1)  # whether the activations of the warp's next block are still to be loaded
+    side = Int32(0)  # which buffer of partial sums is next
+    sources = common.lane_sources(config, a, a_scales, tokens, Int32(0), hidden, t)
+    halves = [common.load_half(config, sources, [Int32(0)] * config.token_blocks, Int32(0), half, hidden) for half in range(common.K64_HALVES)]
     rows_of_warp = reduction.rows_of_warp(config)
-    finishing = config.token_blocks * 2  # warps that have rows to finish, where fewer than all
+    finishing = reduction.finishing_warps(config)
     while remaining > 0:
         # ---- the part of one unit that lies in this span, and of it this warp's blocks
         run = min(remaining, k_blocks - k)
         remaining -= run
         skip = (warp - done) & (common.WARPS - 1)
         steps = (run + (common.WARPS - 1 - skip)) // common.WARPS
-        first_k = k + skip
+        at = k + skip
+        done = (done + run) & (common.WARPS - 1)
+        # ---- of the units behind it: tokens of the next, words of the one after that, all used a unit later
+        skip_after = (warp - done) & (common.WARPS - 1)
+        has_after = Int32(skip_after < min(remaining, k_blocks))
+        tokens_after, exists_after = tokens_of(config, grouped, rows, after, g)
+        behind = unit_words(config, grouped, chosen, listed, Int32(remaining > k_blocks), unit + 2, row_blocks, token_tiles, tokens_total)
+        expert, first_row, row_end = words
         if cutlass.const_expr(grouped):
-            expert, first_row, count = tile_of(chosen, unit // row_blocks)
-            row_end = first_row + count
-            places, exists = common.lane_tokens(config, Int32(0), g, count)
-            tokens = [common.load_global_s32_or(rows + Int64(first_row + p) * 4, e, Int32(0)) for p, e in zip(places, exists, strict=True)]
-            column = (unit % row_blocks) * OUTPUT_COLUMNS
-            columns = intermediate
-        else:
-            row = unit // token_tiles
-            first_row = (unit % token_tiles) * config.tile_m
-            row_end = tokens_total
-            expert = common.listed_expert(chosen, listed, row // row_blocks)
-            tokens, exists = common.lane_tokens(config, first_row, g, tokens_total)
-            column = expert * intermediate + (row % row_blocks) * OUTPUT_COLUMNS
-            columns = experts * intermediate
+            row_end = first_row + row_end
+        scale = common.load_global_f32_if(alpha + Int64(expert) * 4, Int32(1))
+        valid = exists
+        if (cold != 0) & (steps > 0):
+            sources = common.lane_sources(config, a, a_scales, tokens, Int32(0), hidden, t)
+            halves = [common.load_half(config, sources, valid, at, half, hidden) for half in range(common.K64_HALVES)]
+        cold = Int32(steps == 0)
         accumulators = common.zero_accumulators(config.token_blocks * common.M16_BLOCKS * common.ACCUMULATORS)
-        if cutlass.const_expr(config.prefetch):
-            ahead = common.load_superblock_activations(config, a, a_scales, tokens, exists, first_k, Int32(0), hidden, hidden, t)
-        for step in cutlass.range(steps, unroll=1):
-            at = first_k + step * common.WARPS
-            if cutlass.const_expr(config.prefetch):
-                loaded = ahead
-                ahead = common.load_superblock_activations(config, a, a_scales, tokens, exists, at + common.WARPS, Int32(0), hidden, hidden, t)
-            else:
-                loaded = common.load_superblock_activations(config, a, a_scales, tokens, exists, at, Int32(0), hidden, hidden, t)
-            wait(barriers.subview(stage), phase)
-            accumulators = common.multiply_superblock(config, accumulators, ring.subview(stage * superblock + lane * 16).data_ptr(), loaded)
-            cute.arch.sync_warp()  # every lane has read the stage
-            if to_fetch > 0:
-                if lane == 0:
-                    common.start_copy(ring, barriers, stage, next_row + Int64(next_k) * superblock)
-                to_fetch -= 1
-                before = next_unit
-                next_unit += step_units
-                next_k += step_k
-                if next_k >= k_blocks:
-                    next_k -= k_blocks
-                    next_unit += 1
-                if next_unit != before:
-                    next_row = b + Int64(weight_row(grouped, chosen, listed, Int32(to_fetch > 0), next_unit, row_blocks, token_tiles)) * row_bytes
-            stage += 1
-            if stage == stages:
-                stage = Int32(0)
-                phase = phase ^ 1
+        left = steps
+        while left > 0:
+            for _ in cutlass.range_constexpr(UNROLL):  # so that loaded activations need not move from one set of registers to the other
+                if left > 0:
+                    left -= 1
+                    at += common.WARPS
+                    if left == 0:  # the warp's next block is the next unit's
+                        sources = common.lane_sources(config, a, a_scales, tokens_after, Int32(0), hidden, t)
+                        valid = [each & has_after for each in exists_after]
+                        at = skip_after
+                    loaded = halves
+                    halves = [common.load_half(config, sources, valid, at, half, hidden) for half in range(common.K64_HALVES)]
+                    wait(barriers.subview(stage), phase)
+                    superblock_at = ring.subview(stage * superblock + lane * 16).data_ptr()
+                    accumulators = common.multiply_superblock(config, accumulators, superblock_at, loaded)
+                    cute.arch.sync_warp()  # every lane has read the stage
+                    if to_fetch > 0:
+                        if lane == 0:
+                            common.start_copy(ring, barriers, stage, next_row + Int64(next_k) * superblock)
+                        to_fetch -= 1
+                        before = next_unit
+                        next_unit += step_units
+                        next_k += step_k
+                        if next_k >= k_blocks:
+                            next_k -= k_blocks
+                            next_unit += 1
+                        if next_unit != before:
+                            exists_next = Int32(to_fetch > 0)
+                            next_row = b + Int64(weight_row(grouped, chosen, listed, exists_next, next_unit, row_blocks, token_tiles)) * row_bytes
+                    stage += 1
+                    if stage == stages:
+                        stage = Int32(0)
+                        phase = phase ^ 1
 
         # ---- over the warps, and over the CTAs that share the unit
-        reduction.share_accumulators(config, partials, warp, g, t, accumulators)
+        buffer = partials + side * reduction.partial_bytes(config)
+        reduction.share_accumulators(config, buffer, warp, g, t, accumulators)
         pr.barrier_cta_sync(0)
-        own_tokens = [first_row + reduction.place_of_row(warp, index, t, config) for index in range(rows_of_warp)]
-        live = [Int32(token < row_end) & Int32(warp < finishing) for token in own_tokens]
-        sums = common.zero_accumulators(rows_of_warp * reduction.ROW)
-        if warp < finishing:
-            sums = reduction.shared_rows(config, partials, warp, t, g)
-        finish = Int32(1)
-        if run != k_blocks:
-            # block i belongs to CTA ((i + 1) * workers - 1) // total
-            begin = Int64(unit) * Int64(k_blocks)
-            first_cta = Int32(((begin + 1) * workers - 1) // total)
-            sharing = Int32(((begin + Int64(k_blocks)) * workers - 1) // total) - first_cta + 1
-            for index in cutlass.range_constexpr(rows_of_warp):
-                address = reduction.slot_address(config, slots, bid, Int32(bid == first_cta), warp, index, lane)
-                reduction.store_row_to_slot(address, live[index], sums[index * reduction.ROW : (index + 1) * reduction.ROW])
-            cute.arch.fence_acq_rel_gpu()
-            pr.barrier_cta_sync(0)
-            if tid == 0:
-                shared_ticket[0] = reduction.take_ticket(tickets + Int64(first_cta) * 4)
-            pr.barrier_cta_sync(0)
-            finish = Int32(shared_ticket[0] == sharing - 1)
+        turn = (warp - side * finishing) & (common.WARPS - 1)  # where two warps finish, they and the other two take turns
+        if turn < finishing:
+            own_tokens = [first_row + reduction.place_of_row(turn, index, t, config) for index in range(rows_of_warp)]
+            live = [Int32(token < row_end) for token in own_tokens]
+            sums = reduction.shared_rows(config, buffer, turn, t, g)
+            finish = Int32(1)
+            if run != k_blocks:
+                shared = reduction.sharing_ctas(Uint32(unit), Uint32(k), Uint32(k_blocks), quotient, longer, Uint32(bid))
+                sums, finish = reduction.sum_over_ctas(config, sums, live, slots, tickets, shared, bid, turn, lane)
             if finish != 0:
-                cute.arch.fence_acq_rel_gpu()
-                sums = common.zero_accumulators(rows_of_warp * reduction.ROW)
-                for start in cutlass.range(0, sharing, reduction.BATCH, unroll=1):
-                    sums = reduction.add_slots(config, sums, slots, first_cta, start, sharing, warp, lane, live)
-                if tid == 0:
-                    store_if("b32", tickets + Int64(first_cta) * 4, Int32(1), [Uint32(0)])
-        if (finish != 0) & (warp < finishing):
-            scale = common.load_global_f32_if(alpha + Int64(expert) * 4, Int32(1))
-            multiplier = Float32(1.0)
-            if cutlass.const_expr(config.c_dtype == "nvfp4"):
-                multiplier = common.load_global_f32_if(output_multiplier, Int32(1))
-            for index in cutlass.range_constexpr(rows_of_warp):
-                store_fc1_row(
-                    config,
-                    sums[index * reduction.ROW : (index + 1) * reduction.ROW],
-                    scale,
-                    multiplier,
-                    None if grouped else alpha_post,
-                    c,
-                    c_scales,
-                    own_tokens[index],
-                    live[index],
-                    expert,
-                    experts,
-                    column,
-                    columns,
-                    g,
-                )
-        pr.barrier_cta_sync(0)  # the partial sums have been read
-        done = (done + run) & (common.WARPS - 1)
-        k += run
-        if k == k_blocks:
-            k = Int32(0)
-            unit += 1
+                column = Int32(Uint32(unit) % Uint32(row_blocks)) * OUTPUT_COLUMNS
+                columns = intermediate
+                if cutlass.const_expr(not grouped):
+                    column = expert * intermediate + Int32(Uint32(unit) // Uint32(token_tiles) % Uint32(row_blocks)) * OUTPUT_COLUMNS
+                    columns = experts * intermediate
+                for index in cutlass.range_constexpr(rows_of_warp):
+                    store_fc1_row(
+                        config,
+                        sums[index * reduction.ROW : (index + 1) * reduction.ROW],
+                        scale,
+                        multiplier,
+                        None if grouped else alpha_post,
+                        c,
+                        c_scales,
+                        own_tokens[index],
+                        live[index],
+                        expert,
+                        experts,
+                        column,
+                        columns,
+                        g,
+                    )
+        if cutlass.const_expr(reduction.buffers(config) == 2):
+            side = side ^ 1
+        else:
+            pr.barrier_cta_sync(0)  # the partial sums have been read
+        words = after
+        after = behind
+        tokens = tokens_after
+        exists = exists_after
+        k = Int32(0)
+        unit += 1
+
+
+def unit_words(
+    config: common.Config, grouped: bool, chosen: Any, listed: Any, is_there: Any, unit: Any, row_blocks: Any, token_tiles: Any, tokens_total: Any
+) -> list[Any]:
+    """[expert, first row, end of its rows] of a unit; some where ``is_there`` is 0: nothing is read then."""
+    if grouped:
+        tile = chosen + (Int64(Uint32(unit) // Uint32(row_blocks)) + 1) * 16  # the head of the list is as long as a tile
+        words = [Int32(each) for each in common.load_global_v4_if(tile, is_there)]
+        return [words[0], words[1], words[2]]
+    row = Int32(Uint32(unit) // Uint32(token_tiles))
+    place = Int32(Uint32(row) // Uint32(row_blocks))
+    return [common.listed_expert(chosen, listed & is_there, place), (unit - row * token_tiles) * config.tile_m, tokens_total]
+
+
+def tokens_of(config: common.Config, grouped: bool, rows: Any, words: list[Any], g: Any) -> tuple[list[Any], list[Any]]:
+    """The tokens whose activations a lane loads for a unit, one a token block, and 1 where there is one.
+
+    Args:
+        words: of ``unit_words``; of a tile of ``route`` the third is the number of its rows.
+    """
+    _, first_row, end = words
+    if not grouped:
+        return common.lane_tokens(config, first_row, g, end)
+    places, exists = common.lane_tokens(config, Int32(0), g, end)
+    return [common.load_global_s32_or(rows + Int64(first_row + p) * 4, e, Int32(0)) for p, e in zip(places, exists, strict=True)], exists
 
 
 def weight_row(grouped: bool, chosen: Any, listed: Any, exists: Any, unit: Any, row_blocks: Any, token_tiles: Any) -> Any:
@@ -415,9 +438,9 @@ def expected(variant: Variant) -> Expected:
     steps = common.K64_HALVES * common.K16_STEPS * common.M16_BLOCKS * config.token_blocks
     return Expected(
         ptx_counts={
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": steps,
-            # one per ring stage before the loop, one to refill inside it
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes": config.stages + 1,
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": steps * UNROLL,
+            # one per ring stage before the loop, one to refill in each step of it
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes": config.stages + UNROLL,
         },
         max_registers=65536 // (common.WARPS * 32 * config.resident_ctas),
     )

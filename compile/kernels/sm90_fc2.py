@@ -145,33 +145,26 @@ def fc2_kernel(
     t = lane % 4
     stages = config.stages
     superblock = common.SUPERBLOCK_BYTES
-    k_blocks = (intermediate + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K  # of one expert
-    row_blocks = hidden // common.SUPERBLOCK_ROWS
+    k_blocks = Int32((Uint32(intermediate) + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K)  # of one expert
+    row_blocks = Int32(Uint32(hidden) // common.SUPERBLOCK_ROWS)
     listed = Int32(active_experts.toint() != 0)
     if waits_first != 0:
         pr.griddepcontrol("wait")  # the list may come from the launch before
+    pr.griddepcontrol("launch_dependents")
     count_listed = common.load_global_s32_or(active_experts, listed, experts)
     none = Int32(count_listed == 0)
     listed = listed & (none ^ 1)
     length = (count_listed + none) * k_blocks  # blocks of a unit: those of the visited experts
-    total = Int64(length) * Int64(row_blocks) * Int64(token_tiles)
 
     all_rings, all_barriers = common.shared_memory(config)
     ring = all_rings.subview(warp * (stages * superblock))
     barriers = all_barriers.subview(warp * stages)
     partials = reduction.shared_partials(config)
-    shared_ticket = reduction.shared_word()
 
     # the CTA's span of all units' blocks, laid end to end
-    workers = min(Int64(ctas), (total + (SMALLEST_SPAN - 1)) // SMALLEST_SPAN)
-    first = total
-    last = total
-    if Int64(bid) < workers:
-        first = Int64(bid) * total // workers
-        last = (Int64(bid) + 1) * total // workers
-    remaining = Int32(last - first)
-    unit = Int32(first // Int64(length))
-    inside = Int32(first - Int64(unit) * Int64(length))
+    span = reduction.span_of(Uint32(bid), Uint32(ctas), Uint32(row_blocks) * Uint32(token_tiles), Uint32(length), SMALLEST_SPAN)
+    unit, inside, remaining = (Int32(each) for each in span[:3])
+    quotient, longer = span[3:]
 
     # what the warp's ring fetches next
     fetch_rest, fetch_unit, fetch_inside, fetch_of, fetch_at, to_fetch = next_part(remaining, unit, inside, length, warp)
@@ -207,14 +200,14 @@ def fc2_kernel(
                 next_source = next_source + Int64(fetch_k) * superblock
 
     pr.griddepcontrol("wait")  # weights do not depend on the launch before; activations and alpha do
-    pr.griddepcontrol("launch_dependents")
 
     stage = Int32(0)
     phase = Int32(0)
+    side = Int32(0)  # which buffer of partial sums is next
     a_columns = experts * intermediate
     count = config.token_blocks * common.M16_BLOCKS * common.ACCUMULATORS
     rows_of_warp = reduction.rows_of_warp(config)
-    finishing = config.token_blocks * 2  # warps that have rows to finish, where fewer than all
+    finishing = reduction.finishing_warps(config)
     while remaining > 0:
         # ---- the part of one unit that lies in this span, and of it this warp's quarter
         run = min(remaining, length - inside)
@@ -288,41 +281,27 @@ def fc2_kernel(
                 place += 1
 
         # ---- over the warps, and over the CTAs that share the unit
-        reduction.share_accumulators(config, partials, warp, g, t, sums)
+        buffer = partials + side * reduction.partial_bytes(config)
+        reduction.share_accumulators(config, buffer, warp, g, t, sums)
         pr.barrier_cta_sync(0)
-        own_tokens = [first_token + reduction.place_of_row(warp, index, t, config) for index in range(rows_of_warp)]
-        live = [Int32(token < tokens_total) & Int32(warp < finishing) for token in own_tokens]
-        rows = common.zero_accumulators(rows_of_warp * reduction.ROW)
-        if warp < finishing:
-            rows = reduction.shared_rows(config, partials, warp, t, g)
-        finish = Int32(1)
-        if run != length:
-            # block i belongs to CTA ((i + 1) * workers - 1) // total
-            unit_begin = Int64(unit) * Int64(length)
-            first_cta = Int32(((unit_begin + 1) * workers - 1) // total)
-            sharing = Int32(((unit_begin + Int64(length)) * workers - 1) // total) - first_cta + 1
-            for index in cutlass.range_constexpr(rows_of_warp):
-                address = reduction.slot_address(config, slots, bid, Int32(bid == first_cta), warp, index, lane)
-                reduction.store_row_to_slot(address, live[index], rows[index * reduction.ROW : (index + 1) * reduction.ROW])
-            cute.arch.fence_acq_rel_gpu()
-            pr.barrier_cta_sync(0)
-            if tid == 0:
-                shared_ticket[0] = reduction.take_ticket(tickets + Int64(first_cta) * 4)
-            pr.barrier_cta_sync(0)
-            finish = Int32(shared_ticket[0] == sharing - 1)
+        turn = (warp - side * finishing) & (common.WARPS - 1)  # where two warps finish, they and the other two take turns
+        if turn < finishing:
+            own_tokens = [first_token + reduction.place_of_row(turn, index, t, config) for index in range(rows_of_warp)]
+            live = [Int32(token < tokens_total) for token in own_tokens]
+            rows = reduction.shared_rows(config, buffer, turn, t, g)
+            finish = Int32(1)
+            if run != length:
+                shared = reduction.sharing_ctas(Uint32(unit), Uint32(inside), Uint32(length), quotient, longer, Uint32(bid))
+                rows, finish = reduction.sum_over_ctas(config, rows, live, slots, tickets, shared, bid, turn, lane)
             if finish != 0:
-                cute.arch.fence_acq_rel_gpu()
-                rows = common.zero_accumulators(rows_of_warp * reduction.ROW)
-                for start in cutlass.range(0, sharing, reduction.BATCH, unroll=1):
-                    rows = reduction.add_slots(config, rows, slots, first_cta, start, sharing, warp, lane, live)
-                if tid == 0:
-                    store_if("b32", tickets + Int64(first_cta) * 4, Int32(1), [Uint32(0)])
-        if (finish != 0) & (warp < finishing):
-            for index in cutlass.range_constexpr(rows_of_warp):
-                even, odd = (rows[index * reduction.ROW + plane * 4 : index * reduction.ROW + plane * 4 + 4] for plane in range(2))
-                element = Int64(own_tokens[index]) * Int64(hidden) + Int64(row_block * common.SUPERBLOCK_ROWS + g * OUTPUTS)
-                store_row(config.c_dtype, c, element, live[index], [value for pair in zip(even, odd, strict=True) for value in pair])
-        pr.barrier_cta_sync(0)  # the partial sums have been read
+                for index in cutlass.range_constexpr(rows_of_warp):
+                    even, odd = (rows[index * reduction.ROW + plane * 4 : index * reduction.ROW + plane * 4 + 4] for plane in range(2))
+                    element = Int64(own_tokens[index]) * Int64(hidden) + Int64(row_block * common.SUPERBLOCK_ROWS + g * OUTPUTS)
+                    store_row(config.c_dtype, c, element, live[index], [value for pair in zip(even, odd, strict=True) for value in pair])
+        if cutlass.const_expr(reduction.buffers(config) == 2):
+            side = side ^ 1
+        else:
+            pr.barrier_cta_sync(0)  # the partial sums have been read
         inside = Int32(0)
         unit += 1
 

@@ -44,6 +44,7 @@ def groupedfc1_host(
     pairs: Int32,
     hidden: Int32,
     intermediate: Int32,
+    early_list: Int32,
     sm_count: Int32,
     symbol: cutlass.Constexpr[str],
     config: cutlass.Constexpr,
@@ -71,7 +72,7 @@ def groupedfc1_host(
         hidden,
         intermediate,
         Int32(1),
-        Int32(1),
+        1 - early_list,
         True,
         config,
     ).launch(
@@ -117,7 +118,7 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("hidden", "u32", "H"),
             Parameter("intermediate", "u32", "I"),
             Parameter("token_tiles", "u32", "1"),
-            Parameter("waits_first", "u32", "1"),
+            Parameter("waits_first", "u32", "1 - early_list"),
         ),
         let=(
             ("blocks", f"M * top_k * (I // {OUTPUT_COLUMNS}) * ceil_div(H, {common.SUPERBLOCK_K})"),
@@ -127,6 +128,7 @@ def recipe(variant: Variant) -> Recipe:
         block=(common.WARPS * 32, 1, 1),
         dynamic_smem=reduction.shared_memory_bytes(config),
         workspaces=reduction.workspaces(config),
+        settings=(("early_list", (0, 1)),),
         programmatic_launch=True,
         smem_carveout=100,
     )
@@ -142,15 +144,15 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
         pointer(Uint8, 16),
         pointer(Uint8, 4),
     )
-    words = tuple(Int32(value) for value in (16, 256, 128, 132))
+    words = tuple(Int32(value) for value in (16, 256, 128, 0, 132))
     return groupedfc1_host, (*pointers, *words, variant.symbol.removesuffix("_0"), config_of(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: eleven pointers and four words (without the stream)."""
+    """What the exported host function is called with: eleven pointers and five words (without the stream)."""
     parameters = recipe(variant).parameters
     pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in (*parameters[:4], *parameters[5:12])]
-    return [*pointers, names["M"] * names["top_k"], *(names[name] for name in ("H", "I", "sm_count"))]
+    return [*pointers, names["M"] * names["top_k"], *(names[name] for name in ("H", "I", "early_list", "sm_count"))]
 
 
 def expected(variant: Variant) -> Expected:
