@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import cutlass
+import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
 from cutlass.experimental import primitives as pr
 
@@ -43,6 +44,9 @@ WARPS = 4
 TILES_M = (8, 16, 32)
 #: Superblocks in a warp's ring, by tile_m: where fewer warps are resident each keeps more bytes in flight.
 STAGES = {8: 2, 16: 2, 32: 3}
+
+EVICT_FIRST = 0x12F0000000000000  # L2 policy of weights: they are read once, and would drive out activations, lists and sums
+COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"  # of a superblock, as PTX spells it
 
 SIGN_AND_MAGNITUDE = 0x81C081C0  # bits 15, 8, 7, 6 of both halves: an e2m1 value times 2**-126 as bf16
 SCALE_BASE = 0x75807580  # with S0E5M3 of bias 10: the scale times 2**118 as bf16
@@ -392,7 +396,29 @@ def start_copy(ring: Any, barriers: Any, stage: Any, source: Any) -> None:
     """One lane: expects a superblock on the stage's mbarrier and starts its bulk copy."""
     barrier = barriers.subview(stage)
     pr.mbarrier_arrive_expect_tx(barrier, SUPERBLOCK_BYTES)
-    pr.cp_async_bulk_shared_cluster_global(ring.subview(stage * SUPERBLOCK_BYTES), source, barrier, SUPERBLOCK_BYTES)
+    pr.cp_async_bulk_shared_cluster_global(
+        ring.subview(stage * SUPERBLOCK_BYTES), source, barrier, SUPERBLOCK_BYTES, l2_cache_hint=EVICT_FIRST
+    )  # fmt: skip
+
+
+def moved(halves: list[list[list[Any]]]) -> list[list[list[Any]]]:
+    """The same words in other registers, moved exactly here: the compiler would move them before a branch, where most paths have no use for it."""
+    move = lambda word: pr.inline_ptx_hl("mov.b32 {$w0}, {$r0};", write_only_types=[type(word)], read_only_args=[word])  # noqa: E731
+    return [[[move(word) for word in block] for block in half] for half in halves]
+
+
+def prefetch_lines(address: Any, index: Any, nbytes: Any) -> None:
+    """Brings the ``index``-th 128-byte line of ``nbytes`` bytes to the L2, where there is one."""
+    pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.lt.s32 p, {$r1}, {$r2}; @p prefetch.global.L2 [{$r0}]; }",
+        read_only_args=[address + Int64(index) * 128, index * 128, nbytes],
+    )
+
+
+def lane_zero(lane: Any) -> Any:
+    """0, which the compiler takes for another number in every lane: what is loaded from an address with it added stays in registers of the lanes,
+    where a load is waited for at its first use; it would be waited for at once to be moved to a uniform register."""
+    return Int64(lane - cute.arch.lane_idx())
 
 
 def zero_accumulators(count: int) -> list[Any]:

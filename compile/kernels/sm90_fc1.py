@@ -93,6 +93,9 @@ def fc1_kernel(
     if waits_first != 0:
         pr.griddepcontrol("wait")  # the list may come from the launch before
     pr.griddepcontrol("launch_dependents")
+    if cutlass.const_expr(grouped):
+        common.prefetch_lines(chosen, tid, (tokens_total + 1) * 16)  # the lists lie in memory where nobody has made them just now
+        common.prefetch_lines(rows, tid, tokens_total * 4)
     units = common.load_global_s32_or(chosen, listed, experts) * row_blocks * token_tiles
 
     all_rings, all_barriers = common.shared_memory(config)
@@ -132,8 +135,9 @@ def fc1_kernel(
                 next_row = b + Int64(weight_row(grouped, chosen, listed, Int32(to_fetch > 0), next_unit, row_blocks, token_tiles)) * row_bytes
 
     # the span's first unit and the one after: words of both, tokens of the first
-    words = unit_words(config, grouped, chosen, listed, Int32(remaining > 0), unit, row_blocks, token_tiles, tokens_total)
-    after = unit_words(config, grouped, chosen, listed, Int32(remaining > k_blocks - k), unit + 1, row_blocks, token_tiles, tokens_total)
+    chosen_lane = chosen + common.lane_zero(lane) if cutlass.const_expr(config.tile_m < 32) else chosen  # at 32 tokens registers end
+    words = unit_words(config, grouped, chosen_lane, listed, Int32(remaining > 0), unit, row_blocks, token_tiles, tokens_total)
+    after = unit_words(config, grouped, chosen_lane, listed, Int32(remaining > k_blocks - k), unit + 1, row_blocks, token_tiles, tokens_total)
     tokens, exists = tokens_of(config, grouped, rows, words, g)
 
     pr.griddepcontrol("wait")  # weights do not depend on the launch before; activations do
@@ -162,7 +166,7 @@ def fc1_kernel(
         skip_after = (warp - done) & (common.WARPS - 1)
         has_after = Int32(skip_after < min(remaining, k_blocks))
         tokens_after, exists_after = tokens_of(config, grouped, rows, after, g)
-        behind = unit_words(config, grouped, chosen, listed, Int32(remaining > k_blocks), unit + 2, row_blocks, token_tiles, tokens_total)
+        behind = unit_words(config, grouped, chosen_lane, listed, Int32(remaining > k_blocks), unit + 2, row_blocks, token_tiles, tokens_total)
         expert, first_row, row_end = words
         if cutlass.const_expr(grouped):
             row_end = first_row + row_end
@@ -175,7 +179,7 @@ def fc1_kernel(
         accumulators = common.zero_accumulators(config.token_blocks * common.M16_BLOCKS * common.ACCUMULATORS)
         left = steps
         while left > 0:
-            for _ in cutlass.range_constexpr(UNROLL):  # so that loaded activations need not move from one set of registers to the other
+            for copy in cutlass.range_constexpr(UNROLL):  # so that loaded activations need not move from one set of registers to the other
                 if left > 0:
                     left -= 1
                     at += common.WARPS
@@ -206,6 +210,8 @@ def fc1_kernel(
                     if stage == stages:
                         stage = Int32(0)
                         phase = phase ^ 1
+                elif cutlass.const_expr(copy > 0):
+                    halves = common.moved(halves)  # here, where few units end, and not before the branch
 
         # ---- over the warps, and over the CTAs that share the unit
         buffer = partials + side * reduction.partial_bytes(config)
@@ -440,7 +446,7 @@ def expected(variant: Variant) -> Expected:
         ptx_counts={
             "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": steps * UNROLL,
             # one per ring stage before the loop, one to refill in each step of it
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes": config.stages + UNROLL,
+            common.COPY: config.stages + UNROLL,
         },
         max_registers=65536 // (common.WARPS * 32 * config.resident_ctas),
     )

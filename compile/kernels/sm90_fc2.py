@@ -437,7 +437,7 @@ def expected(variant: Variant) -> Expected:
         ptx_counts={
             "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": steps,
             # one per ring stage before the loop, one to refill inside it
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes": config.stages + 1,
+            common.COPY: config.stages + 1,
         },
         max_registers=65536 // (common.WARPS * 32 * config.resident_ctas),
     )

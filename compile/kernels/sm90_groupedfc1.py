@@ -67,7 +67,7 @@ def groupedfc1_host(
         rows.raw_ptr(),
         slots.raw_ptr(),
         tickets.raw_ptr(),
-        Int32(0),
+        pairs,
         Int32(0),
         hidden,
         intermediate,
@@ -113,7 +113,7 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("rows", "pointer", "rows"),
             Parameter("slots", "pointer", "workspace.slots"),
             Parameter("tickets", "pointer", "workspace.tickets"),
-            Parameter("tokens_total", "u32", "0"),
+            Parameter("tokens_total", "u32", "M * top_k"),  # rows of all tiles: how long the lists may be
             Parameter("experts", "u32", "0"),
             Parameter("hidden", "u32", "H"),
             Parameter("intermediate", "u32", "I"),

@@ -33,7 +33,7 @@ LANES_G: Final = 8
 ROW_BYTES: Final = LANES_G * OUTPUTS * 4 + 16  # a token's 32 sums of a plane; 16 bytes apart from the next, so that no two lanes meet in a bank
 SLOTS: Final = 2  # of a CTA
 ROW: Final = PLANES * OUTPUTS  # sums of a row
-BATCH: Final = 4  # slots whose loads are in flight together
+BATCH: Final = 8  # slots whose loads are in flight together
 LARGEST_DOUBLE_TILE: Final = 16  # tile_m up to which two buffers of partial sums fit beside the rings of all resident CTAs
 
 

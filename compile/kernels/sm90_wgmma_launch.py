@@ -151,7 +151,7 @@ def expected(variant: Variant) -> Expected:
     widths = config.widths
     counts = {f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16": steps for width in widths}
     # one per ring stage before the loops, one to refill inside each
-    counts["cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"] = config.shape.weight_stages + len(widths)
+    counts[common.COPY] = config.shape.weight_stages + len(widths)
     if variant.op == "groupedfc2":
         counts["red.relaxed.gpu.global.add.v4.f32"] = config.accumulators // 4
     return Expected(ptx_counts=counts, max_registers=min(255, 65536 // (config.threads * config.shape.resident_ctas)))
