@@ -101,7 +101,7 @@ class TorchCompetitor:
                 call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        kept = []
+        kept: list[Any] = list(calls)  # and with them the tensors that the graph reads, which nobody else may hold
         with torch.cuda.graph(graph):
             for _ in range(PASSES):
                 kept += [call() for call in calls]

@@ -4,7 +4,7 @@
     its heuristic's configuration, and a sample of what its own tuning tests enumerate ── prepare_kernels ──► the fastest that agrees
     FC1 GEMM ─► its process_input (SwiGLU) ─► FC2 GEMM ─► router's weights and the sum over a token's experts, in torch
 
-Written against 0.1.19. DENSEMOE_BENCH_HUMMING_CONFIGURATIONS says how many configurations beside its own choice are tried at each op, shape and M
+Written against 0.1.19 and 0.1.20. DENSEMOE_BENCH_HUMMING_CONFIGURATIONS says how many configurations beside its own choice are tried at each op, shape and M
 (default 16): each is compiled when it is first met.
 """
 
@@ -59,7 +59,7 @@ class Humming(Nvfp4Competitor):
 
     def __init__(self, device: str = "cuda") -> None:
         super().__init__(device)
-        self.humming = importlib.import_module("humming")
+        self.humming = importlib.import_module("humming.ops")
         self._config, self._schema, self._transform = (importlib.import_module(f"humming.{name}") for name in ("config", "schema", "transform"))
         self._dtypes, self._tune = importlib.import_module("humming.dtypes"), importlib.import_module("humming.tune")
         self._kernel = importlib.import_module("humming.kernel.humming").HummingKernel

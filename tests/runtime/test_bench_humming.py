@@ -66,7 +66,7 @@ class StandIn:
             return torch.tensor([first, last, len(self.kernels) - 1, values["num_sms"]], dtype=torch.int64)
 
         self.modules = {
-            "humming": SimpleNamespace(launch_kernel=self.launch, process_input=self.process_input),
+            "humming.ops": SimpleNamespace(launch_kernel=self.launch, process_input=self.process_input),
             "humming.config": SimpleNamespace(GemmType=gemm, WeightScaleType=scale, WeightScale2Type=second, ComputeConfig=ComputeConfig),
             "humming.schema": SimpleNamespace(HummingWeightSchema=SimpleNamespace),
             "humming.transform": SimpleNamespace(prepare_and_transform_humming_tensors=prepare),
@@ -110,7 +110,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
         module = ModuleType(name)
         module.__dict__.update(vars(own))
         monkeypatch.setitem(sys.modules, name, module)
-    for name in ("humming.kernel", "humming.testing"):
+    for name in ("humming", "humming.kernel", "humming.testing"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     return made
 
