@@ -96,8 +96,8 @@ def route_kernel(
     pr.griddepcontrol("wait")
     pr.griddepcontrol("launch_dependents")
 
-    # chunks of pairs, each a multiple of 32 long, as many as the table has room for
-    chunks = min(Int32(WARPS), CHUNK_COUNTS // experts)
+    # chunks of pairs, each a multiple of 32 long: no more than there are pairs for or the table has room for
+    chunks = min(min(Int32(WARPS), CHUNK_COUNTS // experts), (pairs + 31) // 32)
     steps = (pairs + (32 * chunks - 1)) // (32 * chunks)
     begin = warp * steps * 32
     end = min(begin + steps * 32, pairs)
