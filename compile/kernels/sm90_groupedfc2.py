@@ -28,8 +28,8 @@ from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_epilogue import store_if, store_row
-from densemoe.compile.kernels.sm90_fc1 import tile_of
-from densemoe.compile.kernels.sm90_fc2 import OUTPUTS, add_scaled, add_to_workspace, load_workspace_if, next_part, token_values, wait
+from densemoe.compile.kernels.sm90_fc1 import UNROLL
+from densemoe.compile.kernels.sm90_fc2 import OUTPUTS, add_scaled, add_to_workspace, load_workspace_if, token_values, wait
 from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
 from densemoe.runtime.variant import Variant
 
@@ -37,6 +37,9 @@ OP = "groupedfc2"
 ARCHITECTURES = ("sm_90a",)
 WEIGHT_LAYOUT = common.WEIGHT_LAYOUT
 LANES_A_TOKEN = 8  # of a warp that converts: they hold its 64 columns
+RESIDENT_CTAS = {8: 4, 16: 2, 32: 2}
+SMALLEST_SPAN = 1  # K 128 blocks of a warp
+LARGEST_FINISH = 256  # tokens times row blocks that one CTA converts
 FINISHED_TOKENS = 32  # tokens that a warp converts at a time: sixteen loads a lane in flight
 
 
@@ -54,6 +57,7 @@ def groupedfc2_kernel(
     tokens_total: Int32,
     hidden: Int32,
     intermediate: Int32,
+    group_rows: Int32,
     waits_first: Int32,
     config: cutlass.Constexpr,
 ):
@@ -66,13 +70,14 @@ def groupedfc2_kernel(
     t = lane % 4
     stages = config.stages
     superblock = common.SUPERBLOCK_BYTES
-    k_blocks = (intermediate + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K  # of one tile
-    row_blocks = hidden // common.SUPERBLOCK_ROWS
+    k_blocks = Int32((Uint32(intermediate) + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K)  # of an item
+    row_blocks = Int32(Uint32(hidden) // common.SUPERBLOCK_ROWS)
+    expert_bytes = Int64(row_blocks * k_blocks) * superblock
 
     all_rings, all_barriers = common.shared_memory(config)
     ring = all_rings.subview(warp * (stages * superblock))
     barriers = all_barriers.subview(warp * stages)
-    shared_ticket = reduction.shared_word()
+    shared_mask = reduction.shared_word()
     if lane == 0:
         for i in cutlass.range_constexpr(stages):
             pr.mbarrier_init(barriers.subview(i), 1)
@@ -80,143 +85,243 @@ def groupedfc2_kernel(
     cute.arch.sync_warp()
 
     if waits_first != 0:
-        pr.griddepcontrol("wait")  # the tiles, which say what weights are read, may come from the launch before
-    length = common.load_global_s32_or(tiles, Int32(1), Int32(0)) * k_blocks  # blocks of a unit
-    total = Int64(length) * Int64(row_blocks)
-    workers = min(Int64(ctas), (total + (sm90_fc2.SMALLEST_SPAN - 1)) // sm90_fc2.SMALLEST_SPAN)
-    first = total
-    last = total
-    if Int64(bid) < workers:
-        first = Int64(bid) * total // workers
-        last = (Int64(bid) + 1) * total // workers
-    remaining = Int32(last - first)
-    unit = Int32(first // Int64(length))
-    inside = Int32(first - Int64(unit) * Int64(length))
+        pr.griddepcontrol("wait")  # the lists, which say what weights are read, may come from the launch before
+    pr.griddepcontrol("launch_dependents")
+    tile_count = common.load_global_s32_or(tiles, Int32(1), Int32(0))
 
-    # what the warp's ring fetches next
-    fetch_rest, fetch_unit, fetch_inside, fetch_of, fetch_at, to_fetch = next_part(remaining, unit, inside, length, warp)
-    fetch_tile = fetch_at // k_blocks
-    fetch_k = fetch_at - fetch_tile * k_blocks
-    next_source = weights_of(b, tiles, Int32(to_fetch > 0), fetch_tile, fetch_of, row_blocks, k_blocks) + Int64(fetch_k) * superblock
+    # the warp's span of all items' blocks, laid end to end: neighbours in the packed weights but where the tile changes
+    workers = Uint32(ctas) * common.WARPS
+    span = reduction.span_of(Uint32(bid * common.WARPS + warp), workers, Uint32(tile_count * row_blocks), Uint32(k_blocks), SMALLEST_SPAN)
+    item, k, left = (Int32(each) for each in span[:3])
+    quotient, longer = span[3:]
+    group = Int32(Uint32(item) // Uint32(tile_count * group_rows))
+    tile = Int32(Uint32(item - group * tile_count * group_rows) // Uint32(group_rows))
+    row = item - (group * tile_count + tile) * group_rows  # in its group
+    of_tile = group_rows * k_blocks  # blocks of a tile in a group
+    to_fetch = left
+    lane_tiles = tiles + common.lane_zero(lane)  # what is loaded by it stays in lanes' registers
+    words = tile_words(lane_tiles, tile, Int32(left > 0))
+    fetch_left = of_tile - row * k_blocks - k  # blocks of the span that this tile has at most
+    words_after = tile_words(lane_tiles, tile_behind(tile, tile_count), Int32(left > fetch_left))
+
+    # what the ring fetches next
+    fetch_tile = tile
+    fetch_group = group
+    source = b + Int64(words[0]) * expert_bytes + Int64((group * group_rows + row) * k_blocks + k) * superblock
     for i in cutlass.range_constexpr(stages):
         if to_fetch > 0:
             if lane == 0:
-                common.start_copy(ring, barriers, i, next_source)
+                common.start_copy(ring, barriers, i, source)
             to_fetch -= 1
-            next_source = next_source + superblock
-            fetch_k += 1
-            if (fetch_k == k_blocks) | (to_fetch == 0):
-                fetch_tile += 1
-                fetch_k = Int32(0)
-                if to_fetch == 0:
-                    fetch_rest, fetch_unit, fetch_inside, fetch_of, fetch_at, to_fetch = next_part(
-                        fetch_rest, fetch_unit, fetch_inside, length, warp
-                    )
-                    fetch_tile = fetch_at // k_blocks
-                    fetch_k = fetch_at - fetch_tile * k_blocks
-                next_source = weights_of(b, tiles, Int32(to_fetch > 0), fetch_tile, fetch_of, row_blocks, k_blocks)
-                next_source = next_source + Int64(fetch_k) * superblock
+            source = source + superblock
+            fetch_left -= 1
+            if (fetch_left == 0) & (to_fetch > 0):
+                fetch_left = of_tile
+                fetch_tile = tile_behind(fetch_tile, tile_count)
+                fetch_group += Int32(fetch_tile == 0)
+                source = b + Int64(tile_words(tiles, fetch_tile, Int32(1))[0]) * expert_bytes + Int64(fetch_group * of_tile) * superblock
+    scales, tokens = rows_of(config, rows, row_alpha, words, t)
+    sources, exists = sources_of(config, a, a_scales, words, intermediate, g, t)
 
     pr.griddepcontrol("wait")  # weights do not depend on the launch before; activations and the workspace do
-    pr.griddepcontrol("launch_dependents")
-
     stage = Int32(0)
     phase = Int32(0)
+    first = Int32(left > 0)
+    valid = [each & first for each in exists]
+    if cutlass.const_expr(unroll(config) == 1):
+        valid = exists
+    halves: Any = []
+    if cutlass.const_expr(unroll(config) > 1):
+        halves = [common.load_half(config, sources, valid, k, half, intermediate) for half in range(common.K64_HALVES)]
     accumulated = config.token_blocks * common.M16_BLOCKS * common.ACCUMULATORS
-    while remaining > 0:
-        # ---- the part of one unit that lies in this span, and of it this warp's quarter
-        run = min(remaining, length - inside)
-        remaining -= run
-        begin = warp * run // common.WARPS
-        part = (warp + 1) * run // common.WARPS - begin
-        tile = (inside + begin) // k_blocks
-        k = inside + begin - tile * k_blocks
-        unit_at = Int64(unit) * Int64(tokens_total)
-        while part > 0:
-            # ---- the part of one tile
-            steps = min(part, k_blocks - k)
-            part -= steps
-            _, first_row, count = tile_of(tiles, tile)
-            places, exists = common.lane_tokens(config, first_row, g, first_row + count)
-            scales = []
-            addresses = []
-            for block in cutlass.range_constexpr(config.token_blocks):
-                for pair in cutlass.range_constexpr(2):
-                    place = block * common.MMA_TOKENS + t * 2 + pair
-                    live = Int32(place < count)
-                    at = Int64(first_row + place) * 4
-                    scales.append(common.load_global_f32_if(row_alpha + at, live))
-                    token = common.load_global_s32_or(rows + at, live, Int32(0))
-                    addresses.append((token, live))
-            accumulators = common.zero_accumulators(accumulated)
-            if cutlass.const_expr(config.prefetch):
-                ahead = common.load_superblock_activations(config, a, a_scales, places, exists, k, Int32(0), intermediate, intermediate, t)
-            for step in cutlass.range(steps, unroll=1):
-                if cutlass.const_expr(config.prefetch):
-                    loaded = ahead
-                    ahead = common.load_superblock_activations(
-                        config, a, a_scales, places, exists, k + step + 1, Int32(0), intermediate, intermediate, t
+    accumulators = common.zero_accumulators(accumulated)
+    while left > 0:
+        # ---- a tile: up to its last row block in the group, or the span's end
+        in_tile = min(left, of_tile - row * k_blocks - k)
+        left -= in_tile
+        own_group = group
+        tile = tile_behind(tile, tile_count)
+        group += Int32(tile == 0)
+        words_next = tile_words(lane_tiles, tile_behind(tile, tile_count), Int32(left > of_tile))
+        scales_after, tokens_after = scales, tokens
+        if cutlass.const_expr(unroll(config) > 1):
+            scales_after, tokens_after = rows_of(config, rows, row_alpha, words_after, t)
+        while in_tile > 0:
+            for copy in cutlass.range_constexpr(unroll(config)):  # loaded activations need not move from one set of registers to the other
+                if in_tile > 0:
+                    in_tile -= 1
+                    loaded = halves
+                    if cutlass.const_expr(unroll(config) == 1):
+                        loaded = [common.load_half(config, sources, valid, k, half, intermediate) for half in range(common.K64_HALVES)]
+                    k += 1
+                    ends = Int32(k == k_blocks)
+                    at = k * (ends ^ 1)
+                    if in_tile == 0:  # the warp's next block is the next tile's, if it has one
+                        sources, exists = sources_of(config, a, a_scales, words_after, intermediate, g, t)
+                        more = Int32(left > 0)
+                        valid = [each & more for each in exists]
+                        at = Int32(0)
+                    if cutlass.const_expr(unroll(config) > 1):
+                        halves = [common.load_half(config, sources, valid, at, half, intermediate) for half in range(common.K64_HALVES)]
+                    wait(barriers.subview(stage), phase)
+                    accumulators = common.multiply_superblock(
+                        config, accumulators, ring.subview(stage * superblock + lane * 16).data_ptr(), loaded
                     )
-                else:
-                    loaded = common.load_superblock_activations(
-                        config, a, a_scales, places, exists, k + step, Int32(0), intermediate, intermediate, t
-                    )
-                wait(barriers.subview(stage), phase)
-                accumulators = common.multiply_superblock(
-                    config, accumulators, ring.subview(stage * superblock + lane * 16).data_ptr(), loaded
-                )
-                cute.arch.sync_warp()  # every lane has read the stage
-                if to_fetch > 0:
-                    if lane == 0:
-                        common.start_copy(ring, barriers, stage, next_source)
-                    to_fetch -= 1
-                    next_source = next_source + superblock
-                    fetch_k += 1
-                    if (fetch_k == k_blocks) | (to_fetch == 0):
-                        fetch_tile += 1
-                        fetch_k = Int32(0)
-                        if to_fetch == 0:
-                            fetch_rest, fetch_unit, fetch_inside, fetch_of, fetch_at, to_fetch = next_part(
-                                fetch_rest, fetch_unit, fetch_inside, length, warp
-                            )
-                            fetch_tile = fetch_at // k_blocks
-                            fetch_k = fetch_at - fetch_tile * k_blocks
-                        next_source = weights_of(b, tiles, Int32(to_fetch > 0), fetch_tile, fetch_of, row_blocks, k_blocks)
-                        next_source = next_source + Int64(fetch_k) * superblock
-                stage += 1
-                if stage == stages:
-                    stage = Int32(0)
-                    phase = phase ^ 1
-            sums = add_scaled(common.zero_accumulators(accumulated), accumulators, config, scales)
-            for block in cutlass.range_constexpr(config.token_blocks):
-                for pair in cutlass.range_constexpr(2):
-                    token, live = addresses[2 * block + pair]
-                    address = partials + ((unit_at + Int64(token)) * common.SUPERBLOCK_ROWS + Int64(g * OUTPUTS)) * 4
-                    values = token_values(sums, block, pair)
-                    add_to_workspace(address, live, values[:4])
-                    add_to_workspace(address + 16, live, values[4:])
-            k += steps
-            if k == k_blocks:
-                k = Int32(0)
-                tile += 1
+                    cute.arch.sync_warp()  # every lane has read the stage
+                    if to_fetch > 0:
+                        if lane == 0:
+                            common.start_copy(ring, barriers, stage, source)
+                        to_fetch -= 1
+                        source = source + superblock
+                        fetch_left -= 1
+                        if (fetch_left == 0) & (to_fetch > 0):
+                            fetch_left = of_tile
+                            fetch_tile = tile_behind(fetch_tile, tile_count)
+                            fetch_group += Int32(fetch_tile == 0)
+                            expert = tile_words(tiles, fetch_tile, Int32(1))[0]
+                            source = b + Int64(expert) * expert_bytes + Int64(fetch_group * of_tile) * superblock
+                    stage += 1
+                    if stage == stages:
+                        stage = Int32(0)
+                        phase = phase ^ 1
+                    if (ends != 0) | (in_tile == 0):  # the item's part of this span is done
+                        sums = add_scaled(common.zero_accumulators(accumulated), accumulators, config, scales)
+                        accumulators = common.zero_accumulators(accumulated)
+                        for block in cutlass.range_constexpr(config.token_blocks):
+                            for pair in cutlass.range_constexpr(2):
+                                token, live = tokens[2 * block + pair]
+                                place = Int64(own_group * group_rows + row) * Int64(tokens_total) + Int64(token)
+                                address = partials + (place * common.SUPERBLOCK_ROWS + Int64(g * OUTPUTS)) * 4
+                                values = token_values(sums, block, pair)
+                                add_to_workspace(address, live, values[:4])
+                                add_to_workspace(address + 16, live, values[4:])
+                        row += ends
+                        k = k * (ends ^ 1)
+                elif cutlass.const_expr(copy > 0):
+                    halves = common.moved(halves)  # here, where few tiles end, and not before the branch
+        row = Int32(0)
+        scales = scales_after
+        tokens = tokens_after
+        if cutlass.const_expr(unroll(config) == 1):
+            scales, tokens = rows_of(config, rows, row_alpha, words_after, t)
+        words_after = words_next
 
-        # ---- hand the unit on
-        unit_begin = Int64(unit) * Int64(length)
-        # block i belongs to CTA ((i + 1) * workers - 1) // total
-        sharing = Int32(((unit_begin + Int64(length)) * workers - 1) // total - ((unit_begin + 1) * workers - 1) // total) + 1
-        cute.arch.fence_acq_rel_gpu()
-        pr.barrier_cta_sync(0)
-        if tid == 0:
-            shared_ticket[0] = reduction.take_ticket(tickets + Int64(unit) * 4)
-        pr.barrier_cta_sync(0)
-        if shared_ticket[0] == sharing - 1:
+    # ---- hand over what the CTA has added, by row block; whose blocks are then all there it converts
+    total = Uint32(tile_count * row_blocks * k_blocks)
+    begin = Int32(span_start(Uint32(bid * common.WARPS), quotient, longer, workers, total))
+    end = Int32(span_start(Uint32((bid + 1) * common.WARPS), quotient, longer, workers, total))
+    of_group = tile_count * of_tile
+    first_group = Int32(Uint32(begin) // Uint32(of_group))
+    first_row = first_group * group_rows
+    touched = (Int32(Uint32(end + (of_group - 1)) // Uint32(of_group)) - first_group) * group_rows * Int32(end > begin)
+    pr.barrier_cta_sync(0)  # every warp has added
+    for base in cutlass.range(0, touched, 32, unroll=1):
+        if warp == 0:
+            own_row = first_row + base + lane
+            added = before_in_row(end, own_row, group_rows, k_blocks, of_group) - before_in_row(begin, own_row, group_rows, k_blocks, of_group)
+            added = added * Int32(base + lane < touched)
             cute.arch.fence_acq_rel_gpu()
-            for start in cutlass.range(warp * FINISHED_TOKENS, tokens_total, common.WARPS * FINISHED_TOKENS, unroll=1):
-                finish_tokens(config.c_dtype, c, partials, start, tokens_total, unit, hidden, lane)
-            if tid == 0:
-                store_if("b32", tickets + Int64(unit) * 4, Int32(1), [Uint32(0)])
-        inside = Int32(0)
-        unit += 1
+            before = add_if(tickets + Int64(own_row) * 4, added)
+            last = Int32(added > 0) & Int32(before + added == tile_count * k_blocks)
+            store_if("b32", tickets + Int64(own_row) * 4, last, [Uint32(0)])
+            mask = ballot(last)
+            if mask != 0:
+                cute.arch.fence_acq_rel_gpu()
+            if lane == 0:
+                shared_mask[0] = mask
+        pr.barrier_cta_sync(0)
+        mask = Uint32(shared_mask[0])
+        turn = Int32(0)
+        while mask != 0:
+            which = lowest_bit(mask)
+            mask = mask & (mask - 1)
+            done_row = first_row + base + which
+            # up to 32 tokens are one warp's, more are all warps'
+            start = warp * FINISHED_TOKENS
+            if tokens_total <= FINISHED_TOKENS:
+                start = ((warp + turn) & (common.WARPS - 1)) * FINISHED_TOKENS
+            turn += 1
+            for token in cutlass.range(start, tokens_total, common.WARPS * FINISHED_TOKENS, unroll=1):
+                finish_tokens(config.c_dtype, c, partials, token, tokens_total, done_row, hidden, lane)
+        pr.barrier_cta_sync(0)
+
+
+def unroll(config: common.Config) -> int:
+    """Steps of the main loop: two sets of activations take turns; at 32 tokens registers end, and activations are loaded where they are used."""
+    return UNROLL if config.tile_m < 32 else 1
+
+
+def tile_words(tiles: Any, index: Any, exists: Any) -> list[Any]:
+    """[expert, first row, rows] of a tile of ``route``, zeros where there is none; the head of the list is as long as a tile."""
+    return [Int32(each) for each in common.load_global_v4_if(tiles + (Int64(index) + 1) * 16, exists)[:3]]
+
+
+def rows_of(config: common.Config, rows: Any, row_alpha: Any, words: list[Any], t: Any) -> tuple[list[Any], list[tuple[Any, Any]]]:
+    """Of the tokens whose sums a lane holds, two a token block: the scales, and (token, 1 where there is one)."""
+    _, first_row, count = words
+    scales = []
+    tokens = []
+    for block in range(config.token_blocks):
+        for pair in range(2):
+            place = block * common.MMA_TOKENS + t * 2 + pair
+            live = Int32(place < count)
+            at = Int64(first_row + place) * 4
+            scales.append(common.load_global_f32_if(row_alpha + at, live))
+            tokens.append((common.load_global_s32_or(rows + at, live, Int32(0)), live))
+    return scales, tokens
+
+
+def sources_of(
+    config: common.Config, a: Any, a_scales: Any, words: list[Any], intermediate: Any, g: Any, t: Any
+) -> tuple[list[tuple[Any, Any]], list[Any]]:
+    """Where a lane's activations of a tile lie, and whether there are some, by token block."""
+    _, first_row, count = words
+    places, exists = common.lane_tokens(config, first_row, g, first_row + count)
+    return common.lane_sources(config, a, a_scales, places, Int32(0), intermediate, t), exists
+
+
+@cute.jit
+def span_start(worker, quotient, longer, workers, total):
+    """Where a worker's span of ``reduction.span_of`` begins, in blocks; behind the last one's end, the end."""
+    return min(min(worker, workers) * quotient + min(worker, longer), total)
+
+
+@cute.jit
+def before_in_row(block, row, group_rows, k_blocks, of_group):
+    """How many blocks of a row block lie before ``block`` of all."""
+    group = row // group_rows
+    place = min(max(block - group * of_group, Int32(0)), of_group)
+    of_tile = group_rows * k_blocks
+    tiles = Int32(Uint32(place) // Uint32(of_tile))
+    return tiles * k_blocks + min(max(place - tiles * of_tile - (row - group * group_rows) * k_blocks, Int32(0)), k_blocks)
+
+
+def tile_behind(tile: Any, tile_count: Any) -> Any:
+    """The tile after another, the first one behind the last."""
+    return (tile + 1) * Int32(tile + 1 < tile_count)
+
+
+def add_if(address: Any, value: Any) -> Any:
+    """Adds a value that is not 0 to a counter at device scope, relaxed; gives the one before."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0; mov.b32 {$w0}, 0; @p atom.relaxed.gpu.global.add.u32 {$w0}, [{$r0}], {$r1}; }",
+        write_only_types=[Int32],
+        read_only_args=[address, value],
+    )
+
+
+def ballot(flag: Any) -> Any:
+    """A bit for each lane of the warp whose ``flag`` is not 0."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.b32 p, {$r0}, 0; vote.sync.ballot.b32 {$w0}, p, 0xffffffff; }", write_only_types=[Uint32], read_only_args=[flag]
+    )
+
+
+def lowest_bit(mask: Any) -> Any:
+    """The place of the lowest bit that is set."""
+    return pr.inline_ptx_hl(
+        "{ .reg .b32 r; brev.b32 r, {$r0}; clz.b32 {$w0}, r; }", write_only_types=[Int32], read_only_args=[mask]
+    )
 
 
 def finish_tokens(
@@ -243,10 +348,20 @@ def finish_tokens(
         store_row(c_dtype, c, element, exists, values)
 
 
-def weights_of(b: Any, tiles: Any, exists: Any, tile: Any, row_block: Any, row_blocks: Any, k_blocks: Any) -> Any:
-    """Address of the first superblock of a row block of a tile's expert; of expert 0 where there is no such tile."""
-    expert = common.load_global_s32_or(tiles + (Int64(tile) + 1) * 16, exists, Int32(0))
-    return b + (Int64(expert) * Int64(row_blocks) + Int64(row_block)) * Int64(k_blocks) * common.SUPERBLOCK_BYTES
+#: Row blocks of a group: a power of two that divides them all, as large as leaves little to convert for the CTA that completes a group.
+GROUP_ROWS = "1"
+for _rows in (2, 4, 8, 16, 32):
+    GROUP_ROWS = f"{_rows} if (row_blocks % {_rows} == 0) * (M <= {LARGEST_FINISH // _rows}) else ({GROUP_ROWS})"
+
+
+@cute.jit
+def rows_of_group(tokens, row_blocks):
+    """GROUP_ROWS on the compiler's own host side."""
+    rows = Int32(1)
+    for power in cutlass.range_constexpr(1, 6):
+        if (row_blocks % (1 << power) == 0) & (tokens <= LARGEST_FINISH // (1 << power)):
+            rows = Int32(1 << power)
+    return rows
 
 
 @cute.jit
@@ -273,7 +388,7 @@ def groupedfc2_host(
     groupedfc2_kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
     k_blocks = (intermediate + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K
     blocks = tokens_total * top_k * k_blocks * (hidden // common.SUPERBLOCK_ROWS)
-    ctas = min((blocks + (sm90_fc2.SMALLEST_SPAN - 1)) // sm90_fc2.SMALLEST_SPAN, sm_count * config.resident_ctas)
+    ctas = min((blocks + (common.WARPS - 1)) // common.WARPS, sm_count * config.resident_ctas)
     groupedfc2_kernel(
         a.raw_ptr(),
         a_scales.raw_ptr(),
@@ -287,6 +402,7 @@ def groupedfc2_host(
         tokens_total,
         hidden,
         intermediate,
+        rows_of_group(tokens_total, hidden // common.SUPERBLOCK_ROWS),
         1 - early_list,
         config,
     ).launch(
@@ -300,8 +416,8 @@ def groupedfc2_host(
 
 
 def config_of(variant: Variant) -> common.Config:
-    """The compile-time parameters of ``variant``: those of the dense kernel."""
-    return sm90_fc2.config_of(variant)
+    """The compile-time parameters of ``variant``: those of the dense kernel, with more CTAs an SM where sums of one expert alone are held."""
+    return common.config_of(variant, RESIDENT_CTAS, sm90_fc2.PREFETCH_UP_TO)
 
 
 def check(variant: Variant) -> None:
@@ -326,13 +442,14 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("tokens_total", "u32", "M"),
             Parameter("hidden", "u32", "H"),
             Parameter("intermediate", "u32", "I"),
+            Parameter("group_rows", "u32", GROUP_ROWS),
             Parameter("waits_first", "u32", "1 - early_list"),
         ),
         let=(
             ("row_blocks", f"H // {common.SUPERBLOCK_ROWS}"),
             ("blocks", f"M * top_k * ceil_div(I, {common.SUPERBLOCK_K}) * row_blocks"),
         ),
-        grid=(f"min(ceil_div(blocks, {sm90_fc2.SMALLEST_SPAN}), sm_count * {config.resident_ctas})", 1, 1),
+        grid=(f"min(ceil_div(blocks, {common.WARPS}), sm_count * {config.resident_ctas})", 1, 1),
         block=(common.WARPS * 32, 1, 1),
         dynamic_smem=common.shared_memory_bytes(config) + 4,  # the rings, the ticket
         workspaces=(
@@ -364,6 +481,10 @@ def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapp
 
 
 def expected(variant: Variant) -> Expected:
-    """What the audit must find in the PTX of ``variant``: the dense kernel's, and two vectors of four added for each token of a lane."""
+    """What the audit must find in the PTX of ``variant``: the dense kernel's in each step of the loop, and two vectors of four added for each token."""
+    config = config_of(variant)
     dense = sm90_fc2.expected(variant)
-    return replace(dense, ptx_counts={**dense.ptx_counts, "red.relaxed.gpu.global.add.v4.f32": 4 * config_of(variant).token_blocks})
+    counts = {opcode: count * unroll(config) for opcode, count in dense.ptx_counts.items()}
+    counts[common.COPY] = config.stages + unroll(config)
+    counts["red.relaxed.gpu.global.add.v4.f32"] = 4 * config.token_blocks * unroll(config)
+    return replace(dense, ptx_counts=counts, max_registers=65536 // (common.WARPS * 32 * config.resident_ctas))

@@ -78,9 +78,10 @@ def test_every_schedule_gives_the_same_exact_result(key: str, schedule: str) -> 
 
 
 @pytest.mark.parametrize("early_list", [0, 1])
-def test_fc2_reads_weights_before_the_launch_before_ends_only_where_the_tiles_are_early(early_list: int) -> None:
-    key, case = "groupedfc2.sm90a.t8x64.c1x1.bf16-f32", (10, 3, 2, 256, 64, "exact")
-    early = (*EARLY, "tiles") if early_list else EARLY
+@pytest.mark.parametrize("op", ["groupedfc1", "groupedfc2"])
+def test_weights_are_read_before_the_launch_before_ends_only_where_the_lists_are_early(op: str, early_list: int) -> None:
+    key, case = f"{op}.sm90a.t8x64.c1x1.bf16-f32", (10, 3, 2, 256, 64, "exact")
+    early = (*EARLY, "tiles", "rows", "row_alpha") if early_list else EARLY
     comparison, _ = run(key, *case, schedule="lazy", sm_count=1, settings={"early_list": early_list}, early=early)
     assert comparison.passed, comparison.detail
     if early_list:
