@@ -71,7 +71,9 @@ def bench(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     document: dict[str, Any] = {"schema": bench_report.SCHEMA, "what": args.what, "provenance": provenance, "absent": {}, "rows": rows}
     if args.what == "launch":
-        rows += launch_costs(tuner)
+        from densemoe.runtime.bench_overhead import op_overheads
+
+        rows += launch_costs(tuner) + op_overheads()
         return _show(args, document, bench_report.write(document, args.out))
     others = competitors() if args.competitors else []
     document["absent"] = {each.name: each.reason for each in others if isinstance(each, Absent)}

@@ -4,8 +4,8 @@
     its heuristic's configuration, and a sample of what its own tuning tests enumerate ── prepare_kernels ──► the fastest that agrees
     FC1 GEMM ─► its process_input (SwiGLU) ─► FC2 GEMM ─► router's weights and the sum over a token's experts, in torch
 
-Written against 0.1.19 and 0.1.20. DENSEMOE_BENCH_HUMMING_CONFIGURATIONS says how many configurations beside its own choice are tried at each op, shape and M
-(default 16): each is compiled when it is first met.
+Written against 0.1.19 and 0.1.20. DENSEMOE_BENCH_HUMMING_CONFIGURATIONS says how many configurations beside its own choice are tried at each op,
+shape and M (default 16): each is compiled when it is first met.
 """
 
 from __future__ import annotations

@@ -103,7 +103,9 @@ def markdown(document: Mapping[str, Any]) -> str:
     if document["what"] in ("launch", "startup"):
         rows = document["rows"]
         lines += ["| what | value | bar |", "| --- | --: | --- |"]
-        lines += [f"| {row['what']} | {row['value'] if 'value' in row else _cell(row['us']) + ' us'} | {row.get('bar', '')} |" for row in rows]
+        for row in rows:
+            value = row["value"] if "value" in row else "" if row["us"] is None else f"{_cell(row['us'])} us"
+            lines.append(f"| {row['what']} | {value} | {row.get('bar', '')} |")
         return "\n".join(lines) + "\n"
     names = columns(document)
     for op, rows in _by(document["rows"], lambda row: row["op"]).items():

@@ -33,7 +33,7 @@ from densemoe.compile.kernels import Expected
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels.host import pointer
-from densemoe.compile.kernels.sm90_epilogue import store_fc1_row, store_if
+from densemoe.compile.kernels.sm90_epilogue import store_fc1_row
 from densemoe.runtime.recipe import Parameter, Recipe, pointer_or_null
 from densemoe.runtime.variant import Variant
 

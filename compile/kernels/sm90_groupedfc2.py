@@ -1,14 +1,18 @@
 """FC2 for sm_90a over gathered tokens: the layer's output from FC1's compact rows, stream-K over the tiles of ``route`` (contract section 5).
 
-A unit is 64 columns of all tokens. Its work is every K 128 of every tile (up to ``tile_m`` rows of one expert); all units' work is laid end to end
-and cut into equal spans, one a CTA. Each tile has tokens of its own, so its part is scaled and added to the float32 workspace:
+An item is 64 columns of a tile (up to ``tile_m`` rows of one expert) over the expert's K. Items lie in the order of the packed weights within groups
+of row blocks: all tiles of one group, then those of the next; of a tile the group's row blocks one behind the other, so that a warp reads its weights
+in a row and its activations from the L1. All items' K 128 blocks are cut into equal spans, one a warp, wherever that is:
 
-    per unit:  each of the CTA's four warps takes a quarter of the unit's blocks in the span:  ring ─ wait ─ decode ─ mma.sync ─ refill
-                   until a tile ends:  workspace[token] += row_alpha · accumulators (red.v4)
-               take a ticket; the last of a unit's CTAs converts, stores, and clears workspace and ticket
+    per item:  ring ─ wait ─ decode ─ mma.sync ─ refill;  workspace[token] += row_alpha · accumulators (red.v4)
+    per CTA:   behind its spans it adds the number of its blocks to the ticket of each row block that it touched; where a row block's blocks are
+               all there, the CTA converts and stores it and clears workspace and ticket
 
-Run-time setting ``early_list``: the tiles were complete before the launch that precedes this one began, so that weights are fetched before it ends.
-The workspace and the tickets are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
+A group has so few row blocks that what one CTA may have to convert is bounded (LARGEST_FINISH). Words, rows and scales of a tile are loaded a tile
+ahead of their use, activations a block ahead.
+
+Run-time setting ``early_list``: what ``route`` wrote was complete before the launch that precedes this one began, so that weights are fetched before
+it ends. The workspace and the tickets are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
 """
 
 from __future__ import annotations
@@ -481,7 +485,7 @@ def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapp
 
 
 def expected(variant: Variant) -> Expected:
-    """What the audit must find in the PTX of ``variant``: the dense kernel's in each step of the loop, and two vectors of four added for each token."""
+    """What the audit must find in the PTX of ``variant``: the dense kernel's in each step of the loop, and four vectors added a token block."""
     config = config_of(variant)
     dense = sm90_fc2.expected(variant)
     counts = {opcode: count * unroll(config) for opcode, count in dense.ptx_counts.items()}

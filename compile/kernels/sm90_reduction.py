@@ -5,8 +5,8 @@ Every warp of a CTA multiplies other K 128 blocks of the same unit (64 weight ro
     accumulators of a warp ──st.shared──► partials[warp] ──barrier──► row of a lane: eight sums of one token, added in the order of warps
     a unit that several CTAs share:  rows ──st.global──► slot of the CTA ─ ticket ─ the last one adds all slots in the order of CTAs
 
-Behind the barrier no warp waits for another: each warp that finishes rows has a ticket of its own, and two buffers of partial sums take turns, so that
-the barrier of the next unit is what tells that a buffer has been read.
+Behind the barrier no warp waits for another: each warp that finishes rows has a ticket of its own, and two buffers of partial sums take turns, so
+that the barrier of the next unit is what tells that a buffer has been read.
 
 Both orders are fixed by the shape and the grid, so that a launch gives the same bits every time. A CTA has two slots: 0 for the unit that its span
 begins inside of, 1 for the one that its span ends inside of.
@@ -190,8 +190,8 @@ def finishing_warps(config: common.Config) -> int:
 def span_of(cta, ctas, units, length, smallest):
     """A CTA's share of the blocks of all units, ``length`` each, laid end to end: (unit, block in it, blocks, quotient, longer).
 
-    The first ``longer`` of the CTAs that work have ``quotient`` + 1 blocks, the others ``quotient``. A CTA takes at least ``smallest`` blocks, to hide
-    latency, so with few blocks not all CTAs work. Unsigned 32-bit throughout, divisions too: only the number of all blocks may be larger.
+    The first ``longer`` of the CTAs that work have ``quotient`` + 1 blocks, the others ``quotient``. A CTA takes at least ``smallest`` blocks, to
+    hide latency, so with few blocks not all CTAs work. Unsigned 32-bit throughout, divisions too: only the number of all blocks may be larger.
     """
     most = (Int64(units) * Int64(length) + (smallest - 1)) // smallest
     workers = ctas

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -199,48 +197,3 @@ def test_wrong_inputs_raise_before_anything_is_launched(ops: Any, layer: Layer) 
         with pytest.raises((ProblemError, NotImplementedError)):  # tensors of two devices: PyTorch's own dispatcher may refuse them
             ops.moe(*wrong)
     torch.cuda.synchronize()
-
-
-def _host_microseconds(calls: dict[str, Any], rounds: int = 300) -> dict[str, float]:
-    """Median host time of each call, in turn; the queue is emptied in between so that no launch waits for room."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e6)
-    return {name: statistics.median(each[20:]) for name, each in times.items()}
-
-
-def test_overhead_over_the_driver_launches(ops: Any, layer: Layer, record_property: Any) -> None:
-    """<= 8 us for a single op over its launch, <= 12 us for the layer over its launches (the issue's bars)."""
-    from densemoe.runtime.torch import device
-
-    x, multiplier = layer.x.cuda(), torch.tensor([100.0], device="cuda")
-    bf16, nvfp4 = on_gpu(layer.arguments("bf16")), on_gpu(layer.arguments("nvfp4"))
-    fc1 = (x, None, bf16[4], bf16[5], None, None, 512, packing.LAYOUT, "bf16")
-    fc2 = (ops.fc1_swiglu(*fc1)[0], None, bf16[6], torch.ones(8, 8, device="cuda"), 8, 512, packing.LAYOUT, "bf16")
-    calls = {
-        "quantize_nvfp4": lambda: ops.quantize_nvfp4(x, multiplier),
-        "fc1_swiglu": lambda: ops.fc1_swiglu(*fc1),
-        "fc2": lambda: ops.fc2(*fc2),
-        "moe bf16": lambda: ops.moe(*bf16),
-        "moe nvfp4": lambda: ops.moe(*nvfp4),
-    }
-    stream, launches = torch.cuda.current_stream().cuda_stream, {}
-    entries = device.runtime().entries
-    for name, call in calls.items():
-        call()
-        before = {id(each): each.used for each in entries.values()}
-        device.runtime().made += 1  # so that the entry which the next call uses is seen
-        call()
-        (entry,) = (each for each in entries.values() if each.used != before[id(each)])
-        launches[f"{name}, launches alone"] = lambda plans=entry.plans: [plan.launch(stream) for plan in plans]
-    times = _host_microseconds({**calls, **launches})
-    overhead = {name: times[name] - times[f"{name}, launches alone"] for name in calls}
-    for name, value in overhead.items():
-        record_property(f"{name} overhead us", value)
-        print(f"{name}: {times[name]:.2f} us, {overhead[name]:.2f} us over its launches")
-    for name, value in overhead.items():
-        assert value <= (12 if name.startswith("moe") else 8), f"{name}: {value:.2f} us"
