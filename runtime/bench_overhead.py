@@ -55,16 +55,17 @@ def _calls(torch: Any, ops: Any) -> dict[str, Callable[[], Any]]:
     ids = torch.stack([torch.randperm(EXPERTS, device="cuda")[:TOP_K] for _ in range(TOKENS)]).to(torch.int32)
     router = torch.full((TOKENS, TOP_K), 1 / TOP_K, device="cuda")
     one, two, ones, multiplier = weights("fc1"), weights("fc2"), torch.ones(EXPERTS, device="cuda"), torch.ones(1, device="cuda")
+    second = multiplier.clone()  # a layer's tensors are its own
     alpha, fc2_alpha = ones / 64, torch.ones(TOKENS, EXPERTS, device="cuda")
     middle = ops.fc1_swiglu(x, None, one, alpha, None, None, WIDTH, packing.LAYOUT, "bf16")[0]
-    layer = (x, None, ids, router, one, alpha, two, alpha)
+    layer = (x, None, ids, router, one, alpha, two, alpha.clone())
     last = (None, WIDTH, WIDTH, packing.LAYOUT, "bf16")
     return {
         "quantize_nvfp4": lambda: ops.quantize_nvfp4(x, multiplier),
         "fc1_swiglu": lambda: ops.fc1_swiglu(x, None, one, alpha, None, None, WIDTH, packing.LAYOUT, "bf16"),
         "fc2": lambda: ops.fc2(middle, None, two, fc2_alpha, EXPERTS, WIDTH, packing.LAYOUT, "bf16"),
         "moe of bf16": lambda: ops.moe(*layer, None, None, *last),
-        "moe of nvfp4": lambda: ops.moe(*layer, multiplier, multiplier, *last),
+        "moe of nvfp4": lambda: ops.moe(*layer, multiplier, second, *last),
     }
 
 

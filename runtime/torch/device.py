@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -71,19 +72,55 @@ def moe(
     elsewhere: bool = False,
 ) -> Tensor:
     """See ``ops``."""
+    rt, w1_pointer, w2_pointer = launching.current, w1.data_ptr(), w2.data_ptr()
+    stream = rt.stream(x.get_device())
+    given: Any = input_multiplier is None
+    like = (x, ids, router, w1, w1_alpha, w2, w2_alpha)
+    if x_scales is None and alpha_max is None and given is (output_multiplier is None):
+        if not given:
+            like = (x, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier)
+    else:
+        optional = (x_scales, input_multiplier, output_multiplier, alpha_max)
+        given, like = tuple([each is None for each in optional]), (*like, *[each for each in optional if each is not None])
+    short_key = (
+        "moe", stream, w1_pointer, w2_pointer, x.numel(), given, hidden, intermediate, layout, c_dtype, first_expert, elsewhere
+    )  # fmt: skip
+    short = rt.shortcuts.get(short_key)
+    if short is not None and short.check(*like) and not rt.capturing():
+        entry, c = short.entry, short.output()
+        scratch = short.second() if entry.scratch else None
+        pointers = (
+            x.data_ptr(),
+            0 if x_scales is None else x_scales.data_ptr(),
+            ids.data_ptr(),
+            router.data_ptr(),
+            w1_pointer,
+            w1_alpha.data_ptr(),
+            w2_pointer,
+            w2_alpha.data_ptr(),
+            0 if input_multiplier is None else input_multiplier.data_ptr(),
+            0 if output_multiplier is None else output_multiplier.data_ptr(),
+            0 if alpha_max is None else alpha_max.data_ptr(),
+            c.data_ptr(),
+            0 if scratch is None else scratch.data_ptr(),
+        )
+        entry.launch(pointers, stream)
+        return c
     dtype = C_DTYPES.get(c_dtype)
     if dtype is None:
         raise ProblemError(f"c_dtype={c_dtype!r} for moe: use bf16, f16 or f32")
     try:
-        c = _empty(x.shape[0], hidden, dtype=dtype, device=x.device)
+        make = partial(_empty, x.shape[0], hidden, dtype=dtype, device=x.device)
+        c = make()
     except (IndexError, RuntimeError):  # what the checks refuse, or no memory
         tensors = (x, x_scales, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, alpha_max)
         check_moe(*tensors, hidden, intermediate, c_dtype)
         raise
-    _moe(
+    entry = _moe(
         x, x_scales, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, alpha_max,
         hidden, intermediate, layout, c_dtype, first_expert, elsewhere, c, True,
     )  # fmt: skip
+    rt.shorten(short_key, entry, like, make, partial(_empty, entry.scratch, dtype=_U8, device=x.device))
     return c
 
 
@@ -133,7 +170,7 @@ def _moe(
     elsewhere: bool,
     c: Tensor,
     own: bool,
-) -> None:
+) -> Entry:
     rt, ordinal = launching.current, x.get_device()
     stream, w1_pointer, w2_pointer = rt.stream(ordinal), w1.data_ptr(), w2.data_ptr()
     key = (
@@ -172,6 +209,7 @@ def _moe(
         check_given("c", c, C_DTYPES[c_dtype], (x.shape[0], hidden), x)
         entry.check_apart(pointers, _OUTPUT)
     entry.launch(pointers, stream)
+    return entry
 
 
 _NAMES: Final = (

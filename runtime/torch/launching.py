@@ -32,7 +32,7 @@ from densemoe.runtime.recipe import evaluate
 from densemoe.runtime.select import load_table
 from densemoe.runtime.variant import GROUPED_OPS
 
-__all__ = ["Entry", "Launch", "Runtime", "Source", "check_aligned", "runtime", "use_runtime"]
+__all__ = ["Entry", "Launch", "Runtime", "Shortcut", "Source", "check_aligned", "runtime", "use_runtime"]
 
 Tensor = Any
 Owner = tuple[str, int, int]  # (stream or capture, device, which)
@@ -92,11 +92,13 @@ class Entry:
         plans: in launch order; none for M = 0.
         scratch: bytes that a call allocates for what lies between its launches; 0 where the stream keeps them.
         used: how many entries had been made when it was launched last.
+        key: of the Runtime's ``entries``; None where a capture owns it.
     """
 
     def __init__(self, runtime: Runtime, owner: Owner, plans: tuple[Plan, ...], sources: Sequence[Source], scratch: int = 0) -> None:
         self.plans, self.sources, self.scratch, self.used = plans, tuple(sources), scratch, runtime.made
         self.launches = tuple(plan.launch for plan in plans)
+        self.key: Any = None
         self._runtime, self._ordinal = runtime, owner[1]
         self._lock = runtime.lock(owner)
         self._alignments = tuple(each.alignment for each in sources)
@@ -172,6 +174,31 @@ class Entry:
             plan.close()
 
 
+class Shortcut:
+    """An entry found by a short key. ``check`` says in one call of PyTorch's whether tensors are of the types, dtypes, devices, shapes and strides of
+    those that the entry was found for with its full key; where they are not, or one of them is given twice, the full key decides.
+
+    Attributes:
+        output: makes the op's outputs: one function each.
+    """
+
+    __slots__ = ("check", "entry", "output", "second")
+
+    def __init__(self, check: Callable[..., bool], entry: Entry, output: Callable[[], Tensor], second: Callable[[], Tensor]) -> None:
+        self.check, self.entry, self.output, self.second = check, entry, output, second
+
+
+def _guards(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """What compares tensors with ``tensors``: the function that torch.compile's guards use. None where this torch has none, or it refuses these."""
+    try:
+        check: Callable[..., bool] = torch._C._dynamo.guards.TensorGuards(
+            *tensors, dynamic_dims_sizes=[list(each.shape) for each in tensors], dynamic_dims_strides=[list(each.stride()) for each in tensors]
+        ).check
+        return check if check(*tensors) is True else None
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return None
+
+
 class Runtime:
     """What the ops launch through. One serves a process; tests give their own loader and callables.
 
@@ -199,6 +226,7 @@ class Runtime:
         self._guard = guard or torch.cuda.device
         self._lock = threading.RLock()  # making an entry may make the loader
         self.entries: dict[Any, Entry] = {}
+        self.shortcuts: dict[Any, Shortcut] = {}
         self.made = 0  # entries, so far
         self._captured: dict[Any, Entry] = {}
         self._workspaces: dict[tuple[Owner, str, bool], tuple[int, int]] = {}  # → (address, bytes)
@@ -231,6 +259,7 @@ class Runtime:
             for entry in self.entries.values():
                 entry.close()
             self.entries.clear()
+            self.shortcuts.clear()
             free = [key for key in self._workspaces if key[0][0] == "stream"]
             for pointer in (*self._outgrown, *(self._workspaces.pop(key)[0] for key in free)):
                 self.loader.driver.free(pointer)
@@ -255,9 +284,24 @@ class Runtime:
                     self._drop()
                 self.made += 1
                 found = self.entries[key] = make(("stream", ordinal, stream))
+                found.key = key
             return found
 
+    def shorten(self, key: Any, entry: Entry, tensors: Sequence[Tensor | None], output: Callable[[], Tensor], second: Callable[[], Tensor]) -> None:
+        """Lets calls with ``key`` and tensors like these find ``entry``, unless it is a capture's or has been dropped.
+
+        Args:
+            key: everything but the tensors that decides what is launched, which optional tensors there are included.
+        """
+        check = _guards([each for each in tensors if each is not None])
+        with self._lock:
+            if check is not None and not self.capturing() and self.entries.get(entry.key) is entry:
+                if len(self.shortcuts) >= KEPT_ENTRIES:
+                    self.shortcuts.clear()
+                self.shortcuts[key] = Shortcut(check, entry, output, second)
+
     def _drop(self) -> None:
+        self.shortcuts.clear()
         for key, entry in heapq.nsmallest(max(1, KEPT_ENTRIES // 64), self.entries.items(), key=lambda each: each[1].used):
             entry.close()
             del self.entries[key]

@@ -1,5 +1,6 @@
 """Single ops on a GPU: one launch each. A call computes its key (everything that its checks depend on: shapes, dtypes, contiguity and devices of
 all tensors, the stream, the weights' address), and launches the entry of that key (``launching``); one that is new is checked and planned first.
+Where a shortcut leads to the entry (``launching.Shortcut``), the key is not computed.
 
 These functions are what a call costs beyond its launch, so they are written out: no loops, no dictionaries, no allocations but the outputs.
 """
@@ -7,6 +8,7 @@ These functions are what a call costs beyond its launch, so they are written out
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -61,15 +63,25 @@ _QUANTIZE: Final = ("a", "output_multiplier", "c.codes", "c.scales")
 
 def quantize_nvfp4(x: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
     """See ``ops``."""
+    rt = launching.current
+    stream = rt.stream(x.get_device())
+    short_key = ("quantize", stream, x.numel(), x.dtype)
+    short = rt.shortcuts.get(short_key)
+    if short is not None and short.check(x, multiplier) and not rt.capturing():
+        codes, scales = short.output(), short.second()
+        short.entry.launch((x.data_ptr(), multiplier.data_ptr(), codes.data_ptr(), scales.data_ptr()), stream)
+        return codes, scales
     device = x.device
     try:
         m, k = x.shape
-        codes = _empty(m, k // 2, dtype=_U8, device=device)
-        scales = _empty((m + 127) // 128 * 128, k // GROUP, dtype=_U8, device=device)
+        make_codes = partial(_empty, m, k // 2, dtype=_U8, device=device)
+        make_scales = partial(_empty, (m + 127) // 128 * 128, k // GROUP, dtype=_U8, device=device)
+        codes, scales = make_codes(), make_scales()
     except (ValueError, RuntimeError):  # what the checks refuse, or no memory
         check_quantize(x, multiplier)
         raise
-    _quantize(x, multiplier, codes, scales)
+    entry = _quantize(x, multiplier, codes, scales)
+    rt.shorten(short_key, entry, (x, multiplier), make_codes, make_scales)
     return codes, scales
 
 
@@ -78,7 +90,7 @@ def quantize_nvfp4_out(x: Tensor, multiplier: Tensor, *, codes: Tensor, scales: 
     _quantize(x, multiplier, codes, scales, own=False)
 
 
-def _quantize(x: Tensor, multiplier: Tensor, codes: Tensor, scales: Tensor, own: bool = True) -> None:
+def _quantize(x: Tensor, multiplier: Tensor, codes: Tensor, scales: Tensor, own: bool = True) -> Entry:
     rt, ordinal = launching.current, x.get_device()
     stream = rt.stream(ordinal)
     key = (
@@ -97,6 +109,7 @@ def _quantize(x: Tensor, multiplier: Tensor, codes: Tensor, scales: Tensor, own:
         entry.check_apart(pointers, 2)
         entry.check_apart(pointers, 3)
     entry.launch(pointers, stream)
+    return entry
 
 
 def check_given(name: str, target: Tensor, dtype: Any, shape: tuple[int, ...], beside: Tensor) -> None:
@@ -123,18 +136,41 @@ def fc1_swiglu(
     c_dtype: str,
 ) -> tuple[Tensor, Tensor]:
     """See ``ops``."""
+    rt, b_pointer = launching.current, b.data_ptr()
+    stream = rt.stream(a.get_device())
+    plain = a_scales is None and alpha_post is None and output_multiplier is None
+    given = plain or (a_scales is None, alpha_post is None, output_multiplier is None)
+    short_key = ("fc1", stream, b_pointer, a.numel(), given, intermediate, layout, c_dtype)
+    short = rt.shortcuts.get(short_key)
+    tensors = (a, b, alpha) if plain else tuple([each for each in (a, b, alpha, a_scales, alpha_post, output_multiplier) if each is not None])
+    if short is not None and short.check(*tensors) and not rt.capturing():
+        c, c_scales = short.output(), short.second()
+        pointers = (
+            a.data_ptr(),
+            0 if a_scales is None else a_scales.data_ptr(),
+            b_pointer,
+            alpha.data_ptr(),
+            0 if alpha_post is None else alpha_post.data_ptr(),
+            0 if output_multiplier is None else output_multiplier.data_ptr(),
+            c.data_ptr(),
+            c_scales.data_ptr() if c_dtype == "nvfp4" else 0,
+        )
+        short.entry.launch(pointers, stream)
+        return c, c_scales
     device = a.device
     try:
         m, n = a.shape[0], alpha.shape[0] * intermediate
         if c_dtype == "nvfp4":
-            c = _empty(m, n // 2, dtype=_U8, device=device)
-            c_scales = _empty((m + 127) // 128 * 128, n // GROUP, dtype=_U8, device=device)
+            make_c = partial(_empty, m, n // 2, dtype=_U8, device=device)
+            make_scales = partial(_empty, (m + 127) // 128 * 128, n // GROUP, dtype=_U8, device=device)
         else:
-            c, c_scales = _empty(m, n, dtype=C_DTYPES[c_dtype], device=device), _empty(0, 0, dtype=_U8, device=device)
+            make_c, make_scales = partial(_empty, m, n, dtype=C_DTYPES[c_dtype], device=device), partial(_empty, 0, 0, dtype=_U8, device=device)
+        c, c_scales = make_c(), make_scales()
     except (IndexError, KeyError, RuntimeError):  # what the checks refuse, or no memory
         fc1_problem(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, c_dtype)
         raise
-    _fc1(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, layout, c_dtype, c, c_scales)
+    entry = _fc1(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, layout, c_dtype, c, c_scales)
+    rt.shorten(short_key, entry, tensors, make_c, make_scales)
     return c, c_scales
 
 
@@ -169,7 +205,7 @@ def _fc1(
     c: Tensor,
     c_scales: Tensor,
     own: bool = True,
-) -> None:
+) -> Entry:
     rt, ordinal = launching.current, a.get_device()
     stream, b_pointer = rt.stream(ordinal), b.data_ptr()
     key = (
@@ -203,6 +239,7 @@ def _fc1(
         if quantised:
             entry.check_apart(pointers, 7)
     entry.launch(pointers, stream)
+    return entry
 
 
 # ---- fc2
@@ -210,12 +247,23 @@ def _fc1(
 
 def fc2(a: Tensor, a_scales: Tensor | None, b: Tensor, alpha: Tensor, experts: int, hidden: int, layout: str, c_dtype: str) -> Tensor:
     """See ``ops``."""
+    rt, b_pointer = launching.current, b.data_ptr()
+    stream = rt.stream(a.get_device())
+    short_key = ("fc2", stream, b_pointer, a.numel(), a_scales is None, experts, hidden, layout, c_dtype)
+    short = rt.shortcuts.get(short_key)
+    if short is not None and (short.check(a, b, alpha) if a_scales is None else short.check(a, b, alpha, a_scales)) and not rt.capturing():
+        c = short.output()
+        scales = 0 if a_scales is None else a_scales.data_ptr()
+        short.entry.launch((a.data_ptr(), scales, b_pointer, alpha.data_ptr(), c.data_ptr()), stream)
+        return c
     try:
-        c = _empty(a.shape[0], hidden, dtype=C_DTYPES[c_dtype], device=a.device)
+        make = partial(_empty, a.shape[0], hidden, dtype=C_DTYPES[c_dtype], device=a.device)
+        c = make()
     except (IndexError, KeyError, RuntimeError):  # what the checks refuse, or no memory
         fc2_problem(a, a_scales, b, alpha, experts, hidden, c_dtype)
         raise
-    _fc2(a, a_scales, b, alpha, experts, hidden, layout, c_dtype, c)
+    entry = _fc2(a, a_scales, b, alpha, experts, hidden, layout, c_dtype, c)
+    rt.shorten(short_key, entry, (a, b, alpha, a_scales), make, make)
     return c
 
 
@@ -228,7 +276,7 @@ def fc2_out(
 
 def _fc2(
     a: Tensor, a_scales: Tensor | None, b: Tensor, alpha: Tensor, experts: int, hidden: int, layout: str, c_dtype: str, c: Tensor, own: bool = True
-) -> None:
+) -> Entry:
     rt, ordinal = launching.current, a.get_device()
     stream, b_pointer = rt.stream(ordinal), b.data_ptr()
     key = (
@@ -246,3 +294,4 @@ def _fc2(
         check_given("c", c, C_DTYPES[c_dtype], (a.shape[0], hidden), a)
         entry.check_apart(pointers, 4)
     entry.launch(pointers, stream)
+    return entry

@@ -439,3 +439,86 @@ def test_single_ops_launch_one_kernel_each(fake: Fake) -> None:
         assert fake.launches() == []
         device.moe_out(y, *a[1:], c=overlapping["c"])
         assert len(fake.launches()) == 3
+
+
+def test_a_shortcut_leads_only_tensors_like_the_first_call_s(fake: Fake) -> None:
+    """What was changed in place since, under the same address, is checked as on a first call."""
+    a = arguments()
+    device.moe(*a)
+    assert len(fake.runtime.shortcuts) == 1
+    fake.launches()
+    device.moe(*a)
+    assert len(fake.launches()) == 3
+    for position, change in ((3, lambda t: t.t_()), (0, lambda t: t.resize_(10, HIDDEN // 2)), (5, lambda t: t.resize_(EXPERTS - 1))):
+        bad = list(a)
+        bad[position] = a[position].clone()
+        device.moe(*bad)
+        fake.launches()
+        change(bad[position])
+        with pytest.raises(ProblemError):
+            device.moe(*bad)
+        assert not fake.launches()
+    other = [*a[:2], a[2].to(torch.int64), *a[3:]]
+    device.moe(*other)
+    assert len(fake.runtime.entries) == 2
+    assert len(fake.launches()) == 3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_shortcut_hands_over_every_tensor(fake: Fake, fused: bool) -> None:
+    a = arguments(quantise=True, fused=fused)
+    device.moe(*a)
+    first = fake.launches()
+    device.moe(*a)
+    assert len(fake.runtime.shortcuts) == 1
+    moved = [each.clone() if i in (0, 2, 3, 5, 7, 8, 9, 10) and each is not None else each for i, each in enumerate(a)]
+    fake.launches()
+    kept = device.moe(*moved)
+    quantise, prepare, fc1, fc2 = fake.launches()
+    assert [quantise[0], prepare[0], fc1[0], fc2[0]] == [each[0] for each in first]
+    assert (quantise[2]["a"], quantise[2]["output_multiplier"]) == (moved[0].data_ptr(), moved[8].data_ptr())
+    assert (prepare[2]["ids"], prepare[2]["router"], prepare[2]["w2_alpha"]) == tuple(moved[i].data_ptr() for i in (2, 3, 7))
+    assert (fc1[2]["alpha"], fc1[2]["output_multiplier"], fc2[2]["c"]) == (moved[5].data_ptr(), moved[9].data_ptr(), kept.data_ptr())
+    if fused:
+        assert prepare[2]["alpha_divisor"] == fc2[2]["alpha"] == moved[10].data_ptr()
+
+
+def test_single_ops_by_their_shortcuts(fake: Fake) -> None:
+    a = arguments()
+    for _ in range(2):
+        codes, scales = device.quantize_nvfp4(a[0], a[5][:1])
+        c, _ = device.fc1_swiglu(a[0], None, a[4], a[5], None, None, INTERMEDIATE, packing.LAYOUT, "bf16")
+        alpha = torch.ones(5, EXPERTS)
+        out = device.fc2(c, None, a[6], alpha, EXPERTS, HIDDEN, packing.LAYOUT, "bf16")
+        quantise, fc1, fc2 = fake.launches()
+        assert [quantise[2][role] for role in ("a", "c.codes", "c.scales")] == [each.data_ptr() for each in (a[0], codes, scales)]
+        assert [fc1[2][role] for role in ("a", "b", "alpha", "c")] == [each.data_ptr() for each in (a[0], a[4], a[5], c)]
+        assert [fc2[2][role] for role in ("a", "b", "alpha", "c")] == [each.data_ptr() for each in (c, a[6], alpha, out)]
+        assert len(fake.runtime.shortcuts) == 3
+    with pytest.raises(ProblemError, match="contiguous"):
+        device.fc2(c, None, a[6], torch.ones(EXPERTS, 5).t(), EXPERTS, HIDDEN, packing.LAYOUT, "bf16")
+    assert not fake.launches()
+
+
+def test_a_shortcut_is_not_taken_while_a_graph_is_captured_and_goes_with_its_entry(fake: Fake) -> None:
+    a = arguments()
+    device.moe(*a)
+    (eager,) = [each for each in fake.launches() if each[0] == "fc2"]
+    fake.capturing = True
+    device.moe(*a)
+    (captured,) = [each for each in fake.launches() if each[0] == "fc2"]
+    assert not {*workspaces(eager).values()} & {*workspaces(captured).values()}
+    fake.capturing = False
+    fake.runtime.clear()
+    assert not fake.runtime.shortcuts
+
+
+def test_without_a_comparison_of_torch_s_or_with_a_tensor_given_twice_the_full_key_decides(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = arguments()
+    a[7] = a[5]
+    device.moe(*a)
+    monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    device.moe(*arguments())
+    assert not fake.runtime.shortcuts
+    device.moe(*a)
+    assert len(fake.launches()) == 9
