@@ -75,7 +75,7 @@ def moe(
     rt, w1_pointer, w2_pointer = launching.current, w1.data_ptr(), w2.data_ptr()
     stream = rt.stream(x.get_device())
     given: Any = input_multiplier is None
-    like = (x, ids, router, w1, w1_alpha, w2, w2_alpha)
+    like: tuple[Tensor, ...] = (x, ids, router, w1, w1_alpha, w2, w2_alpha)
     if x_scales is None and alpha_max is None and given is (output_multiplier is None):
         if not given:
             like = (x, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier)
