@@ -48,7 +48,18 @@ class Lines(Mapping[str, memoryview]):
 
     def __getitem__(self, name: str) -> memoryview:
         mark = b'\n"%s":' % name.encode()
-        at = self._data.find(mark, self._start, self._end)
+        data, low, high = self._data, self._start, self._end
+        while high - low > _NEAR:  # names are sorted; where they are not, all of it is searched below
+            middle = data.find(b'\n"', (low + high) // 2, high)
+            if middle < 0:
+                break
+            if data[middle : middle + len(mark)] <= mark:
+                low = middle
+            else:
+                high = middle + 1
+        at = data.find(mark, low, min(high + len(mark), self._end))
+        if at < 0:
+            at = data.find(mark, self._start, self._end)
         if at < 0 or '"' in name or "\n" in name:
             raise KeyError(name)
         end = self._data.index(b"\n", at + 1)
@@ -64,6 +75,7 @@ class Lines(Mapping[str, memoryview]):
         return self._data.count(b'\n"', self._start, self._end)
 
 
+_NEAR: Final = 8192  # bytes that are searched as they are
 _NAMES: Final = re.compile(rb'\n"([^"\n]*)":')
 _ENDS: Final = {b"{": re.compile(rb"\n\},\n"), b"[": re.compile(rb"\n\],\n")}  # twice as fast as bytes.find
 
@@ -119,9 +131,20 @@ def parse_line(text: memoryview, path: str) -> Any:
         ManifestError: it is none.
     """
     try:
-        return json.loads(str(text, "utf-8"))
+        line = str(text, "utf-8")
+        try:
+            value, end = _SCAN(line, 0)
+            if end == len(line):
+                return value
+        except StopIteration:
+            pass
+        return json.loads(line)  # space around it, or more than one value: what json.loads says
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: not JSON: {error}; build or install the set again") from None
+
+
+#: What json.loads calls, without its passes over the space around a value.
+_SCAN: Final = json.JSONDecoder().scan_once
 
 
 def write_atomically(path: Path, data: bytes) -> None:

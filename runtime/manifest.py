@@ -11,6 +11,8 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
+from operator import itemgetter
 from typing import Any, Final
 
 from densemoe.runtime.canonical import canonical, parse_line, split_lines
@@ -131,18 +133,21 @@ class ManifestVariant:
     @classmethod
     def from_json(cls, key: str, value: Any, path: str, arch: str, recipes: Mapping[str, Recipe]) -> ManifestVariant:
         """Checks and reads the entry of ``key``; its variant and recipe when they are asked for. Raises ManifestError."""
-        fields = Fields(value, path)
-        found = {}
-        for name, (kind, check, allowed) in _ENTRY.items():
-            member = found[name] = value.get(name)
-            if type(member) is not kind or (check is not None and not check(member)):
+        try:
+            members = _MEMBERS(value)
+        except (KeyError, TypeError):
+            members = ()
+        found = dict(zip(_ENTRY, members, strict=False))
+        if tuple(map(type, members)) != _KINDS or not _allowed(found):
+            fields = Fields(value, path)
+            for name, (kind, check, allowed) in _ENTRY.items():
                 fields.get(name, kind, check, allowed)  # names the fault
         belonging = (("symbol", symbol_of(key)), ("file", f"{key}.cubin"), ("arch_kind", architecture(arch).kind))
         for name, belongs in belonging:
             if found[name] != belongs:
-                fields.get(name, str, lambda _: False, f"{belongs} belongs to this key")
+                Fields(value, path).get(name, str, lambda _: False, f"{belongs} belongs to this key")
         recipe_id = found.pop("recipe")
-        parameters = found["parameters"] = tuple([(pair[0], pair[1]) for pair in found["parameters"]])
+        parameters = found["parameters"] = tuple(map(tuple, found["parameters"]))
         found["verification"] = tuple(found["verification"])
         del found["arch_kind"]
 
@@ -174,13 +179,12 @@ def _variant(key: str, arch: str, path: str) -> Variant:
 
 
 def _pairs(value: list[Any]) -> bool:
-    for pair in value:
-        if type(pair) is not list or len(pair) != 2:
-            return False
-        offset, size = pair
-        if type(offset) is not int or type(size) is not int or not (0 <= offset <= 1 << 16 and 0 <= size <= 1 << 16):
-            return False
-    return True
+    if not value:
+        return True
+    if set(map(type, value)) != {list} or set(map(len, value)) != {2}:
+        return False
+    numbers = list(chain.from_iterable(value))
+    return set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) <= 1 << 16
 
 
 def _size(largest: int, least: int = 0) -> tuple[type, Callable[[Any], bool], str]:
@@ -208,6 +212,18 @@ _ENTRY: Final[Mapping[str, tuple[type, Callable[[Any], bool] | None, str]]] = {
     "audit": (dict, None, ""),
     "verification": (list, lambda records: all(isinstance(record, dict) for record in records), "objects"),
 }
+#: Their values in order, from an entry that has all of them.
+_MEMBERS: Final = itemgetter(*_ENTRY)
+_KINDS: Final = tuple(kind for kind, _, _ in _ENTRY.values())
+_CHECKS: Final = tuple((name, check) for name, (_, check, _) in _ENTRY.items() if check is not None)
+
+
+def _allowed(found: Mapping[str, Any]) -> bool:
+    """Whether members of the right types pass their checks."""
+    for name, check in _CHECKS:  # noqa: SIM110 - a generator takes as long as the checks
+        if not check(found[name]):
+            return False
+    return True
 
 
 class _Recipes(Mapping[str, Recipe]):
