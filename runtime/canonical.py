@@ -132,19 +132,17 @@ def parse_line(text: memoryview, path: str) -> Any:
     """
     try:
         line = str(text, "utf-8")
-        try:
-            value, end = _SCAN(line, 0)
+        with suppress(ValueError):
+            value, end = _DECODE(line)
             if end == len(line):
                 return value
-        except StopIteration:
-            pass
         return json.loads(line)  # space around it, or more than one value: what json.loads says
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: not JSON: {error}; build or install the set again") from None
 
 
 #: What json.loads calls, without its passes over the space around a value.
-_SCAN: Final = json.JSONDecoder().scan_once
+_DECODE: Final = json.JSONDecoder().raw_decode
 
 
 def write_atomically(path: Path, data: bytes) -> None:

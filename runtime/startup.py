@@ -129,6 +129,7 @@ def _measure(artifacts: str | None, device: int, processes: int, bytecode: str) 
         _row("  of it cuLibraryLoadData, the process's first", each("first_load"), MICRO),
         _row("a later kernel, with hash and ABI check", medians("later_kernels"), MICRO, 150.0),
         _row("  of it cuLibraryLoadData", medians("later_loads"), MICRO, 50.0),
+        _row("  of it the driver's answers: symbol, parameters, shared memory", medians("later_asked"), MICRO),
         _row("the first Plan, with the selection's table", each("plan"), MICRO),
         _row("its first launch", each("first_launch"), MICRO),
         _row("launch of a prepared Plan from Python", medians("launches"), MICRO, 4.0),
