@@ -175,3 +175,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("members", [1, 60, 700])
+def test_each_member_of_an_unparsed_object_is_found_in_order_or_not(members: int) -> None:
+    document = {f"k{i * 7919 % 1000}{'.w' * (i % 3)}": {"pad": "p" * (i * 37 % 400), "v": i} for i in range(members)}
+    ordered = canonical({"variants": document})
+    lines = ordered.split(b"\n")
+    body = [line.rstrip(b",") for line in lines[2:-3]]
+    shuffled = b"\n".join([*lines[:2], b",\n".join(body[::-1]), *lines[-3:]])
+    for data in (ordered, shuffled):
+        found = split_lines(data, "x", lazy=("variants",))["variants"]
+        assert {name: json.loads(bytes(found[name])) for name in document} == document
+        for absent in ("k", "zz", 'k1"', "k0.w.w.w"):
+            with pytest.raises(KeyError):
+                found[absent]
