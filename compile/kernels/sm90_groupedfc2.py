@@ -4,12 +4,12 @@ An item is 64 columns of a tile (up to ``tile_m`` rows of one expert) over the e
 of row blocks: all tiles of one group, then those of the next; of a tile the group's row blocks one behind the other, so that a warp reads its weights
 in a row and its activations from the L1. All items' K 128 blocks are cut into equal spans, one a warp, wherever that is:
 
-    per item:  ring ─ wait ─ decode ─ mma.sync ─ refill;  workspace[token] += row_alpha · accumulators (sm90_workspace: whole rows)
+    per item:  ring ─ wait ─ decode ─ mma.sync ─ refill;  workspace[token] += row_alpha · accumulators (red.v4)
     per CTA:   behind its spans it adds the number of its blocks to the ticket of each row block that it touched; where a row block's blocks are
                all there, the CTA converts and stores it and clears workspace and ticket
 
 A group has so few row blocks that what one CTA may have to convert is bounded (LARGEST_FINISH). Words, rows and scales of a tile are loaded a tile
-ahead of their use, the expert whose weights the ring fetches too, activations a block ahead.
+ahead of their use, activations a block ahead.
 
 Run-time setting ``early_list``: what ``route`` wrote was complete before the launch that precedes this one began, so that weights are fetched before
 it ends. The workspace and the tickets are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
@@ -30,11 +30,10 @@ from cutlass.experimental import primitives as pr
 from densemoe.compile.kernels import Expected, sm90_fc2
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_reduction as reduction
-from densemoe.compile.kernels import sm90_workspace as workspace
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_epilogue import store_if, store_row
 from densemoe.compile.kernels.sm90_fc1 import UNROLL
-from densemoe.compile.kernels.sm90_fc2 import OUTPUTS, load_workspace_if, wait
+from densemoe.compile.kernels.sm90_fc2 import OUTPUTS, add_scaled, add_to_workspace, load_workspace_if, token_values, wait
 from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
 from densemoe.runtime.variant import Variant
 
@@ -82,7 +81,6 @@ def groupedfc2_kernel(
     all_rings, all_barriers = common.shared_memory(config)
     ring = all_rings.subview(warp * (stages * superblock))
     barriers = all_barriers.subview(warp * stages)
-    staged = workspace.staged_rows() + warp * workspace.STAGED_BYTES
     shared_mask = reduction.shared_word()
     if lane == 0:
         for i in cutlass.range_constexpr(stages):
@@ -110,10 +108,9 @@ def groupedfc2_kernel(
     fetch_left = of_tile - row * k_blocks - k  # blocks of the span that this tile has at most
     words_after = tile_words(lane_tiles, tile_behind(tile, tile_count), Int32(left > fetch_left))
 
-    # what the ring fetches next, and the expert of the tile behind it
+    # what the ring fetches next
     fetch_tile = tile
     fetch_group = group
-    expert_ahead = words_after[0]
     source = b + Int64(words[0]) * expert_bytes + Int64((group * group_rows + row) * k_blocks + k) * superblock
     for i in cutlass.range_constexpr(stages):
         if to_fetch > 0:
@@ -126,10 +123,8 @@ def groupedfc2_kernel(
                 fetch_left = of_tile
                 fetch_tile = tile_behind(fetch_tile, tile_count)
                 fetch_group += Int32(fetch_tile == 0)
-                source = b + Int64(expert_ahead) * expert_bytes + Int64(fetch_group * of_tile) * superblock
-                expert_ahead = tile_words(lane_tiles, tile_behind(fetch_tile, tile_count), Int32(to_fetch > of_tile))[0]
-    scale, token = row_of(rows, row_alpha, words, lane)
-    count = words[2]
+                source = b + Int64(tile_words(tiles, fetch_tile, Int32(1))[0]) * expert_bytes + Int64(fetch_group * of_tile) * superblock
+    scales, tokens = rows_of(config, rows, row_alpha, words, t)
     sources, exists = sources_of(config, a, a_scales, words, intermediate, g, t)
 
     pr.griddepcontrol("wait")  # weights do not depend on the launch before; activations and the workspace do
@@ -152,7 +147,9 @@ def groupedfc2_kernel(
         tile = tile_behind(tile, tile_count)
         group += Int32(tile == 0)
         words_next = tile_words(lane_tiles, tile_behind(tile, tile_count), Int32(left > of_tile))
-        scale_after, token_after = row_of(rows, row_alpha, words_after, lane)
+        scales_after, tokens_after = scales, tokens
+        if cutlass.const_expr(unroll(config) > 1):
+            scales_after, tokens_after = rows_of(config, rows, row_alpha, words_after, t)
         while in_tile > 0:
             for copy in cutlass.range_constexpr(unroll(config)):  # loaded activations need not move from one set of registers to the other
                 if in_tile > 0:
@@ -185,24 +182,32 @@ def groupedfc2_kernel(
                             fetch_left = of_tile
                             fetch_tile = tile_behind(fetch_tile, tile_count)
                             fetch_group += Int32(fetch_tile == 0)
-                            source = b + Int64(expert_ahead) * expert_bytes + Int64(fetch_group * of_tile) * superblock
-                            expert_ahead = tile_words(lane_tiles, tile_behind(fetch_tile, tile_count), Int32(to_fetch > of_tile))[0]
+                            expert = tile_words(tiles, fetch_tile, Int32(1))[0]
+                            source = b + Int64(expert) * expert_bytes + Int64(fetch_group * of_tile) * superblock
                     stage += 1
                     if stage == stages:
                         stage = Int32(0)
                         phase = phase ^ 1
                     if (ends != 0) | (in_tile == 0):  # the item's part of this span is done
-                        columns = partials + Int64(own_group * group_rows + row) * Int64(tokens_total) * workspace.ROW_BYTES
-                        workspace.add_rows(config, columns, staged, accumulators, scale, token, count, lane)
-                        accumulators = workspace.cleared(accumulated)
+                        sums = add_scaled(common.zero_accumulators(accumulated), accumulators, config, scales)
+                        accumulators = common.zero_accumulators(accumulated)
+                        for block in cutlass.range_constexpr(config.token_blocks):
+                            for pair in cutlass.range_constexpr(2):
+                                token, live = tokens[2 * block + pair]
+                                place = Int64(own_group * group_rows + row) * Int64(tokens_total) + Int64(token)
+                                address = partials + (place * common.SUPERBLOCK_ROWS + Int64(g * OUTPUTS)) * 4
+                                values = token_values(sums, block, pair)
+                                add_to_workspace(address, live, values[:4])
+                                add_to_workspace(address + 16, live, values[4:])
                         row += ends
                         k = k * (ends ^ 1)
                 elif cutlass.const_expr(copy > 0):
                     halves = common.moved(halves)  # here, where few tiles end, and not before the branch
         row = Int32(0)
-        scale = scale_after
-        token = token_after
-        count = words_after[2]
+        scales = scales_after
+        tokens = tokens_after
+        if cutlass.const_expr(unroll(config) == 1):
+            scales, tokens = rows_of(config, rows, row_alpha, words_after, t)
         words_after = words_next
 
     # ---- hand over what the CTA has added, by row block; whose blocks are then all there it converts
@@ -220,10 +225,10 @@ def groupedfc2_kernel(
             added = before_in_row(end, own_row, group_rows, k_blocks, of_group) - before_in_row(begin, own_row, group_rows, k_blocks, of_group)
             added = added * Int32(base + lane < touched)
             cute.arch.fence_acq_rel_gpu()
-            before = workspace.add_if(tickets + Int64(own_row) * 4, added)
+            before = add_if(tickets + Int64(own_row) * 4, added)
             last = Int32(added > 0) & Int32(before + added == tile_count * k_blocks)
             store_if("b32", tickets + Int64(own_row) * 4, last, [Uint32(0)])
-            mask = workspace.ballot(last)
+            mask = ballot(last)
             if mask != 0:
                 cute.arch.fence_acq_rel_gpu()
             if lane == 0:
@@ -232,7 +237,7 @@ def groupedfc2_kernel(
         mask = Uint32(shared_mask[0])
         turn = Int32(0)
         while mask != 0:
-            which = workspace.lowest_bit(mask)
+            which = lowest_bit(mask)
             mask = mask & (mask - 1)
             done_row = first_row + base + which
             # up to 32 tokens are one warp's, more are all warps'
@@ -255,12 +260,19 @@ def tile_words(tiles: Any, index: Any, exists: Any) -> list[Any]:
     return [Int32(each) for each in common.load_global_v4_if(tiles + (Int64(index) + 1) * 16, exists)[:3]]
 
 
-def row_of(rows: Any, row_alpha: Any, words: list[Any], lane: Any) -> tuple[Any, Any]:
-    """The scale and the token of a tile's row ``lane``; 0 and -1 where there is none."""
+def rows_of(config: common.Config, rows: Any, row_alpha: Any, words: list[Any], t: Any) -> tuple[list[Any], list[tuple[Any, Any]]]:
+    """Of the tokens whose sums a lane holds, two a token block: the scales, and (token, 1 where there is one)."""
     _, first_row, count = words
-    exists = Int32(lane < count)
-    at = Int64(first_row + lane) * 4
-    return common.load_global_f32_if(row_alpha + at, exists), common.load_global_s32_or(rows + at, exists, Int32(-1))
+    scales = []
+    tokens = []
+    for block in range(config.token_blocks):
+        for pair in range(2):
+            place = block * common.MMA_TOKENS + t * 2 + pair
+            live = Int32(place < count)
+            at = Int64(first_row + place) * 4
+            scales.append(common.load_global_f32_if(row_alpha + at, live))
+            tokens.append((common.load_global_s32_or(rows + at, live, Int32(0)), live))
+    return scales, tokens
 
 
 def sources_of(
@@ -291,6 +303,29 @@ def before_in_row(block, row, group_rows, k_blocks, of_group):
 def tile_behind(tile: Any, tile_count: Any) -> Any:
     """The tile after another, the first one behind the last."""
     return (tile + 1) * Int32(tile + 1 < tile_count)
+
+
+def add_if(address: Any, value: Any) -> Any:
+    """Adds a value that is not 0 to a counter at device scope, relaxed; gives the one before."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0; mov.b32 {$w0}, 0; @p atom.relaxed.gpu.global.add.u32 {$w0}, [{$r0}], {$r1}; }",
+        write_only_types=[Int32],
+        read_only_args=[address, value],
+    )
+
+
+def ballot(flag: Any) -> Any:
+    """A bit for each lane of the warp whose ``flag`` is not 0."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.b32 p, {$r0}, 0; vote.sync.ballot.b32 {$w0}, p, 0xffffffff; }", write_only_types=[Uint32], read_only_args=[flag]
+    )
+
+
+def lowest_bit(mask: Any) -> Any:
+    """The place of the lowest bit that is set."""
+    return pr.inline_ptx_hl(
+        "{ .reg .b32 r; brev.b32 r, {$r0}; clz.b32 {$w0}, r; }", write_only_types=[Int32], read_only_args=[mask]
+    )
 
 
 def finish_tokens(
@@ -420,7 +455,7 @@ def recipe(variant: Variant) -> Recipe:
         ),
         grid=(f"min(ceil_div(blocks, {common.WARPS}), sm_count * {config.resident_ctas})", 1, 1),
         block=(common.WARPS * 32, 1, 1),
-        dynamic_smem=common.shared_memory_bytes(config) + common.WARPS * workspace.STAGED_BYTES + 4,  # the rings, rows on their way, the mask
+        dynamic_smem=common.shared_memory_bytes(config) + 4,  # the rings, the ticket
         workspaces=(
             Workspace("workspace.partials", "M * H * 4", zeroed=True),
             Workspace("workspace.tickets", "row_blocks * 4", zeroed=True),
