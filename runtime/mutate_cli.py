@@ -19,7 +19,7 @@ def add_command(add: Callable[[str, str, str, str], argparse.ArgumentParser], ex
         "densemoe.compile.mutate_cli:mutate",
     )
     parser.add_argument("keys", nargs="*", metavar="KEY", help="variants (default: those of the suite, see docs/mutation.md)")
-    parser.add_argument("--only", metavar="PATTERN", help="shell pattern over names of mutants, as in 'delete: fence*'")
+    parser.add_argument("--only", action="append", metavar="PATTERN", help="pattern over names of mutants, as in 'delete: fence*'; may be repeated")
     parser.add_argument("--count", type=natural, metavar="N", help="a sample of N mutants a kernel, every kind as often as it can be (default: all)")
     parser.add_argument("--seed", type=natural, default=0, help="of the sample (default: 0)")
     parser.add_argument("--case", action="append", metavar="CASE", help="run this case, as in m=9,e=2,h=384,i=64,kind=exact; may be repeated")

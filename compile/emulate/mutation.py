@@ -47,7 +47,7 @@ def _runs(many: str, listed: str, *small: str) -> Runs:
 
 #: ``many``: one cluster takes so many tiles that every ring wraps more than once; its list of experts is waited for. ``listed``: more clusters than
 #: tiles, a list that is read early, alphas of 0, CTAs that share a unit (FC2: two launches on one workspace). ``small``: one tile; no list; an empty
-#: split; an odd number of steps; rings that wrap where ``listed`` has too many CTAs for it.
+#: split; an odd number of steps; more steps than a ring has (sm_90a); rings that wrap where ``listed`` has too many CTAs for it.
 SUBJECTS: Final[Mapping[str, Runs]] = {
     "fc1.sm100f.t128x128.c1x1.nvfp4-nvfp4": _runs(
         "m=129,e=4,h=320,i=128,kind=exact,post=1,list=1,sms=1",
@@ -81,6 +81,7 @@ SUBJECTS: Final[Mapping[str, Runs]] = {
         "m=9,e=3,h=384,i=64,kind=exact,post=1,list=1,sms=1",
         "m=9,e=4,h=640,i=64,kind=exact,post=1,list=1,zeros=1,sms=3,early_list=1",
         "m=1,e=1,h=256,i=64,kind=exact,sms=1",
+        "m=9,e=2,h=640,i=128,kind=exact,sms=1",
         "m=21,e=6,h=320,i=128,kind=exact,post=1,list=1,zeros=1,sms=1,early_list=1",
     ),
     "fc2.sm90a.t8x64.c1x1.bf16-bf16": _runs(
@@ -338,7 +339,7 @@ def run(
     subjects: Iterable[Subject],
     executor: Executor,
     *,
-    only: str | None = None,
+    only: Sequence[str] = (),
     count: int | None = None,
     seed: int = 0,
     journal: Path | None = None,
@@ -347,7 +348,7 @@ def run(
     """Runs the mutants of kernels.
 
     Args:
-        only: shell pattern over names of mutants.
+        only: shell patterns over names of mutants, of which one must match; by default all.
         count: of every kernel that many, a sample that ``seed`` decides; by default all.
         journal: a file of finished mutants, read first and appended to: a run that was interrupted goes on.
         progress: (what, done, of all) after every mutant.
@@ -359,8 +360,8 @@ def run(
     used: set[Equivalent] = set()
     for each in subjects:
         chosen = mutants(each.ptx)
-        if only is not None:
-            chosen = [mutant for mutant in chosen if fnmatchcase(mutant.name, only.replace("[", "[[]"))]
+        if only:
+            chosen = [mutant for mutant in chosen if any(fnmatchcase(mutant.name, name.replace("[", "[[]")) for name in only)]
         if count is not None:
             chosen = sample(chosen, count, seed)
         plain = run_mutant(Task(each, "", each.ptx))
@@ -373,7 +374,7 @@ def run(
                 used.add(proof)
                 finding = replace(finding, outcome="equivalent", detail=proof.proof)
             report.findings.append(finding)
-    if count is None and only is None:
+    if count is None and not only:
         keys = {each.key for each in report.findings}
         report.unused = [proof for proof in equivalents() if proof not in used and any(fnmatchcase(key, proof.kernels) for key in keys)]
     return report

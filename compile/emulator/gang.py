@@ -270,6 +270,12 @@ class Gang:
         """Indices of active lanes."""
         return range(self.lanes) if mask is None else np.flatnonzero(mask).tolist()
 
+    def lanes_of(self, mask: Mask | None, w: int) -> int:
+        """Active lanes of a warp, a bit each."""
+        if mask is None:
+            return (1 << LANES) - 1
+        return sum(1 << lane for lane in np.flatnonzero(mask[w * LANES : (w + 1) * LANES]).tolist())
+
     def local(self) -> tuple[Any, Any]:
         """Local memory of the lanes, uint8 ``[lanes, bytes]``, and which bytes were written."""
         if self.local_data is None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from densemoe.compile.emulator.clocks import READERS, Clock, Marks, Vector
-from densemoe.compile.emulator.global_races import GlobalRaces
+from densemoe.compile.emulator.global_races import ALL_LANES, GlobalRaces
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
@@ -83,9 +83,9 @@ class Races:
         self.next_async = 0
         self.lints = lints
         self.loads_open: dict[int, bool] = {}
-        #: what a warp's last fence made ready for relaxed arrivals after it, and what relaxed waits saw that its next fence may rely on
-        self.ready: dict[int, Clock] = {}
-        self.seen: dict[int, Clock] = {}
+        #: what a warp's last fence made ready for relaxed arrivals after it, and what relaxed waits saw that its next fence may rely on: whose lanes'
+        self.ready: dict[int, tuple[int, Clock]] = {}
+        self.seen: dict[int, tuple[int, Clock]] = {}
         self.locations: dict[int, Clock] = {}
         self.everywhere: GlobalRaces | None = None
         self.unfenced: dict[int, list[Any]] = {}
@@ -97,12 +97,12 @@ class Races:
         if self.everywhere is not None:
             self.everywhere.tick(warp.row)
 
-    def _wide(self, row: int) -> Vector | None:
-        return None if self.everywhere is None else self.everywhere.known[row]
+    def _wide(self, row: int, lanes: int = ALL_LANES) -> Vector | None:
+        return None if self.everywhere is None else self.everywhere.released(row, lanes)
 
-    def _release(self, clock: Clock | None, warp: Warp) -> Clock:
+    def _release(self, clock: Clock | None, warp: Warp, lanes: int = ALL_LANES) -> Clock:
         row = warp.row
-        own = Clock(self.order[row], self.proxy[row], self.tensor_out[row], wide=self._wide(row))
+        own = Clock(self.order[row], self.proxy[row], self.tensor_out[row], wide=self._wide(row, lanes))
         if clock is None:
             clock = own.copy()
         else:
@@ -110,7 +110,7 @@ class Races:
         self._tick(warp)
         return clock
 
-    def _acquire(self, clock: Clock | None, warp: Warp) -> None:
+    def _acquire(self, clock: Clock | None, warp: Warp, lanes: int = ALL_LANES) -> None:
         if clock is None:
             return
         row = warp.row
@@ -118,48 +118,57 @@ class Races:
         np.maximum(self.proxy[row], clock.proxy, out=self.proxy[row])
         np.maximum(self.tensor_in[row], clock.tensor, out=self.tensor_in[row])
         if self.everywhere is not None and clock.wide is not None:
-            np.maximum(self.everywhere.known[row], clock.wide, out=self.everywhere.known[row])
+            self.everywhere.acquired(row, clock.wide, lanes)
 
-    def _release_ready(self, clock: Clock | None, warp: Warp) -> Clock | None:
-        """A relaxed arrival or write: it releases what a fence before it made ready."""
-        ready = self.ready.get(warp.row)
-        if ready is None:
+    def _release_ready(self, clock: Clock | None, warp: Warp, lanes: int = ALL_LANES) -> Clock | None:
+        """A relaxed arrival or write: it releases what a fence of its lanes before it made ready."""
+        fenced, ready = self.ready.get(warp.row, (0, None))
+        if ready is None or not fenced & lanes:
             return clock
         if clock is None:
             return ready.copy()
         clock.join(ready)
         return clock
 
-    def _see(self, clock: Clock | None, warp: Warp) -> None:
-        """A relaxed wait or read: a fence after it acquires what it saw."""
+    def _see(self, clock: Clock | None, warp: Warp, lanes: int = ALL_LANES) -> None:
+        """A relaxed wait or read: a fence of its lanes after it acquires what it saw."""
         if clock is None:
             return
-        seen = self.seen.get(warp.row)
+        lanes_before, seen = self.seen.get(warp.row, (0, None))
         if seen is None:
-            self.seen[warp.row] = clock.copy()
+            seen = clock.copy()
         else:
             seen.join(clock)
+        self.seen[warp.row] = (lanes | lanes_before, seen)
 
-    def fence(self, warp: Warp) -> None:
-        """``fence.acq_rel``, ``.sc`` and ``membar``, of any scope."""
-        self._acquire(self.seen.pop(warp.row, None), warp)
-        self.ready[warp.row] = self._release(None, warp)
+    def fence(self, warp: Warp, lanes: int = ALL_LANES) -> None:
+        """``fence.acq_rel``, ``.sc`` and ``membar``, of any scope, by lanes of a warp."""
+        seers, seen = self.seen.get(warp.row, (0, None))
+        if seers & lanes:
+            del self.seen[warp.row]
+            self._acquire(seen, warp, lanes)
+        fenced, ready = self.ready.get(warp.row, (0, None))
+        made = self._release(None, warp, lanes)
+        if ready is not None and fenced & ~lanes:
+            made.join(ready)
+            lanes |= fenced
+        self.ready[warp.row] = (lanes, made)
 
     def wait_for_launches(self, warp: Warp) -> None:
         """``griddepcontrol.wait``."""
         self.order[warp.row, self.before] = 1
 
-    def location(self, warp: Warp, address: int, acquire: bool | None, release: bool | None) -> None:
+    def location(self, warp: Warp, lanes: int, address: int, acquire: bool | None, release: bool | None) -> None:
         """A strong access of a word of global memory: `acquire` and `release` where it reads and writes, else None; False is relaxed."""
         clock = self.locations.get(address)
         if acquire:
-            self._acquire(clock, warp)
+            self._acquire(clock, warp, lanes)
         elif acquire is not None:
-            self._see(clock, warp)
+            self._see(clock, warp, lanes)
         if release:
-            self.locations[address] = self._release(clock, warp)
+            self.locations[address] = self._release(clock, warp, lanes)
         elif release is not None:
-            ready = self._release_ready(clock, warp)
+            ready = self._release_ready(clock, warp, lanes)
             if ready is not None:
                 self.locations[address] = ready
 
@@ -167,14 +176,16 @@ class Races:
         """A CTA or cluster barrier is reached."""
         barrier.clock = self._release(barrier.clock, warp) if release else self._release_ready(barrier.clock, warp)
 
-    def warp_converged(self, warp: Warp) -> None:
-        """``bar.warp.sync`` or another instruction for which the lanes of a warp wait for each other."""
+    def warp_converged(self, warp: Warp, ordered: bool) -> None:
+        """An instruction for which the lanes of a warp wait for each other; memory accesses are `ordered` by ``bar.warp.sync`` alone."""
         self.converged[warp.row] = self.order[warp.row, warp.unit]
+        if ordered and self.everywhere is not None:
+            self.everywhere.met(warp.row)
         self._tick(warp)
 
     def barrier_leave(self, barrier: Any, warp: Warp) -> None:
         """A CTA or cluster barrier is left."""
-        self.warp_converged(warp)
+        self.warp_converged(warp, True)
         self._acquire(barrier.completed_clock, warp)
 
     def mbarrier_init(self, barrier: Any, warp: Warp, lane: int) -> None:
@@ -206,7 +217,7 @@ class Races:
             ready = np.zeros((3, self.units), np.int32)
             ready[0, warp.unit] = self.order[row, warp.unit]
             wide = self._wide(row)
-            self.ready[row] = Clock(ready[0], ready[1], ready[2], wide=None if wide is None else np.zeros_like(wide))
+            self.ready[row] = (ALL_LANES, Clock(ready[0], ready[1], ready[2], wide=None if wide is None else np.zeros_like(wide)))
 
     def _check_made(self, barrier: Any, warp: Warp, lane: int) -> None:
         row, unit, tick, maker = barrier.made_by
@@ -219,7 +230,8 @@ class Races:
         self._check_made(barrier, warp, lane)
         if self.loads_open.get(warp.row):
             self.lints["a warp arrives on an mbarrier before tcgen05.wait::ld of its loads"] = None
-        barrier.clock = self._release_ready(barrier.clock, warp) if relaxed else self._release(barrier.clock, warp)
+        release = self._release_ready if relaxed else self._release
+        barrier.clock = release(barrier.clock, warp, 1 << lane)
 
     def mbarrier_join(self, barrier: Any, clock: Clock) -> None:
         """An arrival, or bytes, of an asynchronous operation."""
@@ -235,10 +247,11 @@ class Races:
     def mbarrier_observe(self, barrier: Any, warp: Warp, lane: int, relaxed: bool = False) -> None:
         """A warp sees a completed phase; `lane` is the only one that looks, or -1."""
         self._check_made(barrier, warp, lane)
+        lanes = ALL_LANES if lane < 0 else 1 << lane
         if relaxed:
-            self._see(barrier.completed_clock, warp)
+            self._see(barrier.completed_clock, warp, lanes)
         else:
-            self._acquire(barrier.completed_clock, warp)
+            self._acquire(barrier.completed_clock, warp, lanes)
 
     def proxy_fence(self, warp: Warp) -> None:
         """``fence.proxy.async``."""

@@ -459,13 +459,13 @@ class Synchronisation:
     def warp_sync(self, g: Gang, members: Any, mask: Any) -> None:
         """``bar.warp.sync``: the lanes of a gang's warp run together, so there is nothing to wait for."""
         self._members(g, members, mask, "bar.warp.sync")
-        self._converged(g, mask)
+        self._converged(g, mask, True)
 
-    def _converged(self, g: Gang, mask: Any) -> None:
-        """Tells race detection that lanes of each warp waited for each other."""
+    def _converged(self, g: Gang, mask: Any, ordered: bool = False) -> None:
+        """Tells race detection that lanes of each warp waited for each other, and whether that orders their memory accesses."""
         if self.races is not None:
             for w in g.active_warps(mask):
-                self.races.warp_converged(g.warps[w])
+                self.races.warp_converged(g.warps[w], ordered)
 
     # --- asynchronous completion, called by copies and MMA units
 

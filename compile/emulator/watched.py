@@ -13,7 +13,7 @@ import numpy as np
 from densemoe.compile.emulator.accesses import Accesses
 from densemoe.compile.emulator.bank_conflicts import BankConflicts
 from densemoe.compile.emulator.gang import LANES
-from densemoe.compile.emulator.global_races import ATOMIC, READ, WRITE
+from densemoe.compile.emulator.global_races import ATOMIC, POLL, READ, WRITE
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
@@ -59,10 +59,12 @@ class WatchedAccesses(Accesses):
         if races.everywhere is None:
             return
         strong = bool(order) and size * count <= _STRONG_BYTES and count == 1
+        lanes = (np.arange(g.lanes) if picked is None else picked) % LANES
         if strong and not write:
             self._order(g, picked, addresses, order == "acquire", None)
+            races.everywhere.access(rows, lanes, addresses, size, POLL)
             return
-        races.everywhere.access(rows, addresses, size * count, (ATOMIC if order else WRITE) if write else READ)
+        races.everywhere.access(rows, lanes, addresses, size * count, (ATOMIC if order else WRITE) if write else READ)
         if strong:  # whoever acquires it knows of the store itself
             self._order(g, picked, addresses, None, order == "release")
 
@@ -78,31 +80,32 @@ class WatchedAccesses(Accesses):
             addresses = addresses[picked]
         if space == "" and self.generic_space(addresses)[0] != "global":
             return
-        rows = races.rows(g, picked)
+        rows, lanes = races.rows(g, picked), picked % LANES
         if self.programmatic:
             self._check_early(rows, addresses, size * count, True)
         if races.everywhere is None:
             return
         if count > 1 or (order in ("", "relaxed") and not reads):
-            races.everywhere.access(rows, addresses, size * count, ATOMIC)
+            races.everywhere.access(rows, lanes, addresses, size * count, ATOMIC)
             return
         # one after another, and the release last: whoever acquires an atomic's value knows of the atomic itself
         acquire, release = order in ("acquire", "acq_rel") if reads else None, order in ("release", "acq_rel")
         for position in range(picked.size):
-            self._order(g, picked[position : position + 1], addresses[position : position + 1], acquire, None)
-            races.everywhere.access(rows[position : position + 1], addresses[position : position + 1], size, ATOMIC)
-            self._order(g, picked[position : position + 1], addresses[position : position + 1], None, release)
+            one = slice(position, position + 1)
+            self._order(g, picked[one], addresses[one], acquire, None)
+            races.everywhere.access(rows[one], lanes[one], addresses[one], size, ATOMIC)
+            self._order(g, picked[one], addresses[one], None, release)
 
     def _order(self, g: Gang, picked: Any, addresses: Any, acquire: bool | None, release: bool | None) -> None:
         assert self.races is not None
         if acquire is False and release is None and not self.races.locations:
             return
-        done = set()
+        lanes: dict[tuple[int, int], int] = {}
         for lane, address in zip((range(g.lanes) if picked is None else picked.tolist()), addresses.tolist(), strict=True):
-            warp = g.warps[lane // LANES]
-            if (warp, address) not in done:
-                done.add((warp, address))
-                self.races.location(warp, address, acquire, release)
+            place = (lane // LANES, address)
+            lanes[place] = lanes.get(place, 0) | 1 << lane % LANES
+        for (w, address), mask in lanes.items():
+            self.races.location(g.warps[w], mask, address, acquire, release)
 
     def _check_early(self, rows: Any, addresses: Any, nbytes: int, write: bool) -> None:
         assert self.races is not None
@@ -129,7 +132,7 @@ class WatchedAccesses(Accesses):
             if opcode.startswith("fence.mbarrier_init"):
                 self.races.init_fence(g.warps[w])
             elif opcode.startswith(_FENCES) and "sync_restrict" not in opcode:
-                self.races.fence(g.warps[w])
+                self.races.fence(g.warps[w], g.lanes_of(mask, w))
 
     def proxy_fence(self, g: Gang, mask: Any) -> None:
         """``fence.proxy.async``."""

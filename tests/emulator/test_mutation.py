@@ -161,11 +161,11 @@ def test_a_sample_of_mutants_is_noticed(key: str) -> None:
 def test_a_blind_spot_shows(key: str, only: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without one of its checks the emulator lets a mutant pass, and the suite says so."""
     given = dataclasses.replace(subject(key), runs=subject(key).runs[:3])
-    seen = mutation.run([given], Here(), only=only)
+    seen = mutation.run([given], Here(), only=[only])
     assert [each.outcome for each in seen.findings] == ["error"]
     assert seen.share == 1
     monkeypatch.setattr(Races, check, lambda *_: None)
-    blind = mutation.run([given], Here(), only=only)
+    blind = mutation.run([given], Here(), only=[only])
     assert [each.outcome for each in blind.findings] == ["survived"]
     assert blind.share == 0
 
@@ -207,7 +207,7 @@ def test_a_mutant_that_uses_up_its_processor_time_hangs(monkeypatch: pytest.Monk
 
 def test_a_journal_saves_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, journal = dataclasses.replace(subject(KEYS[2]), runs=subject(KEYS[2]).runs[:1]), tmp_path / "journal"
-    first = mutation.run([given], Here(), only="bytes: *", journal=journal)
+    first = mutation.run([given], Here(), only=["bytes: *"], journal=journal)
     lines = journal.read_text().splitlines()
     assert len(lines) == len(first.findings) > 0
     journal.write_text("\n".join([*lines[:-1], lines[-1][:20]]))  # the last one was interrupted
@@ -219,7 +219,7 @@ def test_a_journal_saves_what_was_done(tmp_path: Path, monkeypatch: pytest.Monke
         return original(task)
 
     monkeypatch.setattr(mutation, "run_mutant", counted)
-    again = mutation.run([given], Here(), only="bytes: *", journal=journal)
+    again = mutation.run([given], Here(), only=["bytes: *"], journal=journal)
     assert [each.outcome for each in again.findings] == [each.outcome for each in first.findings]
     assert ran == ["", first.findings[-1].name]
 
@@ -236,6 +236,8 @@ def test_the_command_lists_survivors_and_its_exit_code_tells(monkeypatch: pytest
     document = json.loads(capsys.readouterr().out)
     assert document["kernels"][KEYS[2]]["noticed_share"] == 1
     assert [each["kind"] for each in document["findings"]] == ["delete"]
+    assert main([*command, "--only", "delete: fence.mbarrier_init*#1", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["findings"]) == 2
     monkeypatch.setattr(Races, "_check_made", lambda *_: None)
     assert main(command) == 1
     shown = capsys.readouterr()

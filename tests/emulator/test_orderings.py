@@ -214,6 +214,104 @@ def test_parts_of_other_ctas_are_read_after_release_and_acquire(before: str, ato
     assert buffers["output"][0] == 3
 
 
+def last_warp(stored: str, ticket: str, fence: str, fencer: int, met: str, load: str = "ld.relaxed.gpu.global.u32") -> str:
+    """Every CTA's warp writes its part, its first lane counts it; the warp that counts last reads all parts. One lane fences for the warp."""
+    return kernel(
+        POINTERS
+        + f"""
+    shl.b32 %r3, %t2, 5;
+    add.u32 %r3, %r3, %t0;
+    mul.wide.u32 %x3, %r3, 4;
+    add.s64 %x3, %x3, %x0;
+    st.global.u32 [%x3], %t0;
+    {stored}
+    setp.ne.u32 %p0, %t0, 0;
+    mov.u32 %r4, 0;
+    @%p0 bra COUNTED;
+    {ticket} %r4, [%x1], 1;
+COUNTED:
+    shfl.sync.idx.b32 %r4, %r4, 0, 0x1f, -1;
+    setp.ne.u32 %p1, %r4, 2;
+    @%p1 bra DONE;
+    setp.ne.u32 %p0, %t0, {fencer};
+    @%p0 bra FENCED;
+    {fence}
+FENCED:
+    {met}
+    mul.wide.u32 %x4, %t0, 4;
+    add.s64 %x4, %x4, %x0;
+    {load} %r5, [%x4];
+    {load} %r5, [%x4+128];
+    {load} %r5, [%x4+256];
+DONE:
+""",
+        shared=1024,
+    )
+
+
+RELEASE, MET = "atom.release.gpu.global.add.u32", "bar.warp.sync -1;"
+
+
+@pytest.mark.parametrize("schedule", ["eager", "lazy", "random:1", "pct:1:3"])
+@pytest.mark.parametrize("load", ["ld.relaxed.gpu.global.u32", "ld.global.u32"])
+@pytest.mark.parametrize(
+    ("stored", "ticket", "fence", "fencer", "met", "race"),
+    [
+        (MET, RELEASE, GPU, 0, MET, False),
+        (MET, STRONG, "", 0, MET, False),
+        ("", RELEASE, GPU, 0, MET, True),  # the first lane's release says nothing of the others' stores
+        (MET, RELEASE, GPU, 0, "", True),  # the others have acquired nothing
+        (MET, STRONG, "", 0, "", True),
+        (MET, RELEASE, "", 0, MET, True),
+        (MET, RELEASE, GPU, 1, MET, True),  # another lane saw the count
+        (MET, RELAXED, GPU, 0, MET, True),
+        (f"{MET} {GPU}", RELAXED, GPU, 0, MET, False),
+        (GPU, RELAXED, GPU, 0, MET, False),  # every lane's own fence; the first one's count follows it
+    ],
+)
+def test_one_lane_releases_and_acquires_for_its_warp(
+    stored: str, ticket: str, fence: str, fencer: int, met: str, race: bool, load: str, schedule: str
+) -> None:
+    text = last_warp(stored, ticket, fence, fencer, met, load)
+    buffers = {"input": np.zeros(3 * 32, np.uint32), "output": np.zeros(1, np.uint32)}
+    if race:
+        with pytest.raises(EmulatorError, match=r"race: reads input.* without release and acquire"):
+            launch(text, buffers, threads=32, grid=3, schedule=schedule)
+        return
+    launch(text, buffers, threads=32, grid=3, schedule=schedule)
+    assert buffers["output"][0] == 3
+
+
+def test_a_lane_alone_needs_no_warp_barrier() -> None:
+    text = last_warp("", RELEASE, GPU, 0, "setp.ne.u32 %p0, %t0, 0; @%p0 bra DONE;")
+    buffers = {"input": np.zeros(3 * 32, np.uint32), "output": np.zeros(1, np.uint32)}
+    launch(text, buffers, threads=32, grid=3, schedule="random:1")
+
+
+def test_a_lane_that_polls_races_with_ordinary_stores_alone() -> None:
+    body = """
+    setp.ne.u32 %p0, %t0, 0;
+    @%p0 bra DONE;
+    setp.ne.u32 %p1, %t2, 0;
+    @%p1 bra POLL;
+    {store} [%x0], 1;
+    bra.uni DONE;
+POLL:
+    ld.acquire.gpu.global.u32 %r5, [%x0];
+    setp.eq.u32 %p2, %r5, 0;
+    @%p2 bra POLL;
+DONE:
+"""
+    for store, race in (("st.release.gpu.global.u32", False), ("st.relaxed.gpu.global.u32", False), ("st.global.u32", True)):
+        buffers = {"input": np.zeros(1, np.uint32), "output": np.zeros(1, np.uint32)}
+        text = kernel(POINTERS + body.replace("{store}", store), shared=1024)
+        if race:
+            with pytest.raises(EmulatorError, match=r"race: (reads|writes) input"):
+                launch(text, buffers, threads=32, grid=2, schedule="eager")
+        else:
+            launch(text, buffers, threads=32, grid=2, schedule="eager")
+
+
 def test_two_ctas_write_the_same_word_unordered() -> None:
     text = last_one("bar.sync 0;", STRONG, "", "st.global.u32 [%x0], %t2;")
     with pytest.raises(EmulatorError, match="race: writes input"):
