@@ -58,6 +58,8 @@ SUBJECTS: Final[Mapping[str, Runs]] = {
         "m=129,e=4,h=320,i=192,kind=exact,post=1,list=1,sms=2",
         "m=261,e=5,h=1088,i=64,kind=exact,post=1,list=1,zeros=1,sms=10,early_list=1",
         "m=1,e=2,h=256,i=64,kind=exact,sms=2",
+        "m=1,e=5,h=256,i=64,kind=exact,sms=6",
+        "m=129,e=1,h=1280,i=128,kind=exact,sms=2",
     ),
     "fc1.sm100f.t256x128.c2x1.nvfp4-nvfp4": _runs(
         "m=257,e=4,h=320,i=128,kind=exact,post=1,list=1,sms=2",
@@ -70,12 +72,16 @@ SUBJECTS: Final[Mapping[str, Runs]] = {
         "m=133,e=4,h=192,i=512,kind=exact,list=1,zeros=1,sms=4,launches=2,splits=2,early_list=1",
         "m=1,e=2,h=128,i=256,kind=exact,list=1,sms=4,splits=2",
         "m=1,e=3,h=128,i=256,kind=exact,scalar=1,sms=1",
+        "m=229,e=5,h=256,i=256,kind=exact,sms=1",
+        "m=100,e=3,h=768,i=256,kind=exact,sms=2",
     ),
     "fc2.sm100f.t256x128.c2x1.nvfp4-f32": _runs(
         "m=257,e=6,h=192,i=512,kind=exact,list=1,sms=2,splits=2",
         "m=261,e=4,h=192,i=512,kind=exact,list=1,zeros=1,sms=8,launches=2,splits=2,early_list=1",
         "m=1,e=2,h=128,i=256,kind=exact,list=1,sms=8,splits=2",
         "m=1,e=3,h=128,i=256,kind=exact,scalar=1,sms=2",
+        "m=485,e=5,h=256,i=256,kind=exact,sms=2",
+        "m=200,e=3,h=768,i=256,kind=exact,sms=4",
     ),
     "fc1.sm90a.t8x64.c1x1.bf16-bf16": _runs(
         "m=9,e=3,h=384,i=64,kind=exact,post=1,list=1,sms=1",

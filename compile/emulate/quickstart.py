@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from densemoe.compile import matrix
-from densemoe.compile.emulate.running import poisoned
+from densemoe.compile.emulate.running import REWRITTEN, poisoned
 from densemoe.compile.emulate.verify import regenerate
 from densemoe.compile.emulator.device import launch_recipe
 from densemoe.runtime import bounds
@@ -123,5 +123,6 @@ def _launch(artifacts: ArtifactSet, problem: Problem, inputs: Arrays) -> tuple[E
         raise ArtifactError(f"{entry.key} is built but not in the matrix, which says how it was compiled: build again")
     ptx = regenerate((planned[0], entry.sha256))
     outputs = {role: poisoned(role, spec.shape, spec.dtype) for role, spec in problem.tensors().items() if spec.output}
-    run = launch_recipe(ptx, entry.recipe, problem.names(), {**inputs, **outputs}, outputs, schedule=SCHEDULE)
+    again = REWRITTEN.get(problem.op, ())
+    run = launch_recipe(ptx, entry.recipe, problem.names(), {**inputs, **outputs}, outputs, schedule=SCHEDULE, rewritten=again)
     return EmulatedKernel(entry.key, reason, float("nan"), sum(run.instructions.values()), dict(run.products), run.seconds), outputs

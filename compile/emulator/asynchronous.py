@@ -111,7 +111,7 @@ class Copies:
     cluster_size: int
     moved: dict[str, int]
     races: Races | None
-    partial_issue = False  # the instruction that runs was issued by some lanes of its warps
+    issued_by: Any = None  # lanes that issue the instruction that runs, bool ``[lanes]``, or None for all
 
     def submit(self, operation: AsyncOperation) -> None:
         """Hands an operation to the schedule."""
@@ -197,7 +197,7 @@ class Copies:
     def lanes_of(self, g: Gang, mask: Any, *operands: Any) -> list[tuple[Warp, int, list[Any]]]:
         """(warp, lane in the warp, operands as ints) of every active lane."""
         found = []
-        self.partial_issue = mask is not None
+        self.issued_by = mask
         for lane in g.active_lanes(mask):
             values = [each if isinstance(each, int) or each is None else int(each[lane]) for each in operands]
             found.append((g.warps[lane // LANES], lane % LANES, values))
@@ -216,7 +216,7 @@ class Copies:
         """An operation that happens after everything its warp did so far."""
         operation = AsyncOperation(action, f"{text} of {warp}", g.current_line(), after, touches, signals)
         if self.races is not None:
-            operation.clock = self.races.fork(warp, self.partial_issue)
+            operation.clock = self.races.fork(warp, g.lanes_of(self.issued_by, g.warps.index(warp)))
         return operation
 
     def bulk_load(self, g: Gang, mask: Any, target: Any, source: Any, size: Any, barrier: Any, ctas: Any, from_shared: bool) -> None:
@@ -343,7 +343,7 @@ class Copies:
 
     def cp_async(self, g: Gang, mask: Any, target: Any, source: Any, size: int, valid: Any) -> None:
         """``cp.async``: `valid` bytes of the source, the rest zero. One operation a warp."""
-        self.partial_issue = False  # every lane copies for itself
+        self.issued_by = None  # every lane copies for itself
         for w in g.active_warps(mask):
             warp = g.warps[w]
             lanes = [lane for lane in range(w * LANES, w * LANES + LANES) if mask is None or mask[lane]]

@@ -5,28 +5,53 @@ Sources: PTX ISA 9.x, 8 (memory consistency); FastTrack (Flanagan, Freund) for e
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["READERS", "Clock", "Marks", "Vector"]
+__all__ = ["ALL_LANES", "READERS", "Clock", "Issuer", "Marks", "Vector"]
 
+#: The mask of a warp's 32 lanes.
+ALL_LANES: Final = 0xFFFFFFFF
 READERS: Final = 8  # last reads of a granule that are kept
 
 Vector = NDArray[np.int32]
 
 
+class Issuer(NamedTuple):
+    """Who issued an operation that not all lanes of a warp did.
+
+    Attributes:
+        unit: of the warp.
+        lanes: that did, a bit each; those that wrote shared memory since the lanes met need no order between each other.
+        read: tick up to which the other lanes' reads are done: all lanes were at one instruction then.
+        written: tick up to which their writes are known: memory was ordered between all lanes then.
+    """
+
+    unit: int
+    lanes: int
+    read: int
+    written: int
+
+
 class Clock:
     """What somebody knows: three vectors; for an asynchronous operation also its own unit and tick."""
 
-    __slots__ = ("issuer", "order", "proxy", "tensor", "tick", "unit", "wide")
+    __slots__ = ("_sees", "issuer", "order", "proxy", "tensor", "tick", "unit", "wide")
 
     def __init__(self, order: Vector, proxy: Vector, tensor: Vector, unit: int = -1, tick: int = 0, wide: Vector | None = None) -> None:
         self.order, self.proxy, self.tensor, self.wide = order, proxy, tensor, wide
         self.unit, self.tick = unit, tick
-        #: of an operation that some lanes of a warp issued: the warp's unit, and the tick up to which its other lanes' reads are done
-        self.issuer: tuple[int, int] | None = None
+        self.issuer: Issuer | None = None
+        self._sees: Vector | None = None
+
+    def sees(self, warps: int) -> Vector:
+        """Writes that an asynchronous operation may rely on: those of the first `warps` units, generic ones, need a proxy fence."""
+        if self._sees is None:
+            self._sees = self.order.copy()
+            self._sees[:warps] = self.proxy[:warps]
+        return self._sees
 
     def copy(self) -> Clock:
         """An independent copy."""
@@ -34,6 +59,7 @@ class Clock:
 
     def join(self, other: Clock) -> None:
         """Learns what another knows."""
+        self._sees = None
         np.maximum(self.order, other.order, out=self.order)
         np.maximum(self.proxy, other.proxy, out=self.proxy)
         np.maximum(self.tensor, other.tensor, out=self.tensor)
@@ -42,34 +68,45 @@ class Clock:
 
 
 class Marks:
-    """Last write and last reads of granules: a unit and a tick each; tick 0 is never."""
+    """Last write and last reads of granules: a unit and a tick each; tick 0 is never.
 
-    def __init__(self, count: int) -> None:
-        self.write_unit = np.zeros(count, np.int16)
-        self.write_tick = np.zeros(count, np.int32)
-        self.read_unit = np.zeros((READERS, count), np.int16)
-        self.read_tick = np.zeros((READERS, count), np.int32)
+    Args:
+        shape: of the granules. `where` below is an index into it: an array of positions, a slice, or of two dimensions a pair of slices.
+    """
+
+    def __init__(self, *shape: int) -> None:
+        self.write_unit = np.zeros(shape, np.int16)
+        self.write_tick = np.zeros(shape, np.int32)
+        self.read_unit = np.zeros((READERS, *shape), np.int16)
+        self.read_tick = np.zeros((READERS, *shape), np.int32)
 
     def unordered_write(self, where: Any, known: Any) -> Any:
-        """Positions in `where` whose last write is not known."""
+        """Which of the granules `where` had a last write that is not known."""
         return known[self.write_unit[where]] < self.write_tick[where]
 
     def unordered_read(self, where: Any, known: Vector) -> tuple[int, int] | None:
-        """(position, unit) of a read that is not known, for one vector of knowledge."""
-        ticks = self.read_tick[:, where]
+        """(position, unit) of a read that is not known, for one vector of knowledge.
+
+        Reads that are known are forgotten: a write follows, and who knows of that knows of them.
+        """
+        every = (slice(None), *where) if isinstance(where, tuple) else (slice(None), where)
+        ticks = self.read_tick[every]
         if not np.count_nonzero(ticks):
             return None
-        units = self.read_unit[:, where]
+        units = self.read_unit[every]
         bad = known[units] < ticks
         if not np.count_nonzero(bad):
+            self.read_tick[every] = 0
             return None
-        reader, at = (int(x) for x in np.argwhere(bad)[0])
-        return at, int(units[reader, at])
+        reader, at = (int(x) for x in np.argwhere(bad.reshape(READERS, -1))[0])
+        return at, int(units[reader].reshape(-1)[at])
 
     def wrote(self, where: Any, unit: Any, tick: Any) -> None:
+        """Marks a write."""
         self.write_unit[where] = unit
         self.write_tick[where] = tick
 
     def read(self, where: Any, unit: int, tick: int) -> None:
+        """Marks a read."""
         self.read_unit[unit % READERS][where] = unit
         self.read_tick[unit % READERS][where] = tick

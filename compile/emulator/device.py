@@ -63,6 +63,7 @@ def launch_recipe(
     races: bool = True,
     kernel: str = "",
     early: Iterable[str] = EARLY,
+    rewritten: Iterable[str] = (),
 ) -> Report:
     """Runs a kernel by its launch recipe, a programmatic one as if launches before it were still running.
 
@@ -77,6 +78,7 @@ def launch_recipe(
         schedule, races, kernel: as `run`.
         sm_count: multiprocessors of the emulated device.
         early: roles that no launch before writes: they may be read before ``griddepcontrol.wait``.
+        rewritten: outputs whose bytes the kernel may write more than once; of the others that is an error.
 
     Raises:
         RecipeError: the recipe does not fit.
@@ -84,10 +86,12 @@ def launch_recipe(
     """
     bound = {**names, "sm_count": sm_count}
     memory = GlobalMemory()
-    written, known = set(outputs), set(early)
+    written, known, once = set(outputs), set(early), set(outputs) - set(rewritten)
     addresses: dict[str, int] = {}
     for role, array in tensors.items():
-        addresses[role] = memory.add(role, array, written=role not in written, writable=role in written, early=role in known)
+        addresses[role] = memory.add(
+            role, array, written=role not in written, writable=role in written, once=role in once, early=role in known
+        )
     kept = {} if workspaces is None else workspaces
     expressions = recipe.bind(bound)
     for each in recipe.workspaces:

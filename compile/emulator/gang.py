@@ -392,7 +392,8 @@ class Gang:
                 kinds.append((name, "I"))
         return tuple(kinds)
 
-    def _stand(self, block: int) -> None:
+    def stand(self, block: int) -> None:
+        """Stands before a block, with its registers as they are."""
         key = Key(block, self.mask is not None, self.single_warp, self.single_cta, self._kinds(block))
         self.version = self.program.version(key)
 
@@ -436,7 +437,7 @@ class Gang:
             self.version = self.program.version(Key(target, self.mask is not None, self.single_warp, self.single_cta, kinds))
             version.links[way] = self.version
         else:
-            self._stand(target)
+            self.stand(target)
         return ""
 
     def resume(self) -> str:
@@ -533,7 +534,7 @@ class Gang:
         parts = [self.take(group) for group in groups]
         self._meet(EXIT, parts)
         for part in parts:
-            part._stand(self.version.block.index)
+            part.stand(self.version.block.index)
             self.run.adopt(part, "")
 
 

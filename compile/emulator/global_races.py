@@ -15,21 +15,20 @@ therefore has two entries a warp: up to which tick all of its lanes are known, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from densemoe.compile.emulator.clocks import ALL_LANES
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
     from densemoe.compile.emulator.memory import Buffer, GlobalMemory
     from densemoe.compile.emulator.parser import Kernel
 
-__all__ = ["ALL_LANES", "ATOMIC", "POLL", "READ", "WRITE", "GlobalRaces", "communicates"]
-
-#: The mask of a warp's 32 lanes.
-ALL_LANES: Final = 0xFFFFFFFF
+__all__ = ["ATOMIC", "POLL", "READ", "WRITE", "GlobalRaces", "communicates"]
 
 _GRANULE: Final = 4
 _WARPS: Final = 1024  # resident ones up to which global memory is watched: a vector has as many entries
@@ -41,13 +40,15 @@ Vector = NDArray[np.int32]
 
 
 def communicates(kernel: Kernel) -> bool:
-    """Whether CTAs tell each other of global memory: there is a fence or an access that orders beyond a cluster."""
-    return any(
-        each.parts[0] in ("fence", "membar", "atom", "red", "ld", "st")
-        and any(part in _ORDERS for part in each.parts)
-        and any(part in (*_SCOPES, "gl") for part in each.parts)
-        for each in kernel.instructions
-    )
+    """Whether CTAs may tell each other of global memory: there are atomics of it, or a fence or access that orders beyond a cluster."""
+    return any(_tells(each.parts) for each in kernel.instructions)
+
+
+def _tells(parts: Sequence[str]) -> bool:
+    if parts[0] in ("atom", "red") and not any(part.startswith("shared") for part in parts):
+        return True
+    ordered = parts[0] in ("fence", "membar", "ld", "st") and any(part in _ORDERS for part in parts)
+    return ordered and any(part in (*_SCOPES, "gl") for part in parts)
 
 
 class _Marks:

@@ -10,7 +10,7 @@ float64 result rounded to nearest, ``.ftz`` as in the ISA: hardware differs in t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -269,19 +269,31 @@ def ftz(x: Lanes) -> Lanes:
     return np.where(small, np.copysign(_ZERO32, x), x) if np.count_nonzero(small) else x
 
 
+_ONE: Final = u8(1)
+_LOW: Final = u8((1 << 29) - 1)  # bits of a float64 that float32 has not, and what they are halfway between two float32 numbers
+_HALF: Final = u8(1 << 28)
+_TINY: Final = u8(2 * 0x3810000000000000 - 1)  # twice the bits of 2^-126, less one
+
+
 def fma32(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
-    """a·b + c in float32, rounded once: the float64 sum is rounded to odd first."""
+    """a·b + c in float32, rounded once.
+
+    The product is exact in float64. Rounding the sum to float64 and then to float32 differs from rounding it once only where float64 holds a number
+    halfway between two of float32: there, and among subnormals, where halves lie elsewhere, it is rounded to odd first.
+    """
     product = np.multiply(a, b, dtype=f8)
     c = np.asarray(c, f8)
     total = product + c
+    bits = np.atleast_1d(total).view(u8)
+    if not np.count_nonzero(((bits & _LOW) == _HALF) | ((bits << _ONE) - _ONE < _TINY)):
+        return total.astype(f4)
     rest = total - product
     error = (product - (total - rest)) + (c - rest)
     inexact = (error != 0) & np.isfinite(total)
     if inexact.any():
-        bits = np.atleast_1d(total).view(i8)
-        even = inexact & ((bits & 1) == 0)
+        even = inexact & ((bits & _ONE) == 0)
         step = np.where((error > 0) == (total > 0), 1, -1)
-        total = np.where(even, bits + step, bits).view(f8)
+        total = np.where(even, bits.view(i8) + step, bits.view(i8)).view(f8)
     return total.astype(f4)
 
 

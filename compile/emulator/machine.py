@@ -151,6 +151,7 @@ class Machine(WatchedAccesses, Synchronisation, WarpgroupUnits, TensorMapUpdates
         self.resident: dict[int, Cta] = {}
         self.runnable: deque[Gang] = deque()
         self.gangs: set[Gang] = set()
+        self.gathering: dict[int, list[Gang]] = {}
         self.pending: list[AsyncOperation] = []
         self.meetings: list[Meeting] = []
         self.random = random.Random(schedule.seed)
@@ -335,6 +336,35 @@ class Machine(WatchedAccesses, Synchronisation, WarpgroupUnits, TensorMapUpdates
                 self.gangs.discard(each)
             self.adopt(together, together.resume())
 
+    def unite_meetings(self, gangs: list[Gang]) -> bool:
+        """Makes the meetings ahead of gangs the same, as parts that parted again each on its own have several for one place; False where the places
+        differ."""
+        first, *others = gangs
+        places = [(each.join, each.depth) for each in first.meetings]
+        if any([(each.join, each.depth) for each in other.meetings] != places for other in others):
+            return False
+        for i, kept in enumerate(first.meetings):
+            for other in others:
+                if other.meetings[i] is not kept:
+                    self._unite(kept, other.meetings[i])
+        return True
+
+    def _unite(self, kept: Meeting, other: Meeting) -> None:
+        kept.arrived += other.arrived
+        kept.outstanding += other.outstanding
+        for gang in self.gangs:
+            gang.meetings = [kept if each is other else each for each in gang.meetings]
+            if gang.meeting is other:
+                gang.meeting = kept
+        if other in self.meetings:
+            self.meetings.remove(other)
+            if kept not in self.meetings:
+                self.meetings.append(kept)
+        if kept.closed or other.closed:
+            kept.closed = True
+            if kept.arrived:
+                self._release(kept)
+
     def submit(self, operation: AsyncOperation) -> None:
         if self.schedule.kind == "eager" and operation.eligible:
             operation.execute()
@@ -438,6 +468,8 @@ class Machine(WatchedAccesses, Synchronisation, WarpgroupUnits, TensorMapUpdates
         self.idle_turns += 1
         if self.idle_turns > _IDLE_TURNS:
             raise EmulatorError(f"livelock: {gang.warps[0]} runs for ever near PTX line {gang.line} ({self.program.text_of(gang.line)})")
+        if self.idle_turns < len(self.runnable):
+            return  # the others may have what it polls for, or be what others wait for at a meeting
         if self.meetings:
             self._release(self.meetings[0])
         else:

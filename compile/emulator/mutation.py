@@ -374,8 +374,19 @@ def _slices(every: list[Statement]) -> Iterator[Change]:
     for kind, registers in _roots(every):
         for i in _backwards(every, writers, registers):
             each = every[i]
+            if _rounds_negatives(each, [every[source] for source in writers.get(each.operands[1] if len(each.operands) > 1 else "", ())]):
+                continue
             for altered in _constants(each):
                 yield i, kind, altered, ""
+
+
+def _rounds_negatives(each: Statement, sources: list[Statement]) -> bool:
+    """A shift of sign bits: what a signed division adds to a negative dividend, and no index is negative."""
+    return (
+        each.opcode.startswith("shr.u")
+        and bool(sources)
+        and all(source.opcode.startswith("shr.s") and source.operands[-1] in ("31", "63") for source in sources)
+    )
 
 
 def _roots(every: list[Statement]) -> Iterator[tuple[str, list[str]]]:

@@ -15,13 +15,12 @@ are kept, so that a race with an older read may be missed; nothing is reported t
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from densemoe.compile.emulator.clocks import READERS, Clock, Marks, Vector
-from densemoe.compile.emulator.global_races import ALL_LANES, GlobalRaces
+from densemoe.compile.emulator.clocks import ALL_LANES, READERS, Clock, Issuer, Marks, Vector
+from densemoe.compile.emulator.global_races import GlobalRaces
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
@@ -29,17 +28,35 @@ if TYPE_CHECKING:
     from densemoe.compile.emulator.gang import Gang, Warp
     from densemoe.compile.emulator.machine import Cta
 
-__all__ = ["Clock", "Races"]
+__all__ = ["Clock", "Operand", "Races"]
 
 _ASYNC_UNITS: Final = 64  # asynchronous operations told apart at a time; older ones share a unit
 _GRANULE: Final = 4
 _PAGE: Final = 256  # granules of a page that remembers whether lanes accessed it
+_SEVERAL: Final = 32  # in place of a lane: several wrote together
 _QUARTER: Final = 32  # lanes of tensor memory in a granule
 
-@lru_cache(maxsize=4096)
-def _cells(first: int, last: int, column: int, width: int) -> Any:
-    """Tensor memory granules of lane quarters `first` to `last`."""
-    return (np.arange(first, last + 1)[:, None] * 512 + np.arange(column, column + width)).reshape(-1)
+
+def _cells(rows: slice, column: int, width: int) -> tuple[slice, slice]:
+    """Tensor memory granules of lanes `rows`."""
+    return slice(rows.start // _QUARTER, (rows.stop - 1) // _QUARTER + 1), slice(column, column + width)
+
+
+class Operand:
+    """16-byte granules of shared memory that asynchronous operations read more than once.
+
+    Args:
+        slot: of the CTA.
+        granules: numbers of them in its window.
+        window: granules of 4 bytes of a window.
+    """
+
+    __slots__ = ("pages", "rows", "starts")
+
+    def __init__(self, slot: int, granules: Any, window: int) -> None:
+        self.starts = granules * 4 + slot * window
+        self.rows = self.starts // 4
+        self.pages = slice(int(self.starts.min()) // _PAGE, int(self.starts.max()) // _PAGE + 1)
 
 
 class Races:
@@ -71,6 +88,8 @@ class Races:
         self.tensor_out = np.zeros(shape, np.int32)
         self.window_granules = window // _GRANULE
         self.shared = Marks(ctas * self.window_granules)
+        #: lane of each granule's last generic write, or _SEVERAL
+        self.write_lane = np.zeros(ctas * self.window_granules, np.uint8)
         #: pages of shared memory that were accessed in pieces other than 16 bytes
         self.generic_pages = np.zeros(ctas * self.window_granules // _PAGE + 1, np.bool_)
         #: granules of mbarriers, and the pages that have some
@@ -79,6 +98,9 @@ class Races:
         self.tmem: dict[int, Marks] = {}
         #: own tick of each warp when its lanes were synchronised last
         self.converged = np.zeros(len(warps), np.int32)
+        #: the same where that ordered their memory accesses, and of each warp's last generic write of shared memory
+        self.met = np.zeros(len(warps), np.int32)
+        self.last_write = np.zeros(len(warps), np.int32)
         self.ticks = np.zeros(_ASYNC_UNITS, np.int64)
         self.next_async = 0
         self.lints = lints
@@ -179,8 +201,10 @@ class Races:
     def warp_converged(self, warp: Warp, ordered: bool) -> None:
         """An instruction for which the lanes of a warp wait for each other; memory accesses are `ordered` by ``bar.warp.sync`` alone."""
         self.converged[warp.row] = self.order[warp.row, warp.unit]
-        if ordered and self.everywhere is not None:
-            self.everywhere.met(warp.row)
+        if ordered:
+            self.met[warp.row] = self.order[warp.row, warp.unit]
+            if self.everywhere is not None:
+                self.everywhere.met(warp.row)
         self._tick(warp)
 
     def barrier_leave(self, barrier: Any, warp: Warp) -> None:
@@ -275,8 +299,8 @@ class Races:
 
     # --- asynchronous operations
 
-    def fork(self, warp: Warp, partial: bool = False) -> Clock:
-        """The clock of an operation that a warp issues; `partial`: some of its lanes do, which do not wait for the others."""
+    def fork(self, warp: Warp, lanes: int = ALL_LANES) -> Clock:
+        """The clock of an operation that lanes of a warp issue, which do not wait for the others."""
         row = warp.row
         number = self.next_async
         self.next_async = (number + 1) % _ASYNC_UNITS
@@ -284,12 +308,12 @@ class Races:
         unit, tick = self.cluster_warps + number, int(self.ticks[number])
         tensor = self.tensor[row].copy()
         tensor[warp.unit] = self.order[row, warp.unit]
-        wide = self._wide(row)
-        clock = Clock(self.order[row].copy(), self.proxy[row].copy(), tensor, unit, tick, None if wide is None else wide.copy())
+        clock = Clock(self.order[row].copy(), self.proxy[row].copy(), tensor, unit, tick, self._wide(row))
         for part in (clock.order, clock.proxy, clock.tensor):
             part[unit] = tick
-        if partial:
-            clock.issuer = (warp.unit, int(self.converged[row]))
+        if lanes != ALL_LANES:
+            fresh = self.last_write[row] > self.met[row]
+            clock.issuer = Issuer(warp.unit, lanes if fresh else ALL_LANES, int(self.converged[row]), int(self.met[row]))
         self._tick(warp)
         return clock
 
@@ -310,12 +334,6 @@ class Races:
     def _name(self, unit: int) -> str:
         return f"warp {unit} of the cluster" if unit < self.cluster_warps else "an asynchronous operation"
 
-    def _seen_by(self, clock: Clock) -> Vector:
-        """Writes that an asynchronous operation may rely on: generic ones need a proxy fence."""
-        seen = clock.order.copy()
-        seen[: self.cluster_warps] = clock.proxy[: self.cluster_warps]
-        return seen
-
     def async_shared(self, operation: AsyncOperation, slot: int, offset: int, nbytes: int, write: bool) -> None:
         """An asynchronous operation reads or writes a range of shared memory."""
         first = slot * self.window_granules + offset // _GRANULE
@@ -323,20 +341,17 @@ class Races:
         step = 1 if (offset | nbytes) % 16 or np.count_nonzero(self.generic_pages[first // _PAGE : last // _PAGE + 1]) else 4
         self._async(operation, slice(first, last), slice(first, last, step), write)
 
-    def async_granules(self, operation: AsyncOperation, slot: int, granules: Any) -> None:
-        """An asynchronous operation reads 16-byte granules of shared memory."""
-        starts = granules * 4 + slot * self.window_granules
+    def async_operand(self, operation: AsyncOperation, operand: Operand) -> None:
+        """An asynchronous operation reads an operand in shared memory."""
         marks, clock = self.shared, operation.clock
-        low, high = int(starts.min()), int(starts.max())
-        if np.count_nonzero(self.generic_pages[low // _PAGE : high // _PAGE + 1]):
-            where = (starts[:, None] + np.arange(4)).reshape(-1)
+        if np.count_nonzero(self.generic_pages[operand.pages]):
+            where = (operand.starts[:, None] + np.arange(4)).reshape(-1)
             self._async(operation, where, where, False)
             return
-        self._check_async(operation, starts, False)
-        rows = starts // 4
+        self._check_async(operation, operand.starts, False)
         reader = clock.unit % READERS
-        marks.read_unit[reader].reshape(-1, 4)[rows] = clock.unit
-        marks.read_tick[reader].reshape(-1, 4)[rows] = clock.tick
+        marks.read_unit[reader].reshape(-1, 4)[operand.rows] = clock.unit
+        marks.read_tick[reader].reshape(-1, 4)[operand.rows] = clock.tick
 
     def _async(self, operation: AsyncOperation, where: Any, checked: Any, write: bool) -> None:
         """Checks `checked` (every fourth granule where only whole 16 bytes were accessed) and marks `where`."""
@@ -352,7 +367,7 @@ class Races:
         marks = self.shared
         if isinstance(where, slice):
             self._refuse_guarded(slice(where.start, where.stop), slice(where.start // _PAGE, where.stop // _PAGE + 1))
-        bad = marks.unordered_write(where, self._seen_by(clock))
+        bad = marks.unordered_write(where, clock.sees(self.cluster_warps))
         if np.count_nonzero(bad):
             at = int(bad.argmax())
             place = self._place(where, at)
@@ -362,15 +377,29 @@ class Races:
             raise EmulatorError(
                 f"race: {'writes' if write else 'reads'} shared memory at {self._offset(place):#x} that {self._name(unit)} wrote, {reason}"
             )
+        issuer = clock.issuer
+        if issuer is not None and issuer.lanes != ALL_LANES:
+            self._check_lanes(issuer, where, write)
         if write:
             known = clock.order
-            if clock.issuer is not None:
+            if issuer is not None:
                 known = known.copy()
-                known[clock.issuer[0]] = clock.issuer[1]
+                known[issuer.unit] = issuer.read
             found = marks.unordered_read(where, known)
             if found is not None:
                 place = self._place(where, found[0])
                 raise EmulatorError(f"race: overwrites shared memory at {self._offset(place):#x} that {self._name(found[1])} may still read")
+
+    def _check_lanes(self, issuer: Issuer, where: Any, write: bool) -> None:
+        marks, lane = self.shared, self.write_lane[where]
+        others = (lane != _SEVERAL) & ((issuer.lanes >> lane.astype(np.int64) & 1) == 0)
+        bad = others & (marks.write_unit[where] == issuer.unit) & (marks.write_tick[where] > issuer.written)
+        if bad.any():
+            at = int(bad.argmax())
+            raise EmulatorError(
+                f"race: {'writes' if write else 'reads'} shared memory at {self._offset(self._place(where, at)):#x} that lane {int(lane[at])} of the "
+                "warp wrote and another lane issued this for, without bar.warp.sync between"
+            )
 
     @staticmethod
     def _place(where: Any, at: int) -> int:
@@ -390,19 +419,24 @@ class Races:
 
     def generic(self, g: Gang, index: Any, picked: Any, nbytes: int, write: bool) -> None:
         """Lanes of a gang access shared memory at element numbers `index` of `nbytes` bytes."""
+        lanes: Any = _SEVERAL
         if isinstance(index, int):
             places = np.full(len(g.warps), index, np.int64)
             rows = np.array([warp.row for warp in g.warps])
             if picked is not None and len(g.warps) > 1:
                 rows = np.unique(self.rows(g, picked))
                 places = np.full(rows.size, index, np.int64)
+            if picked is not None and picked.size == 1:
+                lanes = int(picked[0]) % 32
         else:
             places, rows = index, self.rows(g, picked)
+            lanes = (np.arange(g.lanes) if picked is None else picked) % 32
         if nbytes >= _GRANULE:
             words = nbytes // _GRANULE
             if words > 1:
                 places = (places[:, None] * words + np.arange(words)).reshape(-1)
                 rows = np.repeat(rows, words)
+                lanes = lanes if isinstance(lanes, int) else np.repeat(lanes, words)
         else:
             places = places * nbytes // _GRANULE
         marks = self.shared
@@ -423,6 +457,8 @@ class Races:
                         at = int(bad.argmax())
                         self._report(places[at], rows[at], int(marks.read_unit[reader][places[at]]), "overwrites", "may still read")
             marks.wrote(places, units, self.order[rows, units])
+            self.write_lane[places] = lanes
+            self.last_write[rows] = self.order[rows, units]
         else:
             slots = units % READERS
             marks.read_unit[slots, places] = units
@@ -445,12 +481,12 @@ class Races:
     def _marks(self, cta: Cta) -> Marks:
         found = self.tmem.get(cta.slot)
         if found is None:
-            found = self.tmem[cta.slot] = Marks(4 * 512)
+            found = self.tmem[cta.slot] = Marks(4, 512)
         return found
 
     def tensor_access(self, warp: Warp, cta: Cta, rows: slice, column: int, width: int, write: bool) -> None:
         """``tcgen05.ld`` and ``st``."""
-        marks, where = self._marks(cta), _cells(rows.start // _QUARTER, (rows.stop - 1) // _QUARTER, column, width)
+        marks, where = self._marks(cta), _cells(rows, column, width)
         known = self.tensor[warp.row].copy()
         known[warp.unit] = self.order[warp.row, warp.unit]
         tick = int(self.order[warp.row, warp.unit])
@@ -464,26 +500,24 @@ class Races:
     def tensor_async(self, operation: AsyncOperation, cta: Cta, rows: slice, column: int, width: int, write: bool) -> None:
         """``tcgen05.mma`` and ``cp``."""
         clock: Clock = operation.clock
-        marks, where = self._marks(cta), _cells(rows.start // _QUARTER, (rows.stop - 1) // _QUARTER, column, width)
+        marks, where = self._marks(cta), _cells(rows, column, width)
         self._tensor(marks, where, clock.tensor, clock.order, write, operation.text)
         if write:
             marks.wrote(where, clock.unit, clock.tick)
         else:
             marks.read(where, clock.unit, clock.tick)
 
-    def _tensor(self, marks: Marks, where: Any, known: Vector, order: Vector, write: bool, who: str) -> None:
+    def _tensor(self, marks: Marks, where: tuple[slice, slice], known: Vector, order: Vector, write: bool, who: str) -> None:
         bad = marks.unordered_write(where, known)
-        unit = -1
         if np.count_nonzero(bad):
-            place = where[int(bad.argmax())]
-            unit, tick, what = int(marks.write_unit[place]), int(marks.write_tick[place]), "wrote"
+            at = int(bad.argmax())
+            unit, tick, what = int(marks.write_unit[where].flat[at]), int(marks.write_tick[where].flat[at]), "wrote"
         elif write:
             found = marks.unordered_read(where, known)
             if found is None:
                 return
-            place = where[found[0]]
-            unit, what = found[1], "may still read"
-            tick = int(marks.read_tick[unit % READERS][place])
+            at, unit = found
+            what, tick = "may still read", int(marks.read_tick[unit % READERS][where].flat[at])
         else:
             return
         reason = "without tcgen05.fence between" if order[unit] >= tick else "without synchronisation between"
@@ -492,6 +526,5 @@ class Races:
             if known is not order:
                 self._tensor(marks, where, order, order, write, who)
             return
-        raise EmulatorError(
-            f"race: {who} {'writes' if write else 'reads'} tensor memory column {int(place) % 512} that {self._name(unit)} {what}, {reason}"
-        )
+        column = where[1].start + at % (where[1].stop - where[1].start)
+        raise EmulatorError(f"race: {who} {'writes' if write else 'reads'} tensor memory column {column} that {self._name(unit)} {what}, {reason}")

@@ -243,9 +243,10 @@ def _commit(e: Emitter, i: Instruction) -> None:
 # --- wgmma ------------------------------------------------------------------------------------------------------------
 
 
-@operation("wgmma.fence.sync.aligned", operands=0, destinations=0)
+@operation("wgmma.fence.sync.aligned", operands=0, destinations=0, blocking=True)
 def _wgmma_fence(e: Emitter, i: Instruction) -> None:
-    """Registers are written at once here, so there is nothing to order."""
+    """Registers are written at once here, so there is nothing to order; but here the warps of a warpgroup that parted wait for each other."""
+    e.emit(f"if not H.warpgroup_gathered(g): return {_WAIT}")
 
 
 @operation("wgmma.commit_group.sync.aligned", operands=0, destinations=0)

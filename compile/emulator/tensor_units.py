@@ -18,6 +18,7 @@ from densemoe.compile.emulator import tcgen05
 from densemoe.compile.emulator.asynchronous import AsyncOperation, Copies
 from densemoe.compile.emulator.gang import LANES, Condition, Gang, Groups, Warp
 from densemoe.compile.emulator.memory import PARAMETER_WINDOW, RANK_SHIFT
+from densemoe.compile.emulator.races import Operand
 from densemoe.compile.emulator.smem_descriptor import SmemDescriptor, decode_sm100, operand_granules
 from densemoe.compile.emulator.synchronisation import CtaBarrier
 from densemoe.compile.emulator.tensor_map import TensorMap
@@ -56,23 +57,45 @@ class TensorMemoryState:
     def __init__(self) -> None:
         self.words = np.zeros((128, COLUMNS), np.uint32)
         self.written = np.zeros((128, COLUMNS), np.bool_)
+        #: checks that passed and pass until an allocation changes: columns, and lanes with columns that were written
+        self.allocated: set[tuple[int, int]] = set()
+        self.complete: set[tuple[int, int, int, int]] = set()
         self.owner = np.full(COLUMNS, -1, np.int32)
         self.relinquished = False
         self.last: AsyncOperation | None = None
         self.clock: Any = None
         self.group = 0
 
+    def changed(self) -> None:
+        """Columns were allocated or freed."""
+        self.allocated.clear()
+        self.complete.clear()
+
     def check_columns(self, column: int, count: int, text: str) -> None:
         """Raises where columns are not allocated."""
+        if (column, count) in self.allocated:
+            return
         if column + count > COLUMNS or (self.owner[column : column + count] < 0).any():
             raise EmulatorError(f"{text}: columns {column} to {column + count - 1} of tensor memory are not allocated")
+        self.allocated.add((column, count))
 
     def check_written(self, lanes: slice, column: int, count: int, text: str) -> None:
         """Raises where a cell was never written."""
+        key = (lanes.start, lanes.stop, column, count)
+        if key in self.complete:
+            return
         part = self.written[lanes, column : column + count]
         if not part.all():
             lane, offset = (int(x) for x in np.argwhere(~part)[0])
-            raise EmulatorError(f"{text}: tensor memory at lane {lane + (lanes.start or 0)}, column {column + offset} is read before it was written")
+            raise EmulatorError(f"{text}: tensor memory at lane {lane + lanes.start}, column {column + offset} is read before it was written")
+        self.complete.add(key)
+
+    def write_whole(self, column: int, count: int) -> None:
+        """All lanes of columns hold data."""
+        key = (0, _LANES, column, count)
+        if key not in self.complete:
+            self.written[:, column : column + count] = True
+            self.complete.add(key)
 
 
 class TensorUnits(Copies):
@@ -182,7 +205,7 @@ class TensorUnits(Copies):
         for warp, lane, (where, of, *at) in lanes:
             if warp in seen:
                 continue
-            self.partial_issue = warp not in whole
+            self.issued_by = None if warp in whole else mask
             if warp in whole:
                 seen.add(warp)
             tile = self._tile(warp, where, at)
@@ -271,6 +294,7 @@ class TensorUnits(Copies):
             start = int(fits[0]) * count
             state.owner[start : start + count] = start
             state.written[:, start : start + count] = False
+            state.changed()
             slot, offset = self.window_range(warp, where, 4, 4)
             at = slot * self.shared.stride + offset
             self.shared.data[at : at + 4] = np.frombuffer(start.to_bytes(4, "little"), np.uint8)
@@ -292,6 +316,7 @@ class TensorUnits(Copies):
             if int(owned.sum()) != count:
                 raise EmulatorError(f"tcgen05.dealloc of {count} columns at {column}: allocated are {int(owned.sum())}")
             state.owner[owned] = -1
+            state.changed()
         return True
 
     def tmem_relinquish(self, g: Gang, mask: Any) -> None:
@@ -369,13 +394,13 @@ class TensorUnits(Copies):
     def check_operand(self, slot: int, bits: int, rows: int, k_bytes: int, element_bytes: int, operation: AsyncOperation) -> None:
         """Raises where an operand's bytes were never written, or are raced for."""
         key = (slot, bits, rows, k_bytes, element_bytes)
-        flat = self.checked_operands.get(key)
-        if flat is None:  # bytes stay written, so an operand is looked at once
+        operand = self.checked_operands.get(key)
+        if operand is None:  # bytes stay written, so an operand is looked at once
             flat = operand_granules(decode_sm100(bits), rows, k_bytes, element_bytes).reshape(-1)
             self.check_granules(slot, flat)
-            self.checked_operands[key] = flat
+            operand = self.checked_operands[key] = Operand(slot, flat, self.shared.stride // 4)
         if self.races is not None:
-            self.races.async_granules(operation, slot, flat)
+            self.races.async_operand(operation, operand)
 
     def check_granules(self, slot: int, flat: Any) -> None:
         """Raises where 16-byte granules of a window were never written."""
@@ -403,7 +428,7 @@ class TensorUnits(Copies):
                     self.check_operand(cta.slot, bits, shape.rows, shape.row_bytes, 0, operation)
                     copy_to_tensor_memory(state.words, where, self.shared.window(cta.slot), source, shape)
                     if shape.row_of_lane is not None:
-                        state.written[:, column : column + width] = True
+                        state.write_whole(column, width)
                     else:
                         state.written[shape.lanes[:, 0] + lane, column : column + width] = True
                     if self.races is not None:
@@ -492,15 +517,15 @@ class TensorUnits(Copies):
                 own_b = tcgen05.scale_operand(b, column_scales, descriptor.scale_format)
             lanes = _lanes_of(descriptor.layout)
             whole = lanes.size == _LANES
-            if job.add:
-                good = state.written[:, column : column + width] if whole else state.written[lanes, column : column + width]
-                if not good.all():
-                    raise EmulatorError("tcgen05.mma adds to tensor memory that was never written")
+            if job.add and whole:
+                state.check_written(slice(0, _LANES), column, width, "tcgen05.mma (D, which it adds to)")
+            elif job.add and not state.written[lanes, column : column + width].all():
+                raise EmulatorError("tcgen05.mma adds to tensor memory that was never written")
             if self.races is not None:
                 self.races.tensor_async(operation, cta, slice(0, 128), column, width, True)
             tcgen05.accumulate(state.words, job.d, descriptor, a, own_b, job.add, job.scale_input_d, disabled)
             if whole and disabled is None:
-                state.written[:, column : column + width] = True
+                state.write_whole(column, width)
             elif disabled is None:
                 state.written[lanes, column : column + width] = True
             else:

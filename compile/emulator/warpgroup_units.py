@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from densemoe.compile.emulator.asynchronous import AsyncOperation
-from densemoe.compile.emulator.gang import LANES, Gang, Groups
+from densemoe.compile.emulator.gang import LANES, Condition, Gang, Groups, Warp, merge_gangs
+from densemoe.compile.emulator.races import Operand
 from densemoe.compile.emulator.smem_descriptor import decode_sm90, operand_granules
 from densemoe.compile.emulator.tensor_units import TensorUnits
 from densemoe.runtime.errors import EmulatorError
@@ -22,8 +23,76 @@ __all__ = ["WarpgroupUnits"]
 _WARPGROUP = 4
 
 
+def _whole_warpgroups(warps: list[Warp]) -> bool:
+    for w in range(0, len(warps), _WARPGROUP):
+        group = warps[w : w + _WARPGROUP]
+        first = group[0]
+        if len(group) < _WARPGROUP or first.index % _WARPGROUP:
+            return False
+        if any(each.cta is not first.cta or each.index != first.index + n for n, each in enumerate(group)):
+            return False
+    return True
+
+
+def _with_the_rest(g: Gang, waiting: list[Gang]) -> list[Gang]:
+    """A gang and those that hold other warps of its warpgroups, or of theirs."""
+    parts, left = [g], list(waiting)
+    groups = {(warp.cta.slot, warp.index // _WARPGROUP) for warp in g.warps}
+    while True:
+        found = [each for each in left if any((warp.cta.slot, warp.index // _WARPGROUP) in groups for warp in each.warps)]
+        if not found:
+            return parts
+        parts += found
+        left = [each for each in left if each not in found]
+        groups |= {(warp.cta.slot, warp.index // _WARPGROUP) for each in found for warp in each.warps}
+
+
 class WarpgroupUnits(TensorUnits):
     """What `Machine` knows of ``wgmma``."""
+
+    gangs: set[Gang]
+    #: by block: gangs that stand at its ``wgmma.fence`` without the rest of their warpgroups
+    gathering: dict[int, list[Gang]]
+
+    def adopt(self, gang: Gang, state: str) -> None:
+        """Takes a gang in hand after it was made or moved."""
+        raise NotImplementedError
+
+    def unite_meetings(self, gangs: list[Gang]) -> bool:
+        """Makes the meetings ahead of gangs the same; False where they are not at the same places."""
+        raise NotImplementedError
+
+    def warpgroup_gathered(self, g: Gang) -> bool:
+        """``wgmma.fence`` (.sync.aligned): all warps of a warpgroup execute it together.
+
+        Warps that parted at a branch and did not meet where it ends, because one had to wait, go on as one gang from here.
+        """
+        if _whole_warpgroups(g.warps):
+            return True
+        block = g.version.block.index
+        waiting = self.gathering.setdefault(block, [])
+        parts = _with_the_rest(g, waiting)
+        warps = sorted((warp for each in parts for warp in each.warps), key=lambda warp: (warp.cta.slot, warp.index))
+        if not _whole_warpgroups(warps):
+            waiting.append(g)
+            missing = Condition(lambda: "the other warps of its warpgroup")
+            g.wait = [missing] * len(g.warps)
+            return False
+        for each in parts:
+            each.wait = None
+        together = merge_gangs(parts, block) if self.unite_meetings(parts) else None
+        if together is None:
+            raise EmulatorError("wgmma.fence by warps of a warpgroup that came on different ways")
+        for outer in together.meetings:
+            outer.outstanding -= len(parts) - 1
+        for each in parts:
+            if each is not g:
+                waiting.remove(each)
+            self.gangs.discard(each)
+            each.ended = True
+        together.stand(block)
+        self.adopt(together, "")
+        return False
 
     def wgmma(
         self, g: Gang, mask: Any, unit: Any, d: tuple[Any, ...], a: Any, b: Any, add: Any, signs: tuple[int, int], transpose: tuple[bool, bool]
@@ -32,12 +101,8 @@ class WarpgroupUnits(TensorUnits):
         if mask is not None and not mask.all():
             raise EmulatorError("wgmma with inactive lanes")
         warps = g.warps
-        for w in range(0, len(warps), _WARPGROUP):
-            group = warps[w : w + _WARPGROUP]
-            first = group[0]
-            whole = len(group) == _WARPGROUP and first.index % _WARPGROUP == 0
-            if not whole or any(each.cta is not first.cta or each.index != first.index + n for n, each in enumerate(group)):
-                raise EmulatorError("wgmma by warps that are not a whole warpgroup at one instruction")
+        if not _whole_warpgroups(warps):
+            raise EmulatorError("wgmma by warps that are not a whole warpgroup at one instruction")
         result = np.empty((len(d), g.lanes), np.uint32)
         old = [np.full(g.lanes, v, np.uint32) if isinstance(v, int) else v for v in d]
         for w in range(0, len(warps), _WARPGROUP):
@@ -78,7 +143,7 @@ class WarpgroupUnits(TensorUnits):
                 granules = operand_granules(decode_sm90(bits), count, 32, element).reshape(-1)
                 self.check_granules(warp.cta.slot, granules)
                 if self.races is not None:
-                    self.races.async_granules(operation, warp.cta.slot, granules)
+                    self.races.async_operand(operation, Operand(warp.cta.slot, granules, self.shared.stride // 4))
             if warp.wgmma is None:
                 warp.wgmma = Groups()
             warp.wgmma.open.append(operation)

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import emulated
 
 from densemoe.compile import kernels, toolchain
+from densemoe.compile.emulate.running import REWRITTEN
 from densemoe.compile.emulator.device import launch_recipe
 from densemoe.runtime import bounds, data, reference
 from densemoe.runtime.layout import tile_scales
@@ -36,7 +37,7 @@ def auxiliary(key: str, problem: Problem, arrays: dict[str, Any]) -> dict[str, A
     variant = Variant.parse(key)
     outputs = {role: np.full(spec.shape, 0x5A, NUMPY[spec.dtype]) for role, spec in problem.tensors().items() if spec.output}
     recipe = kernels.load(f"sm90_{variant.op}").recipe(variant)
-    launch_recipe(ptx_of(key), recipe, problem.names(), {**arrays, **outputs}, outputs)
+    launch_recipe(ptx_of(key), recipe, problem.names(), {**arrays, **outputs}, outputs, rewritten=REWRITTEN.get(variant.op, ()))
     return outputs
 
 

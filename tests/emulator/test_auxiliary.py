@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from densemoe.compile import kernels
+from densemoe.compile.emulate.running import REWRITTEN
 from densemoe.compile.emulator.device import launch_recipe
 from densemoe.compile.toolchain import compile_variant
 from densemoe.runtime import reference
@@ -31,7 +32,7 @@ def launch(key: str, problem: Problem, arrays: dict[str, Any]) -> dict[str, Any]
     variant = Variant.parse(key)
     outputs = {role: np.full(spec.shape, 0x5A, NUMPY[spec.dtype]) for role, spec in problem.tensors().items() if spec.output}
     recipe = kernels.load(f"sm90_{variant.op}").recipe(variant)
-    launch_recipe(ptx_of(key), recipe, problem.names(), {**arrays, **outputs}, outputs)
+    launch_recipe(ptx_of(key), recipe, problem.names(), {**arrays, **outputs}, outputs, rewritten=REWRITTEN.get(variant.op, ()))
     return outputs
 
 

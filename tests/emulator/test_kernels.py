@@ -6,6 +6,7 @@ import pytest
 from sm90_cases import run_case
 
 from densemoe.compile.emulator.execution import Report
+from densemoe.runtime.errors import EmulatorError
 
 
 @pytest.mark.parametrize("a_dtype", ["bf16", "nvfp4"])
@@ -86,3 +87,12 @@ def test_refilling_a_stage_that_other_lanes_may_still_read_is_a_race() -> None:
 
     with pytest.raises(Exception, match=r"race: overwrites shared memory .* may still read"):
         run_case("fc1.sm90a.t8x64.c1x1.bf16-f32", 3, 3, 1024, 64, "exact", post=True, edit=without_warp_sync, sm_count=1)
+
+
+def test_an_output_byte_is_written_once() -> None:
+    def stored_twice(ptx: str) -> str:
+        stores = [line for line in ptx.split("\n") if "st.global.v4.f32" in line]
+        return ptx.replace(stores[-1], 2 * f"{stores[-1]}\n")
+
+    with pytest.raises(EmulatorError, match=r"c\[byte \d+\] is written twice"):
+        run_case("fc1.sm90a.t8x64.c1x1.bf16-f32", 3, 1, 256, 64, "exact", post=True, edit=stored_twice)

@@ -126,8 +126,10 @@ def clusters_of(configuration: Configuration, groups: Sequence[tuple[int, int, i
 
 
 def _sizes(rng: np.random.Generator, configuration: Configuration) -> tuple[int, int, int, int]:
-    """(M, N, K, batch): multiples of what 16 bytes hold, as the examples ask for."""
-    unit = 64 if configuration.scale else 32
+    """(M, N, K, batch): multiples of what 16 bytes hold, as the examples ask for; of 128 where 4-bit elements fill bytes, as drivers do."""
+    first, second, _ = configuration.formats
+    spread = "e2m1" in (first, second) and first != second
+    unit = 128 if spread else 64 if configuration.scale else 32
     tile_m, tile_n = configuration.tile
     if not configuration.ragged:
         return tile_m * int(rng.integers(1, 3)), tile_n * int(rng.integers(1, 4)), 32 * int(rng.integers(1, 9)), int(rng.integers(1, 3))

@@ -199,6 +199,7 @@ STRONG, RELAXED, GPU = "atom.acq_rel.gpu.global.add.u32", "atom.relaxed.gpu.glob
         (f"bar.sync 0; {GPU}", RELAXED, GPU, True),  # the fence after is not that of the thread that saw the count
         (f"{GPU} bar.sync 0;", RELAXED, GPU, True),
         ("", STRONG, "", True),
+        ("bar.sync 0;", RELAXED, "", True),  # nothing in the kernel orders, and yet it is watched
         ("bar.sync 0;", "atom.acquire.gpu.global.add.u32", "", True),
         ("bar.sync 0;", "atom.release.gpu.global.add.u32", "", True),
     ],
@@ -310,6 +311,54 @@ DONE:
                 launch(text, buffers, threads=32, grid=2, schedule="eager")
         else:
             launch(text, buffers, threads=32, grid=2, schedule="eager")
+
+
+COPY_OUT = "cp.async.bulk.global.shared::cta.bulk_group [%x1], [%r0], {}; cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;"
+
+
+def copied_out(store: str, between: str, copy: str) -> str:
+    """A warp writes shared memory, and its lane 0 copies from there."""
+    return kernel(
+        POINTERS
+        + f"""
+    mov.u32 %r0, window;
+    shl.b32 %r1, %t0, 2;
+    add.u32 %r1, %r1, %r0;
+    setp.ne.u32 %p0, %t0, 0;
+    {store}
+    fence.proxy.async.shared::cta;
+    {between}
+    @%p0 bra DONE;
+    {copy}
+DONE:
+""",
+        shared=1024,
+    )
+
+
+STORE, OWN = "st.shared.u32 [%r1], %t0;", "@!%p0 st.shared.v4.u32 [%r0], {%t0, %t0, %t0, %t0};"
+
+
+@pytest.mark.parametrize("schedule", ["eager", "lazy", "random:1"])
+@pytest.mark.parametrize(
+    ("store", "between", "nbytes", "race"),
+    [
+        (STORE, "bar.warp.sync -1;", 128, False),
+        (STORE, "", 128, True),
+        (STORE, "vote.sync.any.pred %p1, %p0, -1;", 128, True),  # the lanes meet, their memory is not ordered
+        (STORE, f"bar.warp.sync -1; {STORE} fence.proxy.async.shared::cta;", 128, True),
+        (OWN, "", 16, False),  # a lane needs nobody for what it wrote itself
+    ],
+)
+def test_a_lane_copies_what_others_wrote_after_a_warp_barrier(store: str, between: str, nbytes: int, race: bool, schedule: str) -> None:
+    text = copied_out(store, between, COPY_OUT.format(nbytes))
+    buffers = {"input": np.zeros(1, np.uint32), "output": np.zeros(32, np.uint32)}
+    if race:
+        with pytest.raises(EmulatorError, match=r"race: reads shared memory .* that lane \d+ of the warp wrote .* without bar\.warp\.sync"):
+            launch(text, buffers, threads=32, schedule=schedule)
+        return
+    launch(text, buffers, threads=32, schedule=schedule)
+    np.testing.assert_array_equal(buffers["output"], np.arange(32) if nbytes == 128 else np.zeros(32))
 
 
 def test_two_ctas_write_the_same_word_unordered() -> None:
