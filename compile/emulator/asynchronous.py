@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from densemoe.compile.emulator.clocks import ALL_LANES
 from densemoe.compile.emulator.gang import LANES, Condition, Groups
 from densemoe.compile.emulator.memory import RANK_SHIFT, SHARED_WINDOW, GlobalMemory, SharedMemory
 from densemoe.compile.emulator.tile import reduce_elements
@@ -39,31 +40,40 @@ class AsyncOperation:
     Attributes:
         action: does it.
         after: an operation that must be done first (of the same in-order pipe).
-        text: for reports.
+        what, issuer: for reports: ``what`` of ``issuer`` is its `text`.
         done: it was executed.
         clock: for race detection: what it happens after.
         touches: slots of the CTAs whose shared or tensor memory it reads or writes.
         signals: slot and window offset of the mbarriers that it arrives on.
     """
 
-    __slots__ = ("action", "after", "clock", "done", "line", "listeners", "priority", "signals", "text", "touches")
+    __slots__ = ("action", "after", "clock", "done", "issuer", "line", "listeners", "priority", "signals", "touches", "what")
 
     def __init__(
         self,
         action: Callable[[AsyncOperation], None],
-        text: str,
+        what: str,
+        issuer: Warp | AsyncOperation,
         line: int,
         after: AsyncOperation | None = None,
         touches: Iterable[int] = (),
         signals: Iterable[tuple[int, int]] = (),
     ) -> None:
-        self.action, self.text, self.line, self.after = action, text, line, after
+        self.action, self.what, self.issuer, self.line, self.after = action, what, issuer, line, after
         self.signals = tuple(signals)
-        self.touches = frozenset(touches) | {slot for slot, _ in self.signals}
+        self.touches = {*touches, *(slot for slot, _ in self.signals)}
         self.done = False
         self.clock: Any = None
         self.priority = 0.0
         self.listeners: list[Callable[[], None]] = []
+
+    @property
+    def text(self) -> str:
+        """What it is."""
+        return f"{self.what} of {self.issuer}"
+
+    def __str__(self) -> str:
+        return self.text
 
     @property
     def eligible(self) -> bool:
@@ -111,7 +121,7 @@ class Copies:
     cluster_size: int
     moved: dict[str, int]
     races: Races | None
-    issued_by: Any = None  # lanes that issue the instruction that runs, bool ``[lanes]``, or None for all
+    issued_by: dict[Warp, int] | None = None  # lanes of each warp, a bit each, that issue the instruction that runs; None for all
 
     def submit(self, operation: AsyncOperation) -> None:
         """Hands an operation to the schedule."""
@@ -197,10 +207,13 @@ class Copies:
     def lanes_of(self, g: Gang, mask: Any, *operands: Any) -> list[tuple[Warp, int, list[Any]]]:
         """(warp, lane in the warp, operands as ints) of every active lane."""
         found = []
-        self.issued_by = mask
+        issued: dict[Warp, int] = {}
+        self.issued_by = None if mask is None else issued
         for lane in g.active_lanes(mask):
             values = [each if isinstance(each, int) or each is None else int(each[lane]) for each in operands]
-            found.append((g.warps[lane // LANES], lane % LANES, values))
+            warp, lane = g.warps[lane // LANES], lane % LANES
+            issued[warp] = issued.get(warp, 0) | 1 << lane
+            found.append((warp, lane, values))
         return found
 
     def new_operation(
@@ -214,9 +227,9 @@ class Copies:
         signals: Iterable[tuple[int, int]] = (),
     ) -> AsyncOperation:
         """An operation that happens after everything its warp did so far."""
-        operation = AsyncOperation(action, f"{text} of {warp}", g.current_line(), after, touches, signals)
+        operation = AsyncOperation(action, text, warp, g.current_line(), after, touches, signals)
         if self.races is not None:
-            operation.clock = self.races.fork(warp, g.lanes_of(self.issued_by, g.warps.index(warp)))
+            operation.clock = self.races.fork(warp, ALL_LANES if self.issued_by is None else self.issued_by[warp])
         return operation
 
     def bulk_load(self, g: Gang, mask: Any, target: Any, source: Any, size: Any, barrier: Any, ctas: Any, from_shared: bool) -> None:

@@ -284,7 +284,7 @@ class Machine(WatchedAccesses, Synchronisation, WarpgroupUnits, TensorMapUpdates
         for each in self.pending:
             if cta.slot not in each.touches:
                 continue
-            if self.cluster_size == 1 and each.text.startswith("arrival of"):
+            if self.cluster_size == 1 and each.what == "arrival":
                 self.lints["a CTA ends before the arrival of a tcgen05.commit on its mbarrier"] = None
             else:
                 raise EmulatorError(f"CTA {cta.ctaid} ended before the {each.text} (PTX line {each.line}), which needs its memory")

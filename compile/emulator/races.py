@@ -490,7 +490,7 @@ class Races:
         known = self.tensor[warp.row].copy()
         known[warp.unit] = self.order[warp.row, warp.unit]
         tick = int(self.order[warp.row, warp.unit])
-        self._tensor(marks, where, known, self.order[warp.row], write, str(warp))
+        self._tensor(marks, where, known, self.order[warp.row], write, warp)
         if write:
             marks.wrote(where, warp.unit, tick)
         else:
@@ -501,13 +501,13 @@ class Races:
         """``tcgen05.mma`` and ``cp``."""
         clock: Clock = operation.clock
         marks, where = self._marks(cta), _cells(rows, column, width)
-        self._tensor(marks, where, clock.tensor, clock.order, write, operation.text)
+        self._tensor(marks, where, clock.tensor, clock.order, write, operation)
         if write:
             marks.wrote(where, clock.unit, clock.tick)
         else:
             marks.read(where, clock.unit, clock.tick)
 
-    def _tensor(self, marks: Marks, where: tuple[slice, slice], known: Vector, order: Vector, write: bool, who: str) -> None:
+    def _tensor(self, marks: Marks, where: tuple[slice, slice], known: Vector, order: Vector, write: bool, who: Warp | AsyncOperation) -> None:
         bad = marks.unordered_write(where, known)
         if np.count_nonzero(bad):
             at = int(bad.argmax())

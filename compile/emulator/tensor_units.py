@@ -200,12 +200,13 @@ class TensorUnits(Copies):
         active: dict[Any, list[Any]] = {}
         for warp, _, values in lanes:
             active.setdefault(warp, []).append(values)
+        issued = self.issued_by
         whole = {warp for warp, given in active.items() if len(given) == np.count_nonzero(warp.threads) and all(each == given[0] for each in given)}
         seen: set[Any] = set()
         for warp, lane, (where, of, *at) in lanes:
             if warp in seen:
                 continue
-            self.issued_by = None if warp in whole else mask
+            self.issued_by = None if warp in whole else issued
             if warp in whole:
                 seen.add(warp)
             tile = self._tile(warp, where, at)
@@ -545,7 +546,7 @@ class TensorUnits(Copies):
                     self.signal_arrival(arrival.signals[0], 1, operation.clock)
 
                 for each in slots:
-                    self.submit(AsyncOperation(arrive, f"arrival of {operation.text}", operation.line, signals=((each, offset),)))
+                    self.submit(AsyncOperation(arrive, "arrival", operation, operation.line, signals=((each, offset),)))
 
             self._to_pipe(g, warp, self._pair(warp.cta, group), action, "tcgen05.commit")
 

@@ -135,6 +135,7 @@ class WarpgroupUnits(TensorUnits):
                 if not same:
                     raise EmulatorError("shared memory was overwritten while a wgmma still read it")
 
+            self.issued_by = None
             operation = self.new_operation(g, warp, action, "wgmma")
             rows = [(b_bits, unit.n, unit.element_bytes("b") if transpose[1] else 0)]
             if a_bits is not None:
