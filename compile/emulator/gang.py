@@ -473,7 +473,7 @@ class Gang:
         branch = self.branch
         for which, group in enumerate(groups):
             if group.size:
-                part = self.take(group.tolist())
+                part = self.take(group.tolist(), block.successors)
                 part.branch = branch.reshape(-1, LANES)[group].reshape(-1)
                 parts.append((which, part))
         self._meet(block.join, [part for _, part in parts])
@@ -496,8 +496,10 @@ class Gang:
             for part in parts:
                 part.meetings.append(meeting)
 
-    def take(self, indices: list[int]) -> Gang:
-        """A new gang of some warps, with their lanes' registers; the caller decides what becomes of this one."""
+    def take(self, indices: list[int], places: tuple[int, ...]) -> Gang:
+        """A new gang of some warps, with what their lanes will read from blocks ``places`` on; the caller decides what becomes of this one."""
+        for frame in self.frames:
+            places += (frame.join, *(block for block, _ in frame.pending))
         part = Gang(self.run, self.program, [self.warps[i] for i in indices], [])
         rows = np.array(indices)
 
@@ -505,14 +507,16 @@ class Gang:
             return np.ascontiguousarray(array.reshape(-1, LANES)[rows]).reshape(-1)
 
         registers: list[Any] = [None] * len(self.registers)
-        for number, value in enumerate(self.registers):
+        for number in self.program.live_numbers(places):
+            value = self.registers[number]
             if isinstance(value, np.ndarray):
                 value = lanes(value)
-                if part.single_warp and number not in self.defined and (value == value[0]).all():
+                if number in self.defined:
+                    part.defined[number] = lanes(self.defined[number])
+                elif part.single_warp and (value == value[0]).all():
                     value = value[0].item()
             registers[number] = value
         part.registers = registers
-        part.defined = {number: lanes(mask) for number, mask in self.defined.items()}
         part.mask = None if self.mask is None else lanes(self.mask)
         if self.local_data is not None:
             wide = (rows[:, None] * LANES + np.arange(LANES)).reshape(-1)
@@ -531,10 +535,11 @@ class Gang:
         """Becomes two gangs at the same instruction: some warps, and the rest."""
         chosen = set(ready)
         groups = [ready, [i for i in range(len(self.warps)) if i not in chosen]]
-        parts = [self.take(group) for group in groups]
+        here = self.version.block.index
+        parts = [self.take(group, (here,)) for group in groups]
         self._meet(EXIT, parts)
         for part in parts:
-            part.stand(self.version.block.index)
+            part.stand(here)
             self.run.adopt(part, "")
 
 
@@ -591,4 +596,4 @@ def merge_gangs(gangs: list[Gang], block: int) -> Gang | None:
         merged.local_written = np.concatenate([written for _, written in parts])
     merged.meetings = list(first.meetings)
     order = sorted(range(len(merged.warps)), key=lambda i: (merged.warps[i].cta.slot, merged.warps[i].index))
-    return merged if order == list(range(len(order))) else merged.take(order)
+    return merged if order == list(range(len(order))) else merged.take(order, (block,))

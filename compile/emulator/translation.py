@@ -160,6 +160,7 @@ class Program:
         self.crossing = frozenset().union(*(each.live_in for each in self.blocks)) if self.blocks else frozenset()
         self.position = 0
         self._live: dict[int, tuple[str, ...]] = {}
+        self._live_numbers: dict[tuple[int, ...], tuple[int, ...]] = {}
         self.versions: dict[Key, Version] = {}
         self._layout()
 
@@ -219,6 +220,14 @@ class Program:
         found = self._live.get(block)
         if found is None:
             found = self._live[block] = tuple(sorted(self.blocks[block].live_in, key=self.numbers.__getitem__))
+        return found
+
+    def live_numbers(self, places: tuple[int, ...]) -> tuple[int, ...]:
+        """Numbers of the registers that are live at the start of any of these blocks."""
+        found = self._live_numbers.get(places)
+        if found is None:
+            names = {name for place in places if place != EXIT for name in self.blocks[place].live_in}
+            found = self._live_numbers[places] = tuple(sorted(self.numbers[name] for name in names))
         return found
 
     def text_of(self, line: int) -> str:
