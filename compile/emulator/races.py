@@ -10,7 +10,9 @@ Every warp and every asynchronous operation of a cluster is a unit with a clock.
 - ``tensor``: accesses of tensor memory that a ``tcgen05.fence`` pair, or a commit, ordered.
 
 Shared memory is watched in granules of 4 bytes, tensor memory in columns of 32 lanes. For each granule the last write and up to 8 last reads
-are kept, so that a race with an older read may be missed; nothing is reported that is ordered. Global memory is not watched.
+are kept, so that a race with an older read may be missed; nothing is reported that is ordered. Reads are forgotten when a write follows that knows
+of them. Where some lanes of a warp issue an operation, they may not rely on what its other lanes wrote since the last ``bar.warp.sync``. Global
+memory: see ``global_races``.
 """
 
 from __future__ import annotations
