@@ -89,6 +89,26 @@ def test_overwriting_what_a_wgmma_may_still_read_is_an_error() -> None:
             wgmma(schedule, wait="", after=overwrite)
 
 
+#: Warp 0 stores a part by a bulk copy and waits for it; the others go on.
+STORES_ALONE = """bar.sync 0;
+    setp.gt.u32 %p2, %t0, 31; @%p2 bra JOINED;
+    setp.ne.u32 %p3, %t0, 0; @%p3 bra COPIED;
+    cp.async.bulk.global.shared::cta.bulk_group [%x1], [%r1], 16; cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;
+    COPIED: bar.warp.sync -1; JOINED:"""
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warps_of_a_warpgroup_that_parted_meet_at_the_fence(schedule: str) -> None:
+    out, _ = wgmma(schedule, barrier=STORES_ALONE)
+    np.testing.assert_array_equal(out, wgmma(schedule)[0])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_warpgroup_without_one_of_its_warps_is_a_deadlock(schedule: str) -> None:
+    with pytest.raises(EmulatorError, match=r"warp 0 at PTX line \d+ \(wgmma\.fence.*\) waits for the other warps of its warpgroup"):
+        wgmma(schedule, barrier="bar.sync 0; setp.gt.u32 %p2, %t0, 95; @%p2 ret;")
+
+
 # --- tcgen05
 
 TCGEN05 = """
