@@ -91,7 +91,7 @@ class Accesses:
         """Elements of each lane: ``[count, lanes]`` (``[lanes]`` for one), or ints where the address is uniform and the space allows.
 
         Args:
-            order: ``relaxed`` or ``acquire``.
+            order: ``relaxed`` or ``acquire`` and a scope, as in ``acquire.gpu``; empty for a weak access.
         """
         if space == "":
             space, address = self.generic_space(self._active(address, mask))
@@ -246,7 +246,7 @@ class Accesses:
         """``atom``: the old values, ``[lanes]``.
 
         Args:
-            order: ``acquire``, ``release`` or ``acq_rel``.
+            order: ``acquire``, ``release`` or ``acq_rel`` and a scope, as in ``acq_rel.gpu``.
             reads: False for ``red``.
         """
         size = {"b16": 2, "f16": 2, "bf16": 2}.get(kind) or (8 if kind.endswith("64") else 4)

@@ -2,7 +2,7 @@
 
 Sources: PTX ISA 9.x, 9.7.9 (data movement: ``ld``, ``st``, ``prefetch``, ``cvta``, ``mapa``, ``shfl``), 9.7.13 (``atom``, ``red``, ``vote``,
 ``match``, ``redux``, ``activemask``, ``elect``), 9.7.14.5 (``ldmatrix``, ``stmatrix``, ``mma``). Cache operators, eviction hints, scopes and
-memory orders have no effect on values here; race detection uses the orders.
+memory orders have no effect on values here; race detection uses orders and scopes.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ def _count(parts: list[str]) -> int:
 
 
 def _order(parts: list[str]) -> str:
-    """The argument for a strong access's memory order."""
+    """The argument for a strong access's memory order and scope: ``volatile`` is ``.relaxed.sys``, atomics without a scope are ``.gpu``."""
     order = next((each for each in parts if each in ("relaxed", "acquire", "release", "acq_rel")), "relaxed" if "volatile" in parts else "")
-    return f", {order!r}" if order else ""
+    scope = next((each for each in parts if each in ("cta", "cluster", "gpu", "sys")), "sys" if "volatile" in parts else "gpu")
+    return f", '{order}.{scope}'" if order else ""
 
 
 def _items(operand: Operand, count: int) -> list[Operand]:

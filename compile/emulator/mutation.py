@@ -33,6 +33,7 @@ KINDS: Final = {
     "phase": "one constant on the way to a wait's parity is another",
     "barrier-address": "the neighbouring mbarrier is used",
     "relaxed": "release or acquire semantics are taken away",
+    "scope": "release or acquire semantics are for the CTA alone",
     "threads": "a barrier awaits one warp less",
     "group": "a wait leaves one group more in flight",
     "columns": "half the tensor memory is allocated, or given back",
@@ -46,7 +47,20 @@ KINDS: Final = {
 }
 #: Kinds by what they attack.
 FAMILIES: Final = {
-    "synchronisation": ("delete", "no-wait", "twice", "every-lane", "count", "bytes", "barrier-address", "relaxed", "threads", "group", "multicast"),
+    "synchronisation": (
+        "delete",
+        "no-wait",
+        "twice",
+        "every-lane",
+        "count",
+        "bytes",
+        "barrier-address",
+        "relaxed",
+        "scope",
+        "threads",
+        "group",
+        "multicast",
+    ),
     "phase": ("parity", "parity-stuck", "phase"),
     "address": ("address", "coordinate", "size", "step", "descriptor", "columns", "accumulate"),
 }
@@ -62,6 +76,7 @@ _DELETED: Final = (
 _TWICE: Final = (
     "mbarrier.init", "mbarrier.arrive", "tcgen05.commit", "tcgen05.alloc", "tcgen05.dealloc", "barrier.cluster.arrive", "cp.async.bulk.tensor",
 )  # fmt: skip
+_SCOPED: Final = ("atom.", "red.", "ld.", "st.", "fence.acq_rel.", "fence.sc.", "fence.acquire.", "fence.release.")
 _REGISTER: Final = re.compile(r"%[a-zA-Z_]\w*(?:\.[xyz])?|(?<![\w.$%])[pqb]\d*(?![\w.(])")
 _LABEL: Final = re.compile(r"^\s*[$\w]+:")
 _STATEMENT: Final = re.compile(r"[^;{}]*(?:\{[^{};]*\}[^;{}]*)*;")
@@ -284,6 +299,10 @@ def _semantics(each: Statement) -> Iterator[Altered]:
         yield "relaxed", (opcode.replace(".release", ".relaxed").replace(".acquire", ".relaxed"), *operands), ""
     elif opcode.startswith("atom.acq_rel"):
         yield "relaxed", (opcode.replace(".acq_rel", ".relaxed"), *operands), ""
+    if opcode.startswith(_SCOPED) and any(f".{order}." in opcode for order in ("acquire", "release", "acq_rel", "sc")):
+        narrow = re.sub(r"\.(gpu|sys|cluster)\b", ".cta", opcode, count=1)
+        if narrow != opcode:
+            yield "scope", (narrow, *operands), ""
     if opcode.startswith(("barrier.sync", "bar.sync")) and len(operands) == 2 and operands[1].isdecimal() and int(operands[1]) > 32:
         yield "threads", (opcode, operands[0], str(int(operands[1]) - 32)), ""
     if opcode.startswith(("cp.async.wait_group", "cp.async.bulk.wait_group", "wgmma.wait_group")) and operands and operands[0].isdecimal():

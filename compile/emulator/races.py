@@ -30,13 +30,18 @@ if TYPE_CHECKING:
     from densemoe.compile.emulator.gang import Gang, Warp
     from densemoe.compile.emulator.machine import Cta
 
-__all__ = ["Clock", "Operand", "Races"]
+__all__ = ["Clock", "Operand", "Races", "level"]
 
 _ASYNC_UNITS: Final = 64  # asynchronous operations told apart at a time; older ones share a unit
 _GRANULE: Final = 4
 _PAGE: Final = 256  # granules of a page that remembers whether lanes accessed it
 _SEVERAL: Final = 32  # in place of a lane: several wrote together
 _QUARTER: Final = 32  # lanes of tensor memory in a granule
+
+
+def level(*parts: str) -> int:
+    """Of a scope among parts of an opcode: 0 for the CTA, 1 for the cluster, 2 beyond; a fence without one is the widest."""
+    return 0 if "cta" in parts else 1 if "cluster" in parts else 2
 
 
 def _cells(rows: slice, column: int, width: int) -> tuple[slice, slice]:
@@ -107,10 +112,12 @@ class Races:
         self.next_async = 0
         self.lints = lints
         self.loads_open: dict[int, bool] = {}
-        #: what a warp's last fence made ready for relaxed arrivals after it, and what relaxed waits saw that its next fence may rely on: whose lanes'
-        self.ready: dict[int, tuple[int, Clock]] = {}
-        self.seen: dict[int, tuple[int, Clock]] = {}
-        self.locations: dict[int, Clock] = {}
+        #: by a warp's row and a level: what fences made ready for relaxed arrivals and writes after them, and what relaxed waits and reads saw that
+        #: the next fence may rely on, with the lanes whose it is
+        self.ready: dict[tuple[int, int], tuple[int, Clock]] = {}
+        self.seen: dict[tuple[int, int], tuple[int, Clock]] = {}
+        #: by level, group of CTAs at that level, and address: what was released there
+        self.locations: dict[tuple[int, int, int], Clock] = {}
         self.everywhere: GlobalRaces | None = None
         self.unfenced: dict[int, list[Any]] = {}
 
@@ -144,9 +151,9 @@ class Races:
         if self.everywhere is not None and clock.wide is not None:
             self.everywhere.acquired(row, clock.wide, lanes)
 
-    def _release_ready(self, clock: Clock | None, warp: Warp, lanes: int = ALL_LANES) -> Clock | None:
-        """A relaxed arrival or write: it releases what a fence of its lanes before it made ready."""
-        fenced, ready = self.ready.get(warp.row, (0, None))
+    def _release_ready(self, clock: Clock | None, warp: Warp, lanes: int = ALL_LANES, at: int = 0) -> Clock | None:
+        """A relaxed arrival or write: it releases what fences of its lanes before it made ready, of scope `at` or wider."""
+        fenced, ready = self.ready.get((warp.row, at), (0, None))
         if ready is None or not fenced & lanes:
             return clock
         if clock is None:
@@ -154,47 +161,71 @@ class Races:
         clock.join(ready)
         return clock
 
-    def _see(self, clock: Clock | None, warp: Warp, lanes: int = ALL_LANES) -> None:
-        """A relaxed wait or read: a fence of its lanes after it acquires what it saw."""
+    def _see(self, clock: Clock | None, warp: Warp, lanes: int = ALL_LANES, at: int = 0) -> None:
+        """A relaxed wait or read: a fence of its lanes after it, of scope `at` or wider, acquires what it saw."""
         if clock is None:
             return
-        lanes_before, seen = self.seen.get(warp.row, (0, None))
+        lanes_before, seen = self.seen.get((warp.row, at), (0, None))
         if seen is None:
             seen = clock.copy()
         else:
             seen.join(clock)
-        self.seen[warp.row] = (lanes | lanes_before, seen)
+        self.seen[warp.row, at] = (lanes | lanes_before, seen)
 
-    def fence(self, warp: Warp, lanes: int = ALL_LANES) -> None:
-        """``fence.acq_rel``, ``.sc`` and ``membar``, of any scope, by lanes of a warp."""
-        seers, seen = self.seen.get(warp.row, (0, None))
-        if seers & lanes:
-            del self.seen[warp.row]
-            self._acquire(seen, warp, lanes)
-        fenced, ready = self.ready.get(warp.row, (0, None))
+    def fence(self, warp: Warp, lanes: int = ALL_LANES, scope: int = 2) -> None:
+        """``fence.acq_rel``, ``.sc`` and ``membar`` by lanes of a warp; `scope` is a `level`."""
+        for at in range(scope + 1):
+            seers, seen = self.seen.get((warp.row, at), (0, None))
+            if seers & lanes:
+                del self.seen[warp.row, at]
+                self._acquire(seen, warp, lanes)
         made = self._release(None, warp, lanes)
+        for at in range(scope + 1):
+            self._make_ready(warp, at, lanes, made.copy())
+
+    def fenced(self, g: Gang) -> bool:
+        """Whether a fence of one of the warps made something ready for relaxed writes after it."""
+        return bool(self.ready) and any((warp.row, 0) in self.ready for warp in g.warps)
+
+    def _make_ready(self, warp: Warp, at: int, lanes: int, made: Clock) -> None:
+        fenced, ready = self.ready.get((warp.row, at), (0, None))
         if ready is not None and fenced & ~lanes:
             made.join(ready)
             lanes |= fenced
-        self.ready[warp.row] = (lanes, made)
+        self.ready[warp.row, at] = (lanes, made)
 
     def wait_for_launches(self, warp: Warp) -> None:
         """``griddepcontrol.wait``."""
         self.order[warp.row, self.before] = 1
 
-    def location(self, warp: Warp, lanes: int, address: int, acquire: bool | None, release: bool | None) -> None:
-        """A strong access of a word of global memory: `acquire` and `release` where it reads and writes, else None; False is relaxed."""
-        clock = self.locations.get(address)
-        if acquire:
-            self._acquire(clock, warp, lanes)
-        elif acquire is not None:
-            self._see(clock, warp, lanes)
-        if release:
-            self.locations[address] = self._release(clock, warp, lanes)
-        elif release is not None:
-            ready = self._release_ready(clock, warp, lanes)
-            if ready is not None:
-                self.locations[address] = ready
+    def location(self, warp: Warp, lanes: int, address: int, scope: int, acquire: bool | None, release: bool | None) -> None:
+        """A strong access of a word of global memory by lanes of a warp.
+
+        What it releases is for those whom its scope and theirs include: it is kept for its CTA, its cluster and everybody, up to its scope (8.7,
+        morally strong operations).
+
+        Args:
+            scope: a `level`.
+            acquire, release: where it reads and writes, else None; False is relaxed.
+        """
+        groups = (warp.cta.slot, warp.cta.cluster.first_slot, 0)
+        released = self._release(None, warp, lanes) if release else None
+        for at in range(scope + 1):
+            place = (at, groups[at], address)
+            clock = self.locations.get(place)
+            if acquire:
+                self._acquire(clock, warp, lanes)
+            elif acquire is not None:
+                self._see(clock, warp, lanes, at)
+            if released is not None:
+                if clock is None:
+                    self.locations[place] = released.copy()
+                else:
+                    clock.join(released)
+            elif release is not None:
+                ready = self._release_ready(clock, warp, lanes, at)
+                if ready is not None:
+                    self.locations[place] = ready
 
     def barrier_arrive(self, barrier: Any, warp: Warp, release: bool) -> None:
         """A CTA or cluster barrier is reached."""
@@ -243,7 +274,9 @@ class Races:
             ready = np.zeros((3, self.units), np.int32)
             ready[0, warp.unit] = self.order[row, warp.unit]
             wide = self._wide(row)
-            self.ready[row] = (ALL_LANES, Clock(ready[0], ready[1], ready[2], wide=None if wide is None else np.zeros_like(wide)))
+            made = Clock(ready[0], ready[1], ready[2], wide=None if wide is None else np.zeros_like(wide))
+            for at in (0, 1):
+                self._make_ready(warp, at, ALL_LANES, made.copy())
 
     def _check_made(self, barrier: Any, warp: Warp, lane: int) -> None:
         row, unit, tick, maker = barrier.made_by

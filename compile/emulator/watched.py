@@ -14,6 +14,7 @@ from densemoe.compile.emulator.accesses import Accesses
 from densemoe.compile.emulator.bank_conflicts import BankConflicts
 from densemoe.compile.emulator.gang import LANES
 from densemoe.compile.emulator.global_races import ATOMIC, POLL, READ, WRITE
+from densemoe.compile.emulator.races import level
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
@@ -58,15 +59,16 @@ class WatchedAccesses(Accesses):
             self._check_early(rows, addresses, size * count, write)
         if races.everywhere is None:
             return
+        order, _, scope = order.partition(".")
         strong = bool(order) and size * count <= _STRONG_BYTES and count == 1
         lanes = (np.arange(g.lanes) if picked is None else picked) % LANES
         if strong and not write:
-            self._order(g, picked, addresses, order == "acquire", None)
+            self._order(g, picked, addresses, scope, order == "acquire", None)
             races.everywhere.access(rows, lanes, addresses, size, POLL)
             return
         races.everywhere.access(rows, lanes, addresses, size * count, (ATOMIC if order else WRITE) if write else READ)
         if strong:  # whoever acquires it knows of the store itself
-            self._order(g, picked, addresses, None, order == "release")
+            self._order(g, picked, addresses, scope, None, order == "release")
 
     def note_atomic(self, g: Gang, space: str, address: Any, mask: Any, size: int, count: int, order: str, reads: bool) -> None:
         races = self.races
@@ -85,18 +87,19 @@ class WatchedAccesses(Accesses):
             self._check_early(rows, addresses, size * count, True)
         if races.everywhere is None:
             return
-        if count > 1 or (order in ("", "relaxed") and not reads):
+        order, _, scope = order.partition(".")
+        if count > 1 or (order in ("", "relaxed") and not reads and not races.fenced(g)):
             races.everywhere.access(rows, lanes, addresses, size * count, ATOMIC)
             return
         # one after another, and the release last: whoever acquires an atomic's value knows of the atomic itself
         acquire, release = order in ("acquire", "acq_rel") if reads else None, order in ("release", "acq_rel")
         for position in range(picked.size):
             one = slice(position, position + 1)
-            self._order(g, picked[one], addresses[one], acquire, None)
+            self._order(g, picked[one], addresses[one], scope, acquire, None)
             races.everywhere.access(rows[one], lanes[one], addresses[one], size, ATOMIC)
-            self._order(g, picked[one], addresses[one], None, release)
+            self._order(g, picked[one], addresses[one], scope, None, release)
 
-    def _order(self, g: Gang, picked: Any, addresses: Any, acquire: bool | None, release: bool | None) -> None:
+    def _order(self, g: Gang, picked: Any, addresses: Any, scope: str, acquire: bool | None, release: bool | None) -> None:
         assert self.races is not None
         if acquire is False and release is None and not self.races.locations:
             return
@@ -105,7 +108,7 @@ class WatchedAccesses(Accesses):
             place = (lane // LANES, address)
             lanes[place] = lanes.get(place, 0) | 1 << lane % LANES
         for (w, address), mask in lanes.items():
-            self.races.location(g.warps[w], mask, address, acquire, release)
+            self.races.location(g.warps[w], mask, address, level(scope), acquire, release)
 
     def _check_early(self, rows: Any, addresses: Any, nbytes: int, write: bool) -> None:
         assert self.races is not None
@@ -132,7 +135,7 @@ class WatchedAccesses(Accesses):
             if opcode.startswith("fence.mbarrier_init"):
                 self.races.init_fence(g.warps[w])
             elif opcode.startswith(_FENCES) and "sync_restrict" not in opcode:
-                self.races.fence(g.warps[w], g.lanes_of(mask, w))
+                self.races.fence(g.warps[w], g.lanes_of(mask, w), level(*opcode.split(".")))
 
     def proxy_fence(self, g: Gang, mask: Any) -> None:
         """``fence.proxy.async``."""

@@ -199,6 +199,9 @@ STRONG, RELAXED, GPU = "atom.acq_rel.gpu.global.add.u32", "atom.relaxed.gpu.glob
         (f"bar.sync 0; {GPU}", RELAXED, GPU, True),  # the fence after is not that of the thread that saw the count
         (f"{GPU} bar.sync 0;", RELAXED, GPU, True),
         ("", STRONG, "", True),
+        ("bar.sync 0;", "atom.acq_rel.cta.global.add.u32", "", True),  # the scope does not hold the other CTAs
+        ("bar.sync 0;", "atom.acq_rel.sys.global.add.u32", "", False),
+        ("bar.sync 0; fence.acq_rel.gpu;", RELAXED, "", True),
         ("bar.sync 0;", RELAXED, "", True),  # nothing in the kernel orders, and yet it is watched
         ("bar.sync 0;", "atom.acquire.gpu.global.add.u32", "", True),
         ("bar.sync 0;", "atom.release.gpu.global.add.u32", "", True),
@@ -311,6 +314,56 @@ DONE:
                 launch(text, buffers, threads=32, grid=2, schedule="eager")
         else:
             launch(text, buffers, threads=32, grid=2, schedule="eager")
+
+
+FLAG = """
+    and.b32 %r0, %t0, 31;
+    setp.ne.u32 %p0, %r0, 0;
+    @%p0 bra DONE;
+    setp.ne.u32 %p1, {reader}, 0;
+    @%p1 bra READ;
+    st.global.u32 [%x0], 7;
+    {write};
+    bra.uni DONE;
+READ:
+    {read};
+    setp.eq.u32 %p2, %r1, 0;
+    @%p2 bra READ;
+    {after}
+    ld.global.u32 %r2, [%x0];
+DONE:
+"""
+WARP, CTA = "%t1", "%t2"
+
+
+@pytest.mark.parametrize("fences", [False, True])
+@pytest.mark.parametrize(
+    ("reader", "cluster", "scope", "race"),
+    [
+        (WARP, 1, "cta", False),
+        (WARP, 1, "gpu", False),
+        (CTA, 2, "cta", True),
+        (CTA, 2, "cluster", False),
+        (CTA, 1, "cluster", True),
+        (CTA, 1, "gpu", False),
+        (CTA, 1, "sys", False),
+    ],
+)
+def test_a_scope_must_hold_both_sides(reader: str, cluster: int, scope: str, race: bool, fences: bool) -> None:
+    """A flag is added to and polled, in another warp of the CTA, another CTA of the cluster, or another cluster."""
+    parts = {"write": f"red.release.{scope}.global.add.u32 [%x1], 1", "read": f"ld.acquire.{scope}.global.u32 %r1, [%x1]", "after": ""}
+    if fences:  # the accesses are wide enough, their fences have the scope
+        fence = f"fence.acq_rel.{scope}"
+        parts = {"write": f"{fence}; red.relaxed.sys.global.add.u32 [%x1], 1", "read": "ld.relaxed.sys.global.u32 %r1, [%x1]", "after": f"{fence};"}
+    text = kernel(POINTERS + FLAG.format(reader=reader, **parts))
+    buffers = {"input": np.zeros(1, np.uint32), "output": np.zeros(1, np.uint32)}
+    threads, grid = (64, 1) if reader == WARP else (32, 2)
+    for schedule in ("eager", "random:1"):
+        if race:
+            with pytest.raises(EmulatorError, match=r"race: (reads|writes) input.* without release and acquire"):
+                launch(text, buffers, threads=threads, grid=grid, cluster=cluster, schedule=schedule)
+        else:
+            launch(text, buffers, threads=threads, grid=grid, cluster=cluster, schedule=schedule)
 
 
 COPY_OUT = "cp.async.bulk.global.shared::cta.bulk_group [%x1], [%r0], {}; cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;"
