@@ -29,6 +29,7 @@ def mutate(args: argparse.Namespace) -> int:
     for schedule in args.schedule or ():
         Schedule.parse(schedule)
     runs = tuple(itertools.product(args.case or (), args.schedule or ("lazy",)))
+    only = args.only or ()
     console = Console(stderr=True)
     executor = open_executor(args.executor or "local", args.jobs, args.timeout)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -38,20 +39,20 @@ def mutate(args: argparse.Namespace) -> int:
         report = mutation.run(
             subjects,
             executor,
-            only=args.only or (),
+            only=only,
             count=args.count,
             seed=args.seed,
             journal=Path(args.journal) if args.journal else None,
             progress=lambda key, done, total: bar.update(task, description=key, completed=done, total=total),
         )
     if not report.findings:
-        raise ProblemError(f"--only {' '.join(map(repr, args.only or ()))} names no mutant: names are as in 'delete: fence.proxy.async #1'")
+        raise ProblemError(f"--only {' '.join(map(repr, only))} names no mutant: names are as in 'delete: fence.proxy.async #1'")
     if args.json:
         print(json.dumps(report.as_dict(), indent=2, sort_keys=True))
     else:
         _print(report)
     short = [key for key, each in report.by_kernel().items() if each.share < GOAL or each.equivalent_share > EQUIVALENT]
-    if args.only or args.count is not None:  # a share of few says little: every survivor counts
+    if only or args.count is not None:  # a share of few says little: every survivor counts
         short = [key for key, each in report.by_kernel().items() if each.count("survived")]
     for key in short:
         print(f"{key}: mutants survived without a proof, or too many need one", file=sys.stderr)

@@ -40,7 +40,7 @@ class AsyncOperation:
     Attributes:
         action: does it.
         after: an operation that must be done first (of the same in-order pipe).
-        what, issuer: for reports: ``what`` of ``issuer`` is its `text`.
+        what, issuer: for reports: as a string it is "`what` of `issuer`".
         done: it was executed.
         clock: for race detection: what it happens after.
         touches: slots of the CTAs whose shared or tensor memory it reads or writes.
@@ -67,13 +67,8 @@ class AsyncOperation:
         self.priority = 0.0
         self.listeners: list[Callable[[], None]] = []
 
-    @property
-    def text(self) -> str:
-        """What it is."""
-        return f"{self.what} of {self.issuer}"
-
     def __str__(self) -> str:
-        return self.text
+        return f"{self.what} of {self.issuer}"
 
     @property
     def eligible(self) -> bool:
@@ -87,7 +82,7 @@ class AsyncOperation:
         except EmulatorError as error:
             if str(error).startswith("PTX line"):
                 raise
-            raise EmulatorError(f"PTX line {self.line} (asynchronous), {self.text}: {error}") from None
+            raise EmulatorError(f"PTX line {self.line} (asynchronous), {self}: {error}") from None
         self.done = True
         self.after = None
         for each in self.listeners:
@@ -99,7 +94,7 @@ def condition_of(operations: list[AsyncOperation], text: str) -> Condition | Non
     left = [each for each in operations if not each.done]
     if not left:
         return None
-    condition = Condition(lambda: f"{text}: {', '.join(f'{each.text} of PTX line {each.line}' for each in left if not each.done)}")
+    condition = Condition(lambda: f"{text}: {', '.join(f'{each} of PTX line {each.line}' for each in left if not each.done)}")
     missing = [len(left)]
 
     def one() -> None:

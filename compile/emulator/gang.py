@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from densemoe.compile.emulator.clocks import ALL_LANES
 from densemoe.compile.emulator.control_flow import EXIT
 from densemoe.compile.emulator.emitter import Key
 from densemoe.compile.emulator.translation import DIVERGED, WAIT, Program, Version
@@ -270,10 +271,10 @@ class Gang:
         """Indices of active lanes."""
         return range(self.lanes) if mask is None else np.flatnonzero(mask).tolist()
 
-    def lanes_of(self, mask: Mask | None, w: int) -> int:
+    def lane_bits(self, mask: Mask | None, w: int) -> int:
         """Active lanes of a warp, a bit each."""
         if mask is None:
-            return (1 << LANES) - 1
+            return ALL_LANES
         return sum(1 << lane for lane in np.flatnonzero(mask[w * LANES : (w + 1) * LANES]).tolist())
 
     def local(self) -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from densemoe.compile.emulator.clocks import ALL_LANES
+from densemoe.compile.emulator.clocks import ALL_LANES, Vector
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ _SCOPES: Final = ("gpu", "sys")
 _ORDERS: Final = ("acquire", "release", "acq_rel", "sc", "gl")
 
 Rows = NDArray[Any]
-Vector = NDArray[np.int32]
 
 
 def communicates(kernel: Kernel) -> bool:

@@ -287,7 +287,7 @@ class Machine(WatchedAccesses, Synchronisation, WarpgroupUnits, TensorMapUpdates
             if self.cluster_size == 1 and each.what == "arrival":
                 self.lints["a CTA ends before the arrival of a tcgen05.commit on its mbarrier"] = None
             else:
-                raise EmulatorError(f"CTA {cta.ctaid} ended before the {each.text} (PTX line {each.line}), which needs its memory")
+                raise EmulatorError(f"CTA {cta.ctaid} ended before the {each} (PTX line {each.line}), which needs its memory")
 
     def check_alive(self, slot: int) -> None:
         cta = self.resident[slot]
@@ -322,19 +322,25 @@ class Machine(WatchedAccesses, Synchronisation, WarpgroupUnits, TensorMapUpdates
             batch.append(each)
             lanes += each.lanes
         for batch in batches:
-            together = merge_gangs(batch, batch[0].target) if len(batch) > 1 else None
+            together = self.merge(batch, batch[0].target) if len(batch) > 1 else None
             if together is None:
                 for each in batch:
                     self.gangs.discard(each)
                     self.adopt(each, each.resume())
                 continue
             together.target = batch[0].target
+            self.adopt(together, together.resume())
+
+    def merge(self, gangs: list[Gang], block: int) -> Gang | None:
+        """`merge_gangs`; the parts end, and count as one at the meetings ahead."""
+        together = merge_gangs(gangs, block)
+        if together is not None:
             for outer in together.meetings:
-                outer.outstanding -= len(batch) - 1
-            for each in batch:
+                outer.outstanding -= len(gangs) - 1
+            for each in gangs:
                 each.ended = True
                 self.gangs.discard(each)
-            self.adopt(together, together.resume())
+        return together
 
     def unite_meetings(self, gangs: list[Gang]) -> bool:
         """Makes the meetings ahead of gangs the same, as parts that parted again each on its own have several for one place; False where the places

@@ -48,22 +48,11 @@ KINDS: Final = {
 #: Kinds by what they attack.
 FAMILIES: Final = {
     "synchronisation": (
-        "delete",
-        "no-wait",
-        "twice",
-        "every-lane",
-        "count",
-        "bytes",
-        "barrier-address",
-        "relaxed",
-        "scope",
-        "threads",
-        "group",
-        "multicast",
+        "delete", "no-wait", "twice", "every-lane", "count", "bytes", "barrier-address", "relaxed", "scope", "threads", "group", "multicast",
     ),
     "phase": ("parity", "parity-stuck", "phase"),
     "address": ("address", "coordinate", "size", "step", "descriptor", "columns", "accumulate"),
-}
+}  # fmt: skip
 
 _DELETED: Final = (
     "mbarrier.init", "mbarrier.arrive", "mbarrier.expect_tx", "mbarrier.inval", "mbarrier.complete_tx", "fence.", "membar.",
@@ -393,19 +382,18 @@ def _slices(every: list[Statement]) -> Iterator[Change]:
     for kind, registers in _roots(every):
         for i in _backwards(every, writers, registers):
             each = every[i]
-            if _rounds_negatives(each, [every[source] for source in writers.get(each.operands[1] if len(each.operands) > 1 else "", ())]):
+            if _rounds_negatives(each, every, writers):
                 continue
             for altered in _constants(each):
                 yield i, kind, altered, ""
 
 
-def _rounds_negatives(each: Statement, sources: list[Statement]) -> bool:
+def _rounds_negatives(each: Statement, every: list[Statement], writers: dict[str, list[int]]) -> bool:
     """A shift of sign bits: what a signed division adds to a negative dividend, and no index is negative."""
-    return (
-        each.opcode.startswith("shr.u")
-        and bool(sources)
-        and all(source.opcode.startswith("shr.s") and source.operands[-1] in ("31", "63") for source in sources)
-    )
+    if not each.opcode.startswith("shr.u"):
+        return False
+    sources = [every[i] for i in writers.get(each.operands[1], ())]
+    return bool(sources) and all(source.opcode.startswith("shr.s") and source.operands[-1] in ("31", "63") for source in sources)
 
 
 def _roots(every: list[Statement]) -> Iterator[tuple[str, list[str]]]:

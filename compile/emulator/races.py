@@ -30,13 +30,18 @@ if TYPE_CHECKING:
     from densemoe.compile.emulator.gang import Gang, Warp
     from densemoe.compile.emulator.machine import Cta
 
-__all__ = ["Clock", "Operand", "Races", "level"]
+__all__ = ["Clock", "Operand", "Races", "lane_numbers", "level"]
 
 _ASYNC_UNITS: Final = 64  # asynchronous operations told apart at a time; older ones share a unit
 _GRANULE: Final = 4
 _PAGE: Final = 256  # granules of a page that remembers whether lanes accessed it
 _SEVERAL: Final = 32  # in place of a lane: several wrote together
 _QUARTER: Final = 32  # lanes of tensor memory in a granule
+
+
+def lane_numbers(g: Gang, picked: Any) -> Any:
+    """The number of each lane in its warp, or of the picked lanes."""
+    return (np.arange(g.lanes) if picked is None else picked) % 32
 
 
 def level(*parts: str) -> int:
@@ -55,13 +60,13 @@ class Operand:
     Args:
         slot: of the CTA.
         granules: numbers of them in its window.
-        window: granules of 4 bytes of a window.
+        window: bytes of a CTA's shared window.
     """
 
     __slots__ = ("pages", "rows", "starts")
 
     def __init__(self, slot: int, granules: Any, window: int) -> None:
-        self.starts = granules * 4 + slot * window
+        self.starts = granules * 4 + slot * (window // _GRANULE)
         self.rows = self.starts // 4
         self.pages = slice(int(self.starts.min()) // _PAGE, int(self.starts.max()) // _PAGE + 1)
 
@@ -465,7 +470,8 @@ class Races:
                 lanes = int(picked[0]) % 32
         else:
             places, rows = index, self.rows(g, picked)
-            lanes = (np.arange(g.lanes) if picked is None else picked) % 32
+            if write:
+                lanes = lane_numbers(g, picked)
         if nbytes >= _GRANULE:
             words = nbytes // _GRANULE
             if words > 1:

@@ -399,7 +399,7 @@ class TensorUnits(Copies):
         if operand is None:  # bytes stay written, so an operand is looked at once
             flat = operand_granules(decode_sm100(bits), rows, k_bytes, element_bytes).reshape(-1)
             self.check_granules(slot, flat)
-            operand = self.checked_operands[key] = Operand(slot, flat, self.shared.stride // 4)
+            operand = self.checked_operands[key] = Operand(slot, flat, self.shared.stride)
         if self.races is not None:
             self.races.async_operand(operation, operand)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from densemoe.compile.emulator.asynchronous import AsyncOperation
-from densemoe.compile.emulator.gang import LANES, Condition, Gang, Groups, Warp, merge_gangs
+from densemoe.compile.emulator.gang import LANES, Condition, Gang, Groups, Warp
 from densemoe.compile.emulator.races import Operand
 from densemoe.compile.emulator.smem_descriptor import decode_sm90, operand_granules
 from densemoe.compile.emulator.tensor_units import TensorUnits
@@ -34,28 +34,33 @@ def _whole_warpgroups(warps: list[Warp]) -> bool:
     return True
 
 
+def _warpgroups(g: Gang) -> set[tuple[int, int]]:
+    return {(warp.cta.slot, warp.index // _WARPGROUP) for warp in g.warps}
+
+
 def _with_the_rest(g: Gang, waiting: list[Gang]) -> list[Gang]:
     """A gang and those that hold other warps of its warpgroups, or of theirs."""
-    parts, left = [g], list(waiting)
-    groups = {(warp.cta.slot, warp.index // _WARPGROUP) for warp in g.warps}
+    parts, groups = [g], _warpgroups(g)
     while True:
-        found = [each for each in left if any((warp.cta.slot, warp.index // _WARPGROUP) in groups for warp in each.warps)]
+        found = [each for each in waiting if each not in parts and groups & _warpgroups(each)]
         if not found:
             return parts
         parts += found
-        left = [each for each in left if each not in found]
-        groups |= {(warp.cta.slot, warp.index // _WARPGROUP) for each in found for warp in each.warps}
+        groups.update(*map(_warpgroups, found))
 
 
 class WarpgroupUnits(TensorUnits):
     """What `Machine` knows of ``wgmma``."""
 
-    gangs: set[Gang]
     #: by block: gangs that stand at its ``wgmma.fence`` without the rest of their warpgroups
     gathering: dict[int, list[Gang]]
 
     def adopt(self, gang: Gang, state: str) -> None:
         """Takes a gang in hand after it was made or moved."""
+        raise NotImplementedError
+
+    def merge(self, gangs: list[Gang], block: int) -> Gang | None:
+        """One gang of several, which end; None where their divergences differ."""
         raise NotImplementedError
 
     def unite_meetings(self, gangs: list[Gang]) -> bool:
@@ -80,16 +85,10 @@ class WarpgroupUnits(TensorUnits):
             return False
         for each in parts:
             each.wait = None
-        together = merge_gangs(parts, block) if self.unite_meetings(parts) else None
+        together = self.merge(parts, block) if self.unite_meetings(parts) else None
         if together is None:
             raise EmulatorError("wgmma.fence by warps of a warpgroup that came on different ways")
-        for outer in together.meetings:
-            outer.outstanding -= len(parts) - 1
-        for each in parts:
-            if each is not g:
-                waiting.remove(each)
-            self.gangs.discard(each)
-            each.ended = True
+        self.gathering[block] = [each for each in waiting if each not in parts]
         together.stand(block)
         self.adopt(together, "")
         return False
@@ -144,7 +143,7 @@ class WarpgroupUnits(TensorUnits):
                 granules = operand_granules(decode_sm90(bits), count, 32, element).reshape(-1)
                 self.check_granules(warp.cta.slot, granules)
                 if self.races is not None:
-                    self.races.async_operand(operation, Operand(warp.cta.slot, granules, self.shared.stride // 4))
+                    self.races.async_operand(operation, Operand(warp.cta.slot, granules, self.shared.stride))
             if warp.wgmma is None:
                 warp.wgmma = Groups()
             warp.wgmma.open.append(operation)

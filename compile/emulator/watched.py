@@ -14,7 +14,7 @@ from densemoe.compile.emulator.accesses import Accesses
 from densemoe.compile.emulator.bank_conflicts import BankConflicts
 from densemoe.compile.emulator.gang import LANES
 from densemoe.compile.emulator.global_races import ATOMIC, POLL, READ, WRITE
-from densemoe.compile.emulator.races import level
+from densemoe.compile.emulator.races import lane_numbers, level
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class WatchedAccesses(Accesses):
             return
         order, _, scope = order.partition(".")
         strong = bool(order) and size * count <= _STRONG_BYTES and count == 1
-        lanes = (np.arange(g.lanes) if picked is None else picked) % LANES
+        lanes = lane_numbers(g, picked)
         if strong and not write:
             self._order(g, picked, addresses, scope, order == "acquire", None)
             races.everywhere.access(rows, lanes, addresses, size, POLL)
@@ -82,7 +82,7 @@ class WatchedAccesses(Accesses):
             addresses = addresses[picked]
         if space == "" and self.generic_space(addresses)[0] != "global":
             return
-        rows, lanes = races.rows(g, picked), picked % LANES
+        rows, lanes = races.rows(g, picked), lane_numbers(g, picked)
         if self.programmatic:
             self._check_early(rows, addresses, size * count, True)
         if races.everywhere is None:
@@ -107,8 +107,9 @@ class WatchedAccesses(Accesses):
         for lane, address in zip((range(g.lanes) if picked is None else picked.tolist()), addresses.tolist(), strict=True):
             place = (lane // LANES, address)
             lanes[place] = lanes.get(place, 0) | 1 << lane % LANES
+        at = level(scope)
         for (w, address), mask in lanes.items():
-            self.races.location(g.warps[w], mask, address, level(scope), acquire, release)
+            self.races.location(g.warps[w], mask, address, at, acquire, release)
 
     def _check_early(self, rows: Any, addresses: Any, nbytes: int, write: bool) -> None:
         assert self.races is not None
@@ -135,7 +136,7 @@ class WatchedAccesses(Accesses):
             if opcode.startswith("fence.mbarrier_init"):
                 self.races.init_fence(g.warps[w])
             elif opcode.startswith(_FENCES) and "sync_restrict" not in opcode:
-                self.races.fence(g.warps[w], g.lanes_of(mask, w), level(*opcode.split(".")))
+                self.races.fence(g.warps[w], g.lane_bits(mask, w), level(*opcode.split(".")))
 
     def proxy_fence(self, g: Gang, mask: Any) -> None:
         """``fence.proxy.async``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,11 @@ MBARRIER = """
 MADE:
     bar.sync 0;
 """
+
+
+def refused(race: bool, message: str) -> AbstractContextManager[object]:
+    """Expects an error with this message where there is a race, and none where there is not."""
+    return pytest.raises(EmulatorError, match=message) if race else nullcontext()
 
 
 def handed_over(arrive: str, wait: str, between: tuple[str, str] = ("", "")) -> str:
@@ -74,10 +80,7 @@ FENCE = "fence.acq_rel.cta;"
 def test_relaxed_arrivals_and_waits_order_only_with_fences(wait: str, relaxed: tuple[bool, bool], between: tuple[str, str], race: bool) -> None:
     text = handed_over(ARRIVE.format(".relaxed.cta" if relaxed[0] else ""), wait.format(".relaxed.cta" if relaxed[1] else ""), between)
     for schedule in ("eager", "lazy", "random:1", "pct:1:3"):
-        if race:
-            with pytest.raises(EmulatorError, match=r"race: .* shared memory"):
-                launch(text, {"input": np.zeros(1, np.uint32), "output": np.zeros(1, np.uint32)}, threads=64, schedule=schedule)
-        else:
+        with refused(race, r"race: .* shared memory"):
             launch(text, {"input": np.zeros(1, np.uint32), "output": np.zeros(1, np.uint32)}, threads=64, schedule=schedule)
 
 
@@ -210,12 +213,9 @@ STRONG, RELAXED, GPU = "atom.acq_rel.gpu.global.add.u32", "atom.relaxed.gpu.glob
 def test_parts_of_other_ctas_are_read_after_release_and_acquire(before: str, atom: str, after: str, race: bool, schedule: str) -> None:
     text = last_one(before, atom, after)
     buffers = {"input": np.zeros(3 * 64 * 2, np.uint32), "output": np.zeros(1, np.uint32)}
-    if race:
-        with pytest.raises(EmulatorError, match=r"race: reads input.* without release and acquire"):
-            launch(text, buffers, threads=64, grid=3, schedule=schedule)
-        return
-    launch(text, buffers, threads=64, grid=3, schedule=schedule)
-    assert buffers["output"][0] == 3
+    with refused(race, r"race: reads input.* without release and acquire"):
+        launch(text, buffers, threads=64, grid=3, schedule=schedule)
+        assert buffers["output"][0] == 3
 
 
 def last_warp(stored: str, ticket: str, fence: str, fencer: int, met: str, load: str = "ld.relaxed.gpu.global.u32") -> str:
@@ -278,12 +278,9 @@ def test_one_lane_releases_and_acquires_for_its_warp(
 ) -> None:
     text = last_warp(stored, ticket, fence, fencer, met, load)
     buffers = {"input": np.zeros(3 * 32, np.uint32), "output": np.zeros(1, np.uint32)}
-    if race:
-        with pytest.raises(EmulatorError, match=r"race: reads input.* without release and acquire"):
-            launch(text, buffers, threads=32, grid=3, schedule=schedule)
-        return
-    launch(text, buffers, threads=32, grid=3, schedule=schedule)
-    assert buffers["output"][0] == 3
+    with refused(race, r"race: reads input.* without release and acquire"):
+        launch(text, buffers, threads=32, grid=3, schedule=schedule)
+        assert buffers["output"][0] == 3
 
 
 def test_a_lane_alone_needs_no_warp_barrier() -> None:
@@ -309,10 +306,7 @@ DONE:
     for store, race in (("st.release.gpu.global.u32", False), ("st.relaxed.gpu.global.u32", False), ("st.global.u32", True)):
         buffers = {"input": np.zeros(1, np.uint32), "output": np.zeros(1, np.uint32)}
         text = kernel(POINTERS + body.replace("{store}", store), shared=1024)
-        if race:
-            with pytest.raises(EmulatorError, match=r"race: (reads|writes) input"):
-                launch(text, buffers, threads=32, grid=2, schedule="eager")
-        else:
+        with refused(race, r"race: (reads|writes) input"):
             launch(text, buffers, threads=32, grid=2, schedule="eager")
 
 
@@ -359,10 +353,7 @@ def test_a_scope_must_hold_both_sides(reader: str, cluster: int, scope: str, rac
     buffers = {"input": np.zeros(1, np.uint32), "output": np.zeros(1, np.uint32)}
     threads, grid = (64, 1) if reader == WARP else (32, 2)
     for schedule in ("eager", "random:1"):
-        if race:
-            with pytest.raises(EmulatorError, match=r"race: (reads|writes) input.* without release and acquire"):
-                launch(text, buffers, threads=threads, grid=grid, cluster=cluster, schedule=schedule)
-        else:
+        with refused(race, r"race: (reads|writes) input.* without release and acquire"):
             launch(text, buffers, threads=threads, grid=grid, cluster=cluster, schedule=schedule)
 
 
@@ -406,12 +397,9 @@ STORE, OWN = "st.shared.u32 [%r1], %t0;", "@!%p0 st.shared.v4.u32 [%r0], {%t0, %
 def test_a_lane_copies_what_others_wrote_after_a_warp_barrier(store: str, between: str, nbytes: int, race: bool, schedule: str) -> None:
     text = copied_out(store, between, COPY_OUT.format(nbytes))
     buffers = {"input": np.zeros(1, np.uint32), "output": np.zeros(32, np.uint32)}
-    if race:
-        with pytest.raises(EmulatorError, match=r"race: reads shared memory .* that lane \d+ of the warp wrote .* without bar\.warp\.sync"):
-            launch(text, buffers, threads=32, schedule=schedule)
-        return
-    launch(text, buffers, threads=32, schedule=schedule)
-    np.testing.assert_array_equal(buffers["output"], np.arange(32) if nbytes == 128 else np.zeros(32))
+    with refused(race, r"race: reads shared memory .* that lane \d+ of the warp wrote .* without bar\.warp\.sync"):
+        launch(text, buffers, threads=32, schedule=schedule)
+        np.testing.assert_array_equal(buffers["output"], np.arange(32) if nbytes == 128 else np.zeros(32))
 
 
 def test_two_ctas_write_the_same_word_unordered() -> None:
