@@ -195,11 +195,6 @@ def weight_scale(word: Any, index: int) -> Any:
     return halves * Uint32(16) + Uint32(SCALE_BASE)
 
 
-def expand_weight_scale(byte: Any) -> Any:
-    """A S0E5M3 scale byte as bf16x2, times 2**118."""
-    return weight_scale(byte, 0)
-
-
 def decode_activation_pairs(word: Any) -> list[Any]:
     """Eight e2m1 codes of one word, low nibble first, as four bf16x2 words, each value times 2**-126."""
     pairs = []

@@ -4,12 +4,12 @@ An item is 64 columns of a tile (up to ``tile_m`` rows of one expert) over the e
 of row blocks: all tiles of one group, then those of the next; of a tile the group's row blocks one behind the other, so that a warp reads its weights
 in a row and its activations from the L1. All items' K 128 blocks are cut into equal spans, one a warp, wherever that is:
 
-    per item:  ring ─ wait ─ decode ─ mma.sync ─ refill;  workspace[token] += row_alpha · accumulators (red.v4)
+    per item:  ring ─ wait ─ decode ─ mma.sync ─ refill;  workspace[token] += row_alpha · accumulators (sm90_workspace: whole rows)
     per CTA:   behind its spans it adds the number of its blocks to the ticket of each row block that it touched; where a row block's blocks are
                all there, the CTA converts and stores it and clears workspace and ticket
 
-A group has so few row blocks that what one CTA may have to convert is bounded (LARGEST_FINISH). Words, rows and scales of a tile are loaded a tile
-ahead of their use, activations a block ahead.
+All CTAs end at about the same time, so what the last of them converts prolongs the launch: a group has few row blocks (LARGEST_FINISH). Words, rows
+and scales of a tile are loaded a tile ahead of their use, the expert whose weights the ring fetches too, and at 8 tokens activations a block ahead.
 
 Run-time setting ``early_list``: what ``route`` wrote was complete before the launch that precedes this one began, so that weights are fetched before
 it ends. The workspace and the tickets are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
@@ -30,10 +30,11 @@ from cutlass.experimental import primitives as pr
 from densemoe.compile.kernels import Expected, sm90_fc2
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_reduction as reduction
+from densemoe.compile.kernels import sm90_workspace as workspace
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_epilogue import store_if, store_row
 from densemoe.compile.kernels.sm90_fc1 import UNROLL
-from densemoe.compile.kernels.sm90_fc2 import OUTPUTS, add_scaled, add_to_workspace, load_workspace_if, token_values, wait
+from densemoe.compile.kernels.sm90_fc2 import OUTPUTS, load_workspace_if, wait
 from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
 from densemoe.runtime.variant import Variant
 
@@ -41,9 +42,10 @@ OP = "groupedfc2"
 ARCHITECTURES = ("sm_90a",)
 WEIGHT_LAYOUT = common.WEIGHT_LAYOUT
 LANES_A_TOKEN = 8  # of a warp that converts: they hold its 64 columns
-RESIDENT_CTAS = {8: 4, 16: 2, 32: 2}
+RESIDENT_CTAS = {8: 4, 16: 3, 32: 2}
 SMALLEST_SPAN = 1  # K 128 blocks of a warp
-LARGEST_FINISH = 256  # tokens times row blocks that one CTA converts
+LARGEST_FINISH = 64  # tokens times row blocks that one CTA converts where it converts several
+LARGEST_GROUP = 4  # row blocks: one for each warp
 FINISHED_TOKENS = 32  # tokens that a warp converts at a time: sixteen loads a lane in flight
 
 
@@ -81,6 +83,7 @@ def groupedfc2_kernel(
     all_rings, all_barriers = common.shared_memory(config)
     ring = all_rings.subview(warp * (stages * superblock))
     barriers = all_barriers.subview(warp * stages)
+    staged = workspace.staged_rows(config) + warp * workspace.staged_bytes(config)
     shared_mask = reduction.shared_word()
     if lane == 0:
         for i in cutlass.range_constexpr(stages):
@@ -108,9 +111,10 @@ def groupedfc2_kernel(
     fetch_left = of_tile - row * k_blocks - k  # blocks of the span that this tile has at most
     words_after = tile_words(lane_tiles, tile_behind(tile, tile_count), Int32(left > fetch_left))
 
-    # what the ring fetches next
+    # what the ring fetches next, and the expert of the tile behind it
     fetch_tile = tile
     fetch_group = group
+    expert_ahead = words_after[0]
     source = b + Int64(words[0]) * expert_bytes + Int64((group * group_rows + row) * k_blocks + k) * superblock
     for i in cutlass.range_constexpr(stages):
         if to_fetch > 0:
@@ -123,8 +127,10 @@ def groupedfc2_kernel(
                 fetch_left = of_tile
                 fetch_tile = tile_behind(fetch_tile, tile_count)
                 fetch_group += Int32(fetch_tile == 0)
-                source = b + Int64(tile_words(tiles, fetch_tile, Int32(1))[0]) * expert_bytes + Int64(fetch_group * of_tile) * superblock
-    scales, tokens = rows_of(config, rows, row_alpha, words, t)
+                source = b + Int64(expert_ahead) * expert_bytes + Int64(fetch_group * of_tile) * superblock
+                expert_ahead = tile_words(lane_tiles, tile_behind(fetch_tile, tile_count), Int32(to_fetch > of_tile))[0]
+    scales, tokens = workspace.rows_of(config, rows, row_alpha, words, lane)
+    count = words[2]
     sources, exists = sources_of(config, a, a_scales, words, intermediate, g, t)
 
     pr.griddepcontrol("wait")  # weights do not depend on the launch before; activations and the workspace do
@@ -147,9 +153,7 @@ def groupedfc2_kernel(
         tile = tile_behind(tile, tile_count)
         group += Int32(tile == 0)
         words_next = tile_words(lane_tiles, tile_behind(tile, tile_count), Int32(left > of_tile))
-        scales_after, tokens_after = scales, tokens
-        if cutlass.const_expr(unroll(config) > 1):
-            scales_after, tokens_after = rows_of(config, rows, row_alpha, words_after, t)
+        scales_after, tokens_after = workspace.rows_of(config, rows, row_alpha, words_after, lane)
         while in_tile > 0:
             for copy in cutlass.range_constexpr(unroll(config)):  # loaded activations need not move from one set of registers to the other
                 if in_tile > 0:
@@ -182,23 +186,16 @@ def groupedfc2_kernel(
                             fetch_left = of_tile
                             fetch_tile = tile_behind(fetch_tile, tile_count)
                             fetch_group += Int32(fetch_tile == 0)
-                            expert = tile_words(tiles, fetch_tile, Int32(1))[0]
-                            source = b + Int64(expert) * expert_bytes + Int64(fetch_group * of_tile) * superblock
+                            source = b + Int64(expert_ahead) * expert_bytes + Int64(fetch_group * of_tile) * superblock
+                            expert_ahead = tile_words(lane_tiles, tile_behind(fetch_tile, tile_count), Int32(to_fetch > of_tile))[0]
                     stage += 1
                     if stage == stages:
                         stage = Int32(0)
                         phase = phase ^ 1
                     if (ends != 0) | (in_tile == 0):  # the item's part of this span is done
-                        sums = add_scaled(common.zero_accumulators(accumulated), accumulators, config, scales)
-                        accumulators = common.zero_accumulators(accumulated)
-                        for block in cutlass.range_constexpr(config.token_blocks):
-                            for pair in cutlass.range_constexpr(2):
-                                token, live = tokens[2 * block + pair]
-                                place = Int64(own_group * group_rows + row) * Int64(tokens_total) + Int64(token)
-                                address = partials + (place * common.SUPERBLOCK_ROWS + Int64(g * OUTPUTS)) * 4
-                                values = token_values(sums, block, pair)
-                                add_to_workspace(address, live, values[:4])
-                                add_to_workspace(address + 16, live, values[4:])
+                        row_block = own_group * group_rows + row
+                        workspace.add_item(config, partials, row_block, tokens_total, staged, accumulators, scales, tokens, count, lane)
+                        accumulators = workspace.cleared(accumulated)
                         row += ends
                         k = k * (ends ^ 1)
                 elif cutlass.const_expr(copy > 0):
@@ -206,8 +203,7 @@ def groupedfc2_kernel(
         row = Int32(0)
         scales = scales_after
         tokens = tokens_after
-        if cutlass.const_expr(unroll(config) == 1):
-            scales, tokens = rows_of(config, rows, row_alpha, words_after, t)
+        count = words_after[2]
         words_after = words_next
 
     # ---- hand over what the CTA has added, by row block; whose blocks are then all there it converts
@@ -225,10 +221,10 @@ def groupedfc2_kernel(
             added = before_in_row(end, own_row, group_rows, k_blocks, of_group) - before_in_row(begin, own_row, group_rows, k_blocks, of_group)
             added = added * Int32(base + lane < touched)
             cute.arch.fence_acq_rel_gpu()
-            before = add_if(tickets + Int64(own_row) * 4, added)
+            before = workspace.add_if(tickets + Int64(own_row) * 4, added)
             last = Int32(added > 0) & Int32(before + added == tile_count * k_blocks)
             store_if("b32", tickets + Int64(own_row) * 4, last, [Uint32(0)])
-            mask = ballot(last)
+            mask = workspace.ballot(last)
             if mask != 0:
                 cute.arch.fence_acq_rel_gpu()
             if lane == 0:
@@ -237,7 +233,7 @@ def groupedfc2_kernel(
         mask = Uint32(shared_mask[0])
         turn = Int32(0)
         while mask != 0:
-            which = lowest_bit(mask)
+            which = workspace.lowest_bit(mask)
             mask = mask & (mask - 1)
             done_row = first_row + base + which
             # up to 32 tokens are one warp's, more are all warps'
@@ -251,28 +247,14 @@ def groupedfc2_kernel(
 
 
 def unroll(config: common.Config) -> int:
-    """Steps of the main loop: two sets of activations take turns; at 32 tokens registers end, and activations are loaded where they are used."""
-    return UNROLL if config.tile_m < 32 else 1
+    """Steps of the main loop: two sets of activations take turns; beyond 8 tokens they would take the registers of a resident CTA, and activations
+    are loaded where they are used."""
+    return UNROLL if config.tile_m < 16 else 1
 
 
 def tile_words(tiles: Any, index: Any, exists: Any) -> list[Any]:
     """[expert, first row, rows] of a tile of ``route``, zeros where there is none; the head of the list is as long as a tile."""
     return [Int32(each) for each in common.load_global_v4_if(tiles + (Int64(index) + 1) * 16, exists)[:3]]
-
-
-def rows_of(config: common.Config, rows: Any, row_alpha: Any, words: list[Any], t: Any) -> tuple[list[Any], list[tuple[Any, Any]]]:
-    """Of the tokens whose sums a lane holds, two a token block: the scales, and (token, 1 where there is one)."""
-    _, first_row, count = words
-    scales = []
-    tokens = []
-    for block in range(config.token_blocks):
-        for pair in range(2):
-            place = block * common.MMA_TOKENS + t * 2 + pair
-            live = Int32(place < count)
-            at = Int64(first_row + place) * 4
-            scales.append(common.load_global_f32_if(row_alpha + at, live))
-            tokens.append((common.load_global_s32_or(rows + at, live, Int32(0)), live))
-    return scales, tokens
 
 
 def sources_of(
@@ -305,29 +287,6 @@ def tile_behind(tile: Any, tile_count: Any) -> Any:
     return (tile + 1) * Int32(tile + 1 < tile_count)
 
 
-def add_if(address: Any, value: Any) -> Any:
-    """Adds a value that is not 0 to a counter at device scope, relaxed; gives the one before."""
-    return pr.inline_ptx_hl(
-        "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0; mov.b32 {$w0}, 0; @p atom.relaxed.gpu.global.add.u32 {$w0}, [{$r0}], {$r1}; }",
-        write_only_types=[Int32],
-        read_only_args=[address, value],
-    )
-
-
-def ballot(flag: Any) -> Any:
-    """A bit for each lane of the warp whose ``flag`` is not 0."""
-    return pr.inline_ptx_hl(
-        "{ .reg .pred p; setp.ne.b32 p, {$r0}, 0; vote.sync.ballot.b32 {$w0}, p, 0xffffffff; }", write_only_types=[Uint32], read_only_args=[flag]
-    )
-
-
-def lowest_bit(mask: Any) -> Any:
-    """The place of the lowest bit that is set."""
-    return pr.inline_ptx_hl(
-        "{ .reg .b32 r; brev.b32 r, {$r0}; clz.b32 {$w0}, r; }", write_only_types=[Int32], read_only_args=[mask]
-    )
-
-
 def finish_tokens(
     c_dtype: str, c: Any, partials: Any, start: Any, tokens_total: Any, row_block: Any, hidden: Any, lane: Any, count: int = FINISHED_TOKENS
 ) -> None:
@@ -352,9 +311,10 @@ def finish_tokens(
         store_row(c_dtype, c, element, exists, values)
 
 
+POWERS = tuple(1 << power for power in range(1, LARGEST_GROUP.bit_length()))
 #: Row blocks of a group: a power of two that divides them all, as large as leaves little to convert for the CTA that completes a group.
 GROUP_ROWS = "1"
-for _rows in (2, 4, 8, 16, 32):
+for _rows in POWERS:
     GROUP_ROWS = f"{_rows} if (row_blocks % {_rows} == 0) * (M <= {LARGEST_FINISH // _rows}) else ({GROUP_ROWS})"
 
 
@@ -362,9 +322,9 @@ for _rows in (2, 4, 8, 16, 32):
 def rows_of_group(tokens, row_blocks):
     """GROUP_ROWS on the compiler's own host side."""
     rows = Int32(1)
-    for power in cutlass.range_constexpr(1, 6):
-        if (row_blocks % (1 << power) == 0) & (tokens <= LARGEST_FINISH // (1 << power)):
-            rows = Int32(1 << power)
+    for power in cutlass.range_constexpr(len(POWERS)):
+        if (row_blocks % POWERS[power] == 0) & (tokens <= LARGEST_FINISH // POWERS[power]):
+            rows = Int32(POWERS[power])
     return rows
 
 
@@ -455,7 +415,7 @@ def recipe(variant: Variant) -> Recipe:
         ),
         grid=(f"min(ceil_div(blocks, {common.WARPS}), sm_count * {config.resident_ctas})", 1, 1),
         block=(common.WARPS * 32, 1, 1),
-        dynamic_smem=common.shared_memory_bytes(config) + 4,  # the rings, the ticket
+        dynamic_smem=common.shared_memory_bytes(config) + common.WARPS * workspace.staged_bytes(config) + 4,  # the rings, rows on their way, the mask
         workspaces=(
             Workspace("workspace.partials", "M * H * 4", zeroed=True),
             Workspace("workspace.tickets", "row_blocks * 4", zeroed=True),

@@ -2,7 +2,8 @@
 
     a warp a chunk of pairs:   count[chunk][expert]
     a thread an expert:        counts of the chunks below ─ scan pairs and tiles of experts below (over lanes, over warps) ─ store its tiles
-    a warp a chunk of pairs:   place = first row of the expert + those in chunks below + those before it in the chunk ─ store token and scale
+    a warp a chunk of pairs:   place = first row of the expert + those in chunks below + those before it in the chunk ─ token and scale there
+    a thread a place:          store token and scale (of up to 4,096 pairs, sorted in shared memory; of more each where it belongs)
 
 A pair is one token's choice of one expert. ``rows`` and ``row_alpha`` hold the pairs, those of one expert together, in the order of pairs; a tile is
 up to ``group_tile`` neighbouring rows of one expert. Ids off this rank are skipped where other ranks hold the rest; otherwise such an id becomes a
@@ -18,7 +19,7 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint8, Uint32
+from cutlass import Float32, Int32, Int64, Uint8, Uint32
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import Expected
@@ -37,6 +38,8 @@ from densemoe.compile.kernels.sm90_prepare import (
     load_id,
     shuffle_from,
 )
+from densemoe.compile.kernels.sm90_reduction import store_shared_v4
+from densemoe.compile.kernels.sm90_wgmma import load_shared, store_shared_if
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.recipe import Parameter, Recipe
 from densemoe.runtime.variant import Variant
@@ -46,17 +49,21 @@ ARCHITECTURES = ("sm_90a",)
 WEIGHT_LAYOUT = "none"
 TILE_WORDS = 4  # expert, first row, rows, unused
 CHUNK_COUNTS = 16384  # of a chunk and an expert: 32 chunks of up to 512 experts, fewer chunks of more
-SHARED_BYTES = 2 * FLAG_BYTES + 2 * TOTALS_BYTES + CHUNK_COUNTS * 4  # counts, first rows, totals, counts of chunks
+CHUNKS_AHEAD = 8  # whose counts are loaded together
+STAGED_PAIRS = 4096  # that are sorted in shared memory: stored where they belong, each would be a write of its own
+# counts, first rows, totals, counts of chunks, sorted tokens and scales
+SHARED_BYTES = 2 * FLAG_BYTES + 2 * TOTALS_BYTES + CHUNK_COUNTS * 4 + 2 * STAGED_PAIRS * 4
 
 
 def equal_lanes(value: Any, lane: Any) -> tuple[Any, Any]:
     """How many lanes below this one hold the same ``value``, and how many of all."""
-    below, every = Int32(0), Int32(0)
-    for other in range(32):
-        same = Int32(shuffle_from(value, Int32(other)) == value)
-        every = every + same
-        below = below + (same & Int32(lane > other))
-    return below, every
+    same = pr.inline_ptx_hl("match.any.sync.b32 {$w0}, {$r0}, 0xffffffff;", write_only_types=[Uint32], read_only_args=[value])
+    return population(same & ((Uint32(1) << Uint32(lane)) - 1)), population(same)
+
+
+def population(mask: Any) -> Any:
+    """Bits that are set."""
+    return pr.inline_ptx_hl("popc.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[mask])
 
 
 def expert_of(ids: Any, pair: Any, pairs: Any, id_bytes: Any, first_expert: Any, experts: Any, elsewhere: Any) -> tuple[Any, Any]:
@@ -67,6 +74,16 @@ def expert_of(ids: Any, pair: Any, pairs: Any, id_bytes: Any, first_expert: Any,
     bad = exists & (here ^ 1) & Int32(elsewhere == 0)
     chosen = epilogue.select(here, local, epilogue.select(bad, Int32(0), Int32(-1)))
     return chosen, bad
+
+
+def pair_of(
+    ids: Any, router: Any, w2_alpha: Any, pair: Any, pairs: Any, id_bytes: Any, first_expert: Any, experts: Any, elsewhere: Any
+) -> tuple[Any, Any, Any, Any]:
+    """(row's expert or -1, whether its id is bad, the router's weight, the expert's scale) of a pair: loads alone, used later."""
+    chosen, bad = expert_of(ids, pair, pairs, id_bytes, first_expert, experts, elsewhere)
+    hit = Int32(chosen >= 0)
+    weight = common.load_global_f32_if(router + Int64(pair) * 4, hit)
+    return chosen, bad, weight, common.load_global_f32_if(w2_alpha + Int64(chosen * hit) * 4, hit)
 
 
 @cute.kernel
@@ -92,10 +109,8 @@ def route_kernel(
     first_rows = cutlass.Array(Int32, LARGEST_EXPERTS, space=cutlass.AddressSpace.smem, alignment=16)
     chunk_counts = cutlass.Array(Int32, CHUNK_COUNTS, space=cutlass.AddressSpace.smem, alignment=16)
     totals = cutlass.Array(Int32, 2 * WARPS, space=cutlass.AddressSpace.smem, alignment=16)
+    sorted_pairs = cutlass.Array(Int32, 2 * STAGED_PAIRS, space=cutlass.AddressSpace.smem, alignment=16).data_ptr().toint(Int32)
     pairs = tokens_total * top_k
-    pr.griddepcontrol("wait")
-    pr.griddepcontrol("launch_dependents")
-
     # chunks of pairs, each a multiple of 32 long: no more than there are pairs for or the table has room for
     chunks = min(min(Int32(WARPS), CHUNK_COUNTS // experts), (pairs + 31) // 32)
     steps = (pairs + (32 * chunks - 1)) // (32 * chunks)
@@ -103,27 +118,36 @@ def route_kernel(
     end = min(begin + steps * 32, pairs)
     if warp >= chunks:
         end = begin
-    at = tid
+    at = tid * 4
     while at < chunks * experts:
-        chunk_counts[at] = Int32(0)
-        at += THREADS
+        store_shared_v4(chunk_counts.data_ptr().toint(Int32) + at * 4, [Float32(0.0) for _ in range(4)])
+        at += THREADS * 4
+    pr.griddepcontrol("wait")
+    pr.griddepcontrol("launch_dependents")  # not before: CTAs of FC1 that take their places one by one as the launch before ends cost 5 to 8 us
+    # a warp's first pairs stay in registers
+    first_pairs = pair_of(ids, router, w2_alpha, begin + lane, end, id_bytes, first_expert, experts, elsewhere)
     pr.barrier_cta_sync(0)
     own = warp * experts
-    pair = begin + lane
+    if first_pairs[0] >= 0:
+        pr.red("add", "s32", chunk_counts.subview(own + first_pairs[0]), Int32(1), mem_order="relaxed", mem_scope="cta")
+    pair = begin + 32 + lane
     while pair < end:
-        chosen, _ = expert_of(ids, pair, pairs, id_bytes, first_expert, experts, elsewhere)
-        if chosen >= 0:
-            pr.red("add", "s32", chunk_counts.subview(own + chosen), Int32(1), mem_order="relaxed", mem_scope="cta")
+        counted, _ = expert_of(ids, pair, end, id_bytes, first_expert, experts, elsewhere)
+        if counted >= 0:
+            pr.red("add", "s32", chunk_counts.subview(own + counted), Int32(1), mem_order="relaxed", mem_scope="cta")
         pair += 32
     pr.barrier_cta_sync(0)
     expert = tid
     while expert < LARGEST_EXPERTS:
         below = Int32(0)
         if expert < experts:
-            for chunk in cutlass.range(chunks, unroll=1):
-                count = Int32(chunk_counts[chunk * experts + expert])
-                chunk_counts[chunk * experts + expert] = below
-                below += count
+            for batch in cutlass.range(0, chunks, CHUNKS_AHEAD, unroll=1):
+                places = [min(batch + i, chunks - 1) * experts + expert for i in range(CHUNKS_AHEAD)]
+                loaded = [Int32(chunk_counts[place]) * Int32(batch + i < chunks) for i, place in enumerate(places)]
+                for i in cutlass.range_constexpr(CHUNKS_AHEAD):
+                    if batch + i < chunks:
+                        chunk_counts[places[i]] = below
+                    below += loaded[i]
         counts[expert] = below
         expert += THREADS
     pr.barrier_cta_sync(0)
@@ -152,41 +176,53 @@ def route_kernel(
             row += held
             tile += 1
             left -= held
-    if tid == 0:
-        listed = shuffle_free_total(totals, WARPS)
-        none = Int32(listed == 0)
-        epilogue.store_if("v4.b32", tiles + TILE_WORDS * 4, none, [Int32(0), Int32(0), Int32(0), Int32(0)])
-        epilogue.store_if("v4.b32", tiles, Int32(1), [listed + none, shuffle_free_total(totals, 0), Int32(0), Int32(0)])
+    listed = shuffle_from(of_warps_tiles, Int32(31))
+    every_row = shuffle_from(of_warps, Int32(31))
+    none = Int32(listed == 0)
+    epilogue.store_if("v4.b32", tiles + TILE_WORDS * 4, none & Int32(tid == 0), [Int32(0), Int32(0), Int32(0), Int32(0)])
+    epilogue.store_if("v4.b32", tiles, Int32(tid == 0), [listed + none, every_row, Int32(0), Int32(0)])
     pr.barrier_cta_sync(0)
 
-    base = begin
-    while base < end:
-        pair = base + lane
-        chosen, bad = expert_of(ids, pair, end, id_bytes, first_expert, experts, elsewhere)
-        hit = Int32(chosen >= 0)
-        found = chosen * hit
-        before, every = equal_lanes(chosen, lane)
-        counted = own + found
-        earlier = Int32(chunk_counts[counted])
-        cute.arch.sync_warp()
-        if (hit & Int32(before == every - 1)) != 0:
-            chunk_counts[counted] = earlier + every
-        weight = common.load_global_f32_if(router + Int64(pair) * 4, hit)
-        scale = epilogue.multiply(weight, common.load_global_f32_if(w2_alpha + Int64(found) * 4, hit))
-        target = Int64(Int32(first_rows[found]) + earlier + before) * 4
-        bits = epilogue.select(bad, Uint32(NAN_BITS), scale.bitcast(Uint32))
-        epilogue.store_if("b32", rows + target, hit, [pair // top_k])
-        epilogue.store_if("b32", row_alpha + target, hit, [bits])
-        cute.arch.sync_warp()
-        base += 32
+    staged = Int32(pairs <= STAGED_PAIRS)
+    if begin < end:
+        place_pairs(first_pairs, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, staged, own, begin + lane, top_k, lane)
+    for base in cutlass.range(begin + 32, end, 32, unroll=1):
+        later = pair_of(ids, router, w2_alpha, base + lane, end, id_bytes, first_expert, experts, elsewhere)
+        place_pairs(later, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, staged, own, base + lane, top_k, lane)
+    if staged != 0:
+        pr.barrier_cta_sync(0)
+        for at in cutlass.range(tid, every_row, THREADS, unroll=1):
+            epilogue.store_if("b32", rows + Int64(at) * 4, Int32(1), [load_shared(sorted_pairs + at * 4)])
+            epilogue.store_if("b32", row_alpha + Int64(at) * 4, Int32(1), [load_shared(sorted_pairs + (STAGED_PAIRS + at) * 4)])
 
 
-def shuffle_free_total(totals: Any, first: int) -> Any:
-    """Sum of the warps' totals from ``first`` on, by one thread."""
-    total = Int32(0)
-    for i in range(WARPS):
-        total = total + totals[first + i]
-    return total
+@cute.jit
+def place_pairs(pairs, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, staged, own, pair, top_k, lane):
+    """Stores token and scale of a warp's 32 pairs, behind those of the same experts that came before.
+
+    Args:
+        pairs: what ``pair_of`` gave; own: the chunk's first count.
+        sorted_pairs: shared memory for tokens and scales, used where ``staged`` is not 0 instead of ``rows`` and ``row_alpha``.
+    """
+    chosen, bad, weight, expert_scale = pairs
+    hit = Int32(chosen >= 0)
+    found = chosen * hit
+    before, every = equal_lanes(chosen, lane)
+    place = own + found
+    earlier = Int32(chunk_counts[place])
+    cute.arch.sync_warp()
+    if (hit & Int32(before == every - 1)) != 0:
+        chunk_counts[place] = earlier + every
+    scale = epilogue.multiply(weight, expert_scale)
+    target = Int32(first_rows[found]) + earlier + before
+    bits = Int32(epilogue.select(bad, Uint32(NAN_BITS), scale.bitcast(Uint32)))
+    if staged != 0:
+        store_shared_if(sorted_pairs + target * 4, hit, pair // top_k)
+        store_shared_if(sorted_pairs + (STAGED_PAIRS + target) * 4, hit, bits)
+    else:
+        epilogue.store_if("b32", rows + Int64(target) * 4, hit, [pair // top_k])
+        epilogue.store_if("b32", row_alpha + Int64(target) * 4, hit, [bits])
+    cute.arch.sync_warp()
 
 
 @cute.jit
@@ -269,4 +305,4 @@ def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapp
 
 def expected(variant: Variant) -> Expected:
     """What the audit must find in the PTX of ``variant``."""
-    return Expected(ptx_counts={"shfl.sync.idx.b32": 38, "shfl.sync.up.b32": 20}, max_registers=64)
+    return Expected(ptx_counts={"shfl.sync.idx.b32": 8, "shfl.sync.up.b32": 20, "match.any.sync.b32": 2}, max_registers=64)

@@ -1,12 +1,15 @@
 """What the sm_90a kernels for many tokens share: tokens in swizzled shared memory, weights decoded in registers, ``wgmma``.
 
-    tokens   global ──ld.global──► registers ──st.shared, K permuted, 128-byte swizzle──► stage ──────────────── B ┐
+    tokens   global ──cp.async, K permuted, 128-byte swizzle (or through registers)─────► stage ──────────────── B ┐
     weights  global ──cp.async.bulk──► ring ──ld.shared──► codes, scales ──and/shift, mul.bf16x2──► registers ── A ┴─► wgmma m64nNk16
 
 A CTA multiplies 256 weight rows, four superblock rows, by up to ``tile_m`` tokens of one expert. Warp w of a warpgroup owns superblock row w: its
 m16 block b is rows 16w … 16w + 15 of the m64 of one ``wgmma``, so a lane ends with the accumulators that ``mma.sync`` m16n8k16 would give it, and
 superblocks, decoding and epilogues are those of ``sm90_common``. Up to 64 tokens one warpgroup takes all four m16 blocks; for 128, two warpgroups
 take two each, since accumulators are 128 registers a lane at most.
+
+bf16 tokens of up to 64 rows are copied by four-byte ``cp.async``, since K is permuted by words; NVFP4 ones are decoded in registers, and those of 128
+rows go through them too.
 
 Weights are decoded once for all tokens of the tile. The activations of a K 128 are two K 64 halves of ``tile_m`` rows of 128 bytes. Inside a half K
 is permuted as in the weights' lanes: 16-byte chunk 2s + c of a row, word t, is logical word 8t + 2s + c, so that k16 step s reads chunks 2s, 2s + 1.
@@ -63,10 +66,18 @@ class Shape:
 
 SHAPES: Final = {
     16: Shape(1, 2, 4, (16,)),
-    32: Shape(1, 2, 3, (32,)),
-    64: Shape(1, 3, 2, (32, 64)),
+    32: Shape(1, 2, 3, (16, 32)),
+    64: Shape(1, 3, 2, (32, 48, 64)),
     128: Shape(2, 3, 1, (64, 128)),
 }
+#: (op, tile_m, activations, outputs, widths): kernels that would spill with a loop more; an empty dtype stands for each.
+FEWER_WIDTHS: Final = (
+    ("groupedfc1", 64, "", "nvfp4", (32, 64)),
+    ("groupedfc1", 128, "", "nvfp4", (128,)),
+    ("groupedfc2", 32, "nvfp4", "f32", (32,)),
+    ("groupedfc2", 64, "", "", (32, 64)),
+)
+LARGEST_COPIED: Final = 64  # tile_m up to which bf16 tokens are copied past the registers; beyond, copies of four bytes cost more than they save
 #: K 128 blocks of tokens in shared memory: a block is overwritten while one group of the block before may still be read.
 ACTIVATION_STAGES: Final = 3
 
@@ -94,8 +105,16 @@ class Config:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Columns of ``wgmma`` that the kernel has a loop for; with two warpgroups and FC1's quantisation registers last for one."""
-        return self.shape.widths[-1:] if self.op == "groupedfc1" and self.shape.warpgroups > 1 and self.c_dtype == "nvfp4" else self.shape.widths
+        """Columns of ``wgmma`` that the kernel has a loop for: those of the shape, fewer where registers end."""
+        for op, tile_m, activations, outputs, fewer in FEWER_WIDTHS:
+            if (op, tile_m) == (self.op, self.tile_m) and activations in ("", self.activations) and outputs in ("", self.c_dtype):
+                return fewer
+        return self.shape.widths
+
+    @property
+    def activations(self) -> str:
+        """Their dtype."""
+        return "nvfp4" if self.nvfp4_activations else "bf16"
 
     @property
     def warps(self) -> int:
@@ -142,6 +161,16 @@ class Config:
         """Rows of which a thread brings one piece: 16 bytes of bf16, or a group of 16 codes of one half."""
         pieces = self.tile_m * (8 if self.nvfp4_activations else 16)
         return pieces // self.threads
+
+    @property
+    def copies_tokens(self) -> bool:
+        """Whether tokens go from global to shared memory past the registers."""
+        return not self.nvfp4_activations and self.tile_m <= LARGEST_COPIED
+
+    @property
+    def rows_a_warp(self) -> int:
+        """Rows that a warp copies."""
+        return self.tile_m // self.warps
 
     @property
     def portions(self) -> int:
@@ -301,6 +330,38 @@ def store_pieces(config: Config, stage: Any, row: Any, step: int, piece: Any, wo
             store_shared(address + index * step * ROW_BYTES, word)
 
 
+def copy_tokens(config: Config, a: Any, tokens: list[Any], k_block: Any, k_total: Any, stage: Any, warp: Any, lane: Any) -> None:
+    """Starts the copies of a K 128 of a warp's rows of bf16 activations: row ``warp``, and every ``config.warps``-th behind it.
+
+    A lane copies words ``lane`` of both halves: neighbours in global memory, and in shared memory in 32 banks.
+
+    Args:
+        a: bf16 ``[rows, k_total]``; tokens: the activation row of each, negative where there is none: it becomes zeros, as what lies behind K does.
+        stage: shared-memory address of the K 128's first half.
+    """
+    column = k_block * common.SUPERBLOCK_K + lane * 2
+    values = a + Int64(column) * 2
+    inside = [Int32(column + half * 64 < k_total) * 4 for half in range(common.K64_HALVES)]
+    chunk = (lane % 8) ^ (warp % SWIZZLE_ROWS)
+    place = stage + warp * ROW_BYTES + (lane // 8) * 4
+    for index, token in enumerate(tokens):
+        first = index * config.warps
+        at = place + (chunk ^ (first % SWIZZLE_ROWS)) * CHUNK + first * ROW_BYTES
+        exists = (token >> 31) ^ -1  # all bits, or none: then nothing is read, wherever the address points
+        source = values + Int64(token) * Int64(k_total * 2)
+        for half in range(common.K64_HALVES):
+            pr.inline_ptx_hl(
+                "cp.async.ca.shared.global [{$r0}], [{$r1}], 4, {$r2};",
+                read_only_args=[at + half * config.half_bytes, source + half * ROW_BYTES, inside[half] & exists],
+            )
+    pr.inline_ptx_hl("cp.async.commit_group;")
+
+
+def wait_for_tokens() -> None:
+    """Waits for the thread's own copies of ``copy_tokens``; the fence and the barrier behind it make them known to the tensor core."""
+    pr.inline_ptx_hl("cp.async.wait_group 0;")
+
+
 def descriptor_low(address: Any) -> Any:
     """The low word of the ``wgmma`` descriptor of a K-major operand under the 128-byte swizzle, at a shared-memory address that is a multiple of
     1,024 and the same in every lane."""
@@ -331,8 +392,7 @@ def multiply_half(config: Config, accumulators: list[Any], stage: Any, first_blo
     codes_at = stage + first_block * (common.K64_HALVES * common.CHUNK_BYTES)
     for block in range(config.blocks):
         codes = common.shared_words(codes_at + (block * common.K64_HALVES + half) * common.CHUNK_BYTES)
-        pair = scales[block] >> (16 * half)
-        of_row, of_lower_row = (common.expand_weight_scale(byte & Uint32(0xFF)) for byte in (pair, pair >> 8))
+        of_row, of_lower_row = (common.weight_scale(scales[block], 2 * half + row) for row in range(2))
         operands = []
         for word in codes:
             decoded = common.decode_weights(word)

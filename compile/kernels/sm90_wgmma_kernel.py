@@ -3,7 +3,7 @@
 A unit is a tile of ``route`` (up to ``tile_m`` rows of one expert) x 256 weight rows. All units' K 128 blocks are laid end to end and cut into equal
 spans, one a CTA: FC1 takes a tile's rows of units one after another, FC2 all tiles of the same 256 output columns. A K 128 block at a time:
 
-    tokens of the next block ─ st.shared, barrier │ weights of the block after next ─ bulk copy │ tokens of the block after ─ load
+    tokens of the next block ─ shared memory, barrier │ weights of the block after next ─ bulk copy │ tokens of the block after ─ load
     superblock ─ wait ─ decode ─ wgmma
 
 Three pieces of code run at their own distance along the span: weights, ``weight_stages`` blocks ahead; tokens, one block ahead; and the products.
@@ -11,6 +11,9 @@ What a tile's rows are (``rows``, and FC2's ``row_alpha``) stands in shared memo
 
     FC1:  a unit in one span: epilogue.  In several: sums to the CTA's slot, ticket; the last CTA adds all, in the order of CTAs, then the epilogue.
     FC2:  workspace[token] += row_alpha · accumulators (red.v4); ticket at the end of 256 columns; the last converts, stores and clears.
+
+Run-time setting ``early_list``: what ``route`` wrote was complete before the launch that precedes this one began, so that weights are fetched before
+it ends.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ def wgmma_kernel(
     tokens_total: Int32,
     hidden: Int32,
     intermediate: Int32,
+    waits_first: Int32,
     config: cutlass.Constexpr,
 ):
     tid, _, _ = cute.arch.thread_idx()
@@ -81,7 +85,8 @@ def wgmma_kernel(
             pr.mbarrier_init(barriers.subview(i), 1)
         pr.fence_mbarrier_init()
 
-    pr.griddepcontrol("wait")  # the tiles say which weights are read
+    if waits_first != 0:
+        pr.griddepcontrol("wait")  # the tiles, which say what weights are read, may come from the launch before
     pr.griddepcontrol("launch_dependents")
     tile_count = common.load_global_s32_or(tiles, Int32(1), Int32(0))
     work = Work(config, tiles, tile_count, hidden if fc2 else intermediate)
@@ -125,10 +130,15 @@ def wgmma_kernel(
     store_entry(config, table, Int32(0), tid, held, load_entry(config, rows, scales, tile, tid))
     store_entry(config, table, Int32(1), tid, held, load_entry(config, rows, scales, next_tile, tid))
     pr.barrier_cta_sync(0)  # the table stands, the mbarriers are made
-    for portion in cutlass.range_constexpr(config.portions):
-        tokens = tokens_of(config, table, slot, tile, row, row_step, portion)
-        pieces = wgmma.load_pieces(config, a, a_scales, tokens, token_k, k_length * Int32(remaining > 0), piece)
-        wgmma.store_pieces(config, activations, row, row_step, piece, pieces, portion)
+    pr.griddepcontrol("wait")  # weights and lists do not depend on the launch before; activations do
+    if cutlass.const_expr(not config.copies_tokens):
+        for portion in cutlass.range_constexpr(config.portions):
+            tokens = tokens_of(config, table, slot, tile, row, row_step, wgmma.rows_of_portion(config, portion))
+            pieces = wgmma.load_pieces(config, a, a_scales, tokens, token_k, k_length * Int32(remaining > 0), piece)
+            wgmma.store_pieces(config, activations, row, row_step, piece, pieces, portion)
+    else:
+        tokens = tokens_of(config, table, slot, tile, warp, config.warps, range(config.rows_a_warp))
+        wgmma.copy_tokens(config, a, tokens, token_k, k_length * Int32(remaining > 0), activations, warp, lane)
 
     stage = Int32(0)
     phase = Int32(0)
@@ -146,6 +156,8 @@ def wgmma_kernel(
             if is_width(config, index, own_count):
                 own_sums = common.zero_accumulators(config.accumulators * width // config.tile_m)
                 for step in cutlass.range(run, unroll=1):
+                    if cutlass.const_expr(config.copies_tokens):
+                        wgmma.wait_for_tokens()
                     wgmma.fence_to_async_proxy()
                     pr.barrier_cta_sync(0)
                     if (started != 0) & (to_fetch > 0):
@@ -176,16 +188,19 @@ def wgmma_kernel(
                     ahead = activations + activation_stage * config.stage_bytes
                     low = wgmma.descriptor_low(at)
                     superblock = ring.subview(stage * common.SUPERBLOCK_BYTES + lane * 16).data_ptr()
+                    if cutlass.const_expr(config.copies_tokens):
+                        tokens = tokens_of(config, table, slot, tile, warp, config.warps, range(config.rows_a_warp))
+                        wgmma.copy_tokens(config, a, tokens, token_k, k_ahead, ahead, warp, lane)
                     for half in cutlass.range_constexpr(common.K64_HALVES):
-                        if cutlass.const_expr(half < config.portions):
-                            tokens = tokens_of(config, table, slot, tile, row, row_step, half)
+                        if cutlass.const_expr(not config.copies_tokens and half < config.portions):
+                            tokens = tokens_of(config, table, slot, tile, row, row_step, wgmma.rows_of_portion(config, half))
                             pieces = wgmma.load_pieces(config, a, a_scales, tokens, token_k, k_ahead, piece)
                         if cutlass.const_expr(half == 0):
                             wait(barriers.subview(stage), phase)
                         own_sums = wgmma.multiply_half(config, own_sums, superblock, first_block, low, width, half)
                         if cutlass.const_expr(half == 0):
                             entry = load_entry(config, rows, scales, [next_tile[0], next_tile[1], next_tile[2] * entering], tid)
-                        if cutlass.const_expr(config.portions == 2 or half == 1):
+                        if cutlass.const_expr(not config.copies_tokens and (config.portions == 2 or half == 1)):
                             wgmma.store_pieces(config, ahead, row, row_step, piece, pieces, half % config.portions)
                     stage += 1
                     if stage == stages:
@@ -277,6 +292,8 @@ def wgmma_kernel(
         if k == k_blocks:
             k = Int32(0)
             unit += 1
+    if cutlass.const_expr(config.copies_tokens):
+        wgmma.wait_for_tokens()
 
 
 # ---- units and tiles
@@ -400,9 +417,9 @@ def store_entry(config: wgmma.Config, table: Any, slot: Any, tid: Any, held: Any
         wgmma.store_shared_if(at + index * (config.tile_m * 4), held, word)
 
 
-def tokens_of(config: wgmma.Config, table: Any, slot: Any, tile: list[Any], row: Any, step: int, portion: int) -> list[Any]:
-    """Activation rows of a thread's pieces, −1 where there is none: FC1 reads tokens, FC2 the compact rows of the tile themselves."""
-    places = [row + index * step for index in wgmma.rows_of_portion(config, portion)]
+def tokens_of(config: wgmma.Config, table: Any, slot: Any, tile: list[Any], row: Any, step: int, indices: range) -> list[Any]:
+    """Activation rows of every ``step``-th row of a tile from ``row`` on, −1 where there is none: FC1 reads tokens, FC2 the tile's compact rows."""
+    places = [row + index * step for index in indices]
     if config.op == "groupedfc2":
         return [(tile[1] + place + 1) * Int32(place < tile[2]) - 1 for place in places]
     at = table + slot * (config.table_words * config.tile_m * 4)

@@ -38,6 +38,7 @@ def wgmma_host(
     top_k: Int32,
     hidden: Int32,
     intermediate: Int32,
+    early_list: Int32,
     sm_count: Int32,
     symbol: cutlass.Constexpr[str],
     config: cutlass.Constexpr,
@@ -65,6 +66,7 @@ def wgmma_host(
         tokens_total,
         hidden,
         intermediate,
+        1 - early_list,
         config,
     ).launch(
         grid=(ctas, 1, 1),
@@ -109,6 +111,7 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("tokens_total", "u32", "M"),
             Parameter("hidden", "u32", "H"),
             Parameter("intermediate", "u32", "I"),
+            Parameter("waits_first", "u32", "1 - early_list"),
         ),
         let=(
             ("groups", f"ceil_div({weight_rows}, {wgmma.GROUP_ROWS})"),
@@ -119,6 +122,7 @@ def recipe(variant: Variant) -> Recipe:
         block=(config.threads, 1, 1),
         dynamic_smem=wgmma.shared_memory_bytes(config),
         workspaces=workspaces,
+        settings=(("early_list", (0, 1)),),
         programmatic_launch=True,
         smem_carveout=100,
     )
@@ -134,14 +138,14 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
         pointer(Uint8, 16),
         pointer(Uint8, 4),
     )
-    words = tuple(Int32(value) for value in (8, 2, 256, 128, 132))
+    words = tuple(Int32(value) for value in (8, 2, 256, 128, 0, 132))
     return wgmma_host, (*pointers, *words, variant.symbol.removesuffix("_0"), wgmma.config_of(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: eleven pointers and five words (without the stream)."""
+    """What the exported host function is called with: eleven pointers and six words (without the stream)."""
     pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in recipe(variant).parameters[:POINTERS]]
-    return [*pointers, *(names[name] for name in ("M", "top_k", "H", "I", "sm_count"))]
+    return [*pointers, *(names[name] for name in ("M", "top_k", "H", "I", "early_list", "sm_count"))]
 
 
 def expected(variant: Variant) -> Expected:

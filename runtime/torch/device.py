@@ -87,8 +87,9 @@ def moe(
     )  # fmt: skip
     short = rt.shortcuts.get(short_key)
     if short is not None and short.check(*like) and not rt.capturing():
-        entry, c = short.entry, short.output()
-        scratch = short.second() if entry.scratch else None
+        entry, here = short.entry, rt.current_device() == short.ordinal
+        c = short.output() if here else short.output_elsewhere()
+        scratch = (short.second() if here else short.second_elsewhere()) if entry.scratch else None
         pointers = (
             x.data_ptr(),
             0 if x_scales is None else x_scales.data_ptr(),
@@ -104,7 +105,7 @@ def moe(
             c.data_ptr(),
             0 if scratch is None else scratch.data_ptr(),
         )
-        entry.launch(pointers, stream)
+        entry.launch(pointers, stream, here)
         return c
     dtype = C_DTYPES.get(c_dtype)
     if dtype is None:

@@ -15,10 +15,12 @@ dropped when there are many: those first that have not been used for the longest
 from __future__ import annotations
 
 import heapq
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -93,13 +95,14 @@ class Entry:
         scratch: bytes that a call allocates for what lies between its launches; 0 where the stream keeps them.
         used: how many entries had been made when it was launched last.
         key: of the Runtime's ``entries``; None where a capture owns it.
+        ordinal: the device.
     """
 
     def __init__(self, runtime: Runtime, owner: Owner, plans: tuple[Plan, ...], sources: Sequence[Source], scratch: int = 0) -> None:
         self.plans, self.sources, self.scratch, self.used = plans, tuple(sources), scratch, runtime.made
         self.launches = tuple(plan.launch for plan in plans)
         self.key: Any = None
-        self._runtime, self._ordinal = runtime, owner[1]
+        self._runtime, self.ordinal = runtime, owner[1]
         self._lock = runtime.lock(owner)
         self._alignments = tuple(each.alignment for each in sources)
         self._bound: tuple[int, ...] = (-1,) * len(self.sources)
@@ -117,8 +120,11 @@ class Entry:
                 else:
                     self._slots[position] += [(found[0], index, offset + inner) for index, inner in found[1].get(role, ())]
 
-    def launch(self, pointers: tuple[int, ...], stream: int) -> None:
+    def launch(self, pointers: tuple[int, ...], stream: int, here: bool | None = None) -> None:
         """Launches every Plan on ``stream``, pointed to ``pointers``: an address for each source, 0 for an absent one.
+
+        Args:
+            here: whether the entry's device is the current one, where the caller knows.
 
         Raises:
             ProblemError: an address is not aligned; nothing was launched.
@@ -129,7 +135,7 @@ class Entry:
         with self._lock:
             if pointers != self._bound:
                 self._point(pointers)
-            if self._runtime.current_device() == self._ordinal:
+            if self._runtime.current_device() == self.ordinal if here is None else here:
                 try:
                     for launch in self.launches:
                         launch(stream)
@@ -141,7 +147,7 @@ class Entry:
                 self._launch_guarded(stream)
 
     def _launch_guarded(self, stream: int) -> None:
-        with self._runtime.on_device(self._ordinal):
+        with self._runtime.on_device(self.ordinal):
             for launch in self.launches:
                 launch(stream)
 
@@ -179,13 +185,34 @@ class Shortcut:
     those that the entry was found for with its full key; where they are not, or one of them is given twice, the full key decides.
 
     Attributes:
-        output: makes the op's outputs: one function each.
+        ordinal: the device of the entry.
+        output, second: make the op's outputs while that device is the current one; output_elsewhere, second_elsewhere: while another is.
     """
 
-    __slots__ = ("check", "entry", "output", "second")
+    __slots__ = ("check", "entry", "ordinal", "output", "output_elsewhere", "second", "second_elsewhere")
 
-    def __init__(self, check: Callable[..., bool], entry: Entry, output: Callable[[], Tensor], second: Callable[[], Tensor]) -> None:
-        self.check, self.entry, self.output, self.second = check, entry, output, second
+    def __init__(self, check: Callable[..., bool], entry: Entry, output: partial[Tensor], second: partial[Tensor]) -> None:
+        self.check, self.entry, self.ordinal = check, entry, entry.ordinal
+        self.output, self.output_elsewhere = _allocation(output), output
+        self.second, self.second_elsewhere = _allocation(second), second
+
+
+def _allocation(make: partial[Tensor]) -> Callable[[], Tensor]:
+    """``make``, a prepared ``torch.empty`` of a shape, by the function that compiled code of torch allocates with, on the current device: less of the
+    host's time. ``make`` itself where this torch lacks it or it gives something else."""
+    device, dtype = make.keywords["device"], make.keywords["dtype"]
+    allocate = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
+    if device.type != "cuda" or allocate is None:
+        return make
+    shape: tuple[int, ...] = make.args
+    strides = tuple(math.prod(max(1, each) for each in shape[place + 1 :]) for place in range(len(shape)))
+    found = partial(allocate, shape, strides, dtype)
+    try:
+        with torch.cuda.device(device):
+            one, other = found(), make()
+    except (TypeError, RuntimeError):
+        return make
+    return found if (one.shape, one.stride(), one.dtype, one.device) == (other.shape, other.stride(), other.dtype, other.device) else make
 
 
 def _guards(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
@@ -287,11 +314,12 @@ class Runtime:
                 found.key = key
             return found
 
-    def shorten(self, key: Any, entry: Entry, tensors: Sequence[Tensor | None], output: Callable[[], Tensor], second: Callable[[], Tensor]) -> None:
+    def shorten(self, key: Any, entry: Entry, tensors: Sequence[Tensor | None], output: partial[Tensor], second: partial[Tensor]) -> None:
         """Lets calls with ``key`` and tensors like these find ``entry``, unless it is a capture's or has been dropped.
 
         Args:
             key: everything but the tensors that decides what is launched, which optional tensors there are included.
+            output, second: ``torch.empty`` of what the call makes, with its shape as integers, its dtype and its device.
         """
         check = _guards([each for each in tensors if each is not None])
         with self._lock:
@@ -389,12 +417,12 @@ class Runtime:
 
 class _WithContext(AbstractContextManager[None]):
     def __init__(self, guard: AbstractContextManager[Any], loader: Loader, ordinal: int) -> None:
-        self._guard, self._loader, self._ordinal = guard, loader, ordinal
+        self._guard, self._loader, self.ordinal = guard, loader, ordinal
 
     def __enter__(self) -> None:
         self._guard.__enter__()
-        if self._loader.driver.current_device() != self._ordinal:
-            self._loader.driver.use_device(self._ordinal)
+        if self._loader.driver.current_device() != self.ordinal:
+            self._loader.driver.use_device(self.ordinal)
 
     def __exit__(self, *error: Any) -> None:
         self._guard.__exit__(*error)

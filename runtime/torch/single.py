@@ -68,8 +68,9 @@ def quantize_nvfp4(x: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
     short_key = ("quantize", stream, x.numel(), x.dtype)
     short = rt.shortcuts.get(short_key)
     if short is not None and short.check(x, multiplier) and not rt.capturing():
-        codes, scales = short.output(), short.second()
-        short.entry.launch((x.data_ptr(), multiplier.data_ptr(), codes.data_ptr(), scales.data_ptr()), stream)
+        here = rt.current_device() == short.ordinal
+        codes, scales = (short.output(), short.second()) if here else (short.output_elsewhere(), short.second_elsewhere())
+        short.entry.launch((x.data_ptr(), multiplier.data_ptr(), codes.data_ptr(), scales.data_ptr()), stream, here)
         return codes, scales
     device = x.device
     try:
@@ -144,7 +145,8 @@ def fc1_swiglu(
     short = rt.shortcuts.get(short_key)
     tensors = (a, b, alpha) if plain else tuple([each for each in (a, b, alpha, a_scales, alpha_post, output_multiplier) if each is not None])
     if short is not None and short.check(*tensors) and not rt.capturing():
-        c, c_scales = short.output(), short.second()
+        here = rt.current_device() == short.ordinal
+        c, c_scales = (short.output(), short.second()) if here else (short.output_elsewhere(), short.second_elsewhere())
         pointers = (
             a.data_ptr(),
             0 if a_scales is None else a_scales.data_ptr(),
@@ -155,7 +157,7 @@ def fc1_swiglu(
             c.data_ptr(),
             c_scales.data_ptr() if c_dtype == "nvfp4" else 0,
         )
-        short.entry.launch(pointers, stream)
+        short.entry.launch(pointers, stream, here)
         return c, c_scales
     device = a.device
     try:
@@ -252,9 +254,10 @@ def fc2(a: Tensor, a_scales: Tensor | None, b: Tensor, alpha: Tensor, experts: i
     short_key = ("fc2", stream, b_pointer, a.numel(), a_scales is None, experts, hidden, layout, c_dtype)
     short = rt.shortcuts.get(short_key)
     if short is not None and (short.check(a, b, alpha) if a_scales is None else short.check(a, b, alpha, a_scales)) and not rt.capturing():
-        c = short.output()
+        here = rt.current_device() == short.ordinal
+        c = short.output() if here else short.output_elsewhere()
         scales = 0 if a_scales is None else a_scales.data_ptr()
-        short.entry.launch((a.data_ptr(), scales, b_pointer, alpha.data_ptr(), c.data_ptr()), stream)
+        short.entry.launch((a.data_ptr(), scales, b_pointer, alpha.data_ptr(), c.data_ptr()), stream, here)
         return c
     try:
         make = partial(_empty, a.shape[0], hidden, dtype=C_DTYPES[c_dtype], device=a.device)

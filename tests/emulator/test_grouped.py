@@ -33,7 +33,10 @@ def same(got: dict[str, Any], expected: reference.Routes) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["i32", "i64"])
-@pytest.mark.parametrize(("m", "experts", "top_k", "group_tile"), [(1, 8, 1, 8), (5, 7, 3, 8), (70, 5, 4, 16), (33, 300, 8, 32), (200, 900, 8, 8)])
+@pytest.mark.parametrize(
+    ("m", "experts", "top_k", "group_tile"),
+    [(1, 8, 1, 8), (5, 7, 3, 8), (70, 5, 4, 16), (33, 300, 8, 32), (200, 900, 8, 8), (600, 64, 8, 16)],
+)
 def test_route_is_the_reference_bit_for_bit(dtype: str, m: int, experts: int, top_k: int, group_tile: int) -> None:
     rng = np.random.default_rng(m)
     ids = rng.integers(0, experts, (m, top_k)).astype({"i32": np.int32, "i64": np.int64}[dtype])  # with repeated ids
@@ -87,6 +90,36 @@ def test_weights_are_read_before_the_launch_before_ends_only_where_the_lists_are
     if early_list:
         with pytest.raises(EmulatorError, match=r"griddepcontrol\.wait"):
             run(key, *case, schedule="lazy", sm_count=1, settings={"early_list": 1})
+
+
+@pytest.mark.parametrize(("m", "experts", "top_k", "hidden", "intermediate", "sm_count"), [
+    (1, 3, 2, 512, 64, 132),  # four row blocks a group, a warp a block
+    (9, 2, 1, 192, 320, 2),  # three row blocks, which no larger group divides; three K blocks, cut anywhere
+    (20, 7, 3, 256, 64, 1),  # items of one block: a tile's end in every step of some warps
+    (16, 3, 2, 512, 192, 1),  # as many groups as converting allows; tiles of one row to all; the last K block half empty
+    (70, 2, 1, 128, 128, 1),  # more tokens than one warp converts
+])  # fmt: skip
+@pytest.mark.parametrize(
+    "key", ["groupedfc2.sm90a.t8x64.c1x1.bf16-f32", "groupedfc2.sm90a.t16x64.c1x1.nvfp4-bf16", "groupedfc2.sm90a.t32x64.c1x1.bf16-f16"]
+)
+def test_spans_of_fc2_are_cut_anywhere(key: str, m: int, experts: int, top_k: int, hidden: int, intermediate: int, sm_count: int) -> None:
+    comparison, report = run(key, m, experts, top_k, hidden, intermediate, "exact", sm_count=sm_count, schedule="random:5", launches=2)
+    assert comparison.passed, comparison.detail
+    assert report.bytes["bulk global to shared"] % packing.expert_stride("fc2", hidden, intermediate) == 0
+
+
+@pytest.mark.parametrize("tile", [8, 16, 32])
+def test_a_scale_of_zero_selects_away_and_nan_stays(tile: int) -> None:
+    """Three tokens of one expert: weights 0 over NaN activations, NaN, and 1 over zeros."""
+    problem = Problem("groupedfc2", 3, 1, 64, 128, "bf16", "f32", top_k=1, group_tile=tile)
+    routes = reference.route(np.zeros((3, 1), np.int32), np.array([[0.0], [np.nan], [1.0]], np.float32), np.ones(1, np.float32), group_tile=tile)
+    activations = np.zeros((3, 128), np.uint16)
+    activations[0] = 0x7FC0
+    tensors = {**routes.packed(3), "a": activations, "b": np.zeros(packing.packed_bytes("fc2", 1, 64, 128), np.uint8)}
+    outputs, _ = launch(f"groupedfc2.sm90a.t{tile}x64.c1x1.bf16-f32", problem, tensors, sm_count=1)
+    assert not outputs["c"][0].any()
+    assert np.isnan(outputs["c"][1]).all()
+    assert not outputs["c"][2].any()
 
 
 def test_repeated_ids_of_a_token_add() -> None:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from grouped_cases import launch, run
 
+from densemoe.compile.emulator.device import EARLY
 from densemoe.runtime import packing, reference
+from densemoe.runtime.errors import EmulatorError
 from densemoe.runtime.problem import Problem
 
 TILES = (16, 32, 64, 128)
@@ -49,6 +51,27 @@ def test_general_data_lies_within_the_bounds(op: str, c_dtype: str, tile: int, a
 def test_every_schedule_gives_the_same_exact_result(op: str, c_dtype: str, tile: int, schedule: str) -> None:
     comparison, _ = run(f"{op}.sm90a.t{tile}x256.c1x1.bf16-{c_dtype}", tile + 3, 3, 2, 448, 64, "exact", schedule=schedule, sm_count=3, launches=2)
     assert comparison.passed, comparison.detail
+
+
+@pytest.mark.parametrize(("tile", "widths"), [(32, (16, 32)), (64, (32, 48, 64))])
+def test_a_tile_takes_the_narrowest_width_that_holds_its_rows(tile: int, widths: tuple[int, ...]) -> None:
+    """An expert for each width and one of a row more than the narrower: every loop has products, and all are right."""
+    counts = sorted({1, *widths, *(width + 1 for width in widths[:-1])})
+    key = f"groupedfc1.sm90a.t{tile}x256.c1x1.bf16-bf16"
+    comparison, _ = run(key, sum(counts), len(counts), 1, 192, 128, "exact", ids=ids_of(counts), sm_count=2, schedule="random:2")
+    assert comparison.passed, comparison.detail
+
+
+@pytest.mark.parametrize("early_list", [0, 1])
+@pytest.mark.parametrize(("op", "c_dtype"), [("groupedfc1", "bf16"), ("groupedfc2", "f32")])
+def test_weights_are_read_before_the_launch_before_ends_only_where_the_lists_are_early(op: str, c_dtype: str, early_list: int) -> None:
+    key, case = f"{op}.sm90a.t32x256.c1x1.bf16-{c_dtype}", (10, 3, 2, 256, 64, "exact")
+    early = (*EARLY, "tiles", "rows", "row_alpha") if early_list else EARLY
+    comparison, _ = run(key, *case, schedule="lazy", sm_count=1, settings={"early_list": early_list}, early=early)
+    assert comparison.passed, comparison.detail
+    if early_list:
+        with pytest.raises(EmulatorError, match=r"griddepcontrol\.wait"):
+            run(key, *case, schedule="lazy", sm_count=1, settings={"early_list": 1})
 
 
 @pytest.mark.parametrize("sm_count", [1, 2, 5, 132])
