@@ -417,12 +417,12 @@ class Runtime:
 
 class _WithContext(AbstractContextManager[None]):
     def __init__(self, guard: AbstractContextManager[Any], loader: Loader, ordinal: int) -> None:
-        self._guard, self._loader, self.ordinal = guard, loader, ordinal
+        self._guard, self._loader, self._ordinal = guard, loader, ordinal
 
     def __enter__(self) -> None:
         self._guard.__enter__()
-        if self._loader.driver.current_device() != self.ordinal:
-            self._loader.driver.use_device(self.ordinal)
+        if self._loader.driver.current_device() != self._ordinal:
+            self._loader.driver.use_device(self._ordinal)
 
     def __exit__(self, *error: Any) -> None:
         self._guard.__exit__(*error)

@@ -7,6 +7,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -511,6 +512,29 @@ def test_a_shortcut_is_not_taken_while_a_graph_is_captured_and_goes_with_its_ent
     fake.capturing = False
     fake.runtime.clear()
     assert not fake.runtime.shortcuts
+
+
+def test_a_shortcut_allocates_by_torch_empty_while_another_device_is_current(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def allocation(make: Any) -> Any:
+        return lambda: (used.append(make), make())[1]
+
+    monkeypatch.setattr(launching, "_allocation", allocation)
+    a = arguments()
+    for _ in range(2):
+        device.moe(*a)
+    assert len(used) == 1
+    fake.launches()
+    fake.device = 1
+    c = device.moe(*a)
+    assert (len(used), fake.guarded[-1], fake.device) == (1, 0, 1)
+    assert fake.launches()[-1][2]["c"] == c.data_ptr()
+
+
+def test_the_function_of_compiled_code_allocates_on_gpus_alone() -> None:
+    make = partial(torch.empty, 2, 3, dtype=torch.uint8, device=torch.device("cpu"))
+    assert launching._allocation(make) is make
 
 
 def test_without_a_comparison_of_torch_s_or_with_a_tensor_given_twice_the_full_key_decides(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
