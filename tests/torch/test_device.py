@@ -84,7 +84,7 @@ def fake(layer_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fak
     device.use_runtime(before)
 
 
-def arguments(m: int = 5, *, quantise: bool = False, fused: bool = False, layout: str = packing.LAYOUT, ids: Any = torch.int32) -> list[Any]:
+def arguments(m: int = 4, *, quantise: bool = False, fused: bool = False, layout: str = packing.LAYOUT, ids: Any = torch.int32) -> list[Any]:
     one = torch.ones(1)
     sizes = [packing.packed_bytes(op, EXPERTS, HIDDEN, INTERMEDIATE) for op in ("fc1", "fc2")]
     w1, w2 = (torch.zeros(size + 128, dtype=torch.uint8) for size in sizes)
@@ -344,7 +344,7 @@ def test_calls_of_several_threads_on_one_stream_do_not_mix(fake: Fake) -> None:
         (lambda a: a.__setitem__(14, "f64"), ProblemError, "c_dtype"),
         (lambda a: a.__setitem__(11, -1), ProblemError, "hidden"),
         (lambda a: a.__setitem__(0, a[0][0, 0]), ProblemError, "two dimensions"),
-        (lambda a: a.__setitem__(0, torch.zeros(5 * HIDDEN + 1, dtype=torch.bfloat16)[1:].reshape(5, HIDDEN)), ProblemError, "align it to 16"),
+        (lambda a: a.__setitem__(0, torch.zeros(4 * HIDDEN + 1, dtype=torch.bfloat16)[1:].reshape(4, HIDDEN)), ProblemError, "align it to 16"),
         (lambda a: a.__setitem__(10, torch.ones(2)), ProblemError, "has shape"),
     ],
 )
@@ -450,7 +450,7 @@ def test_a_shortcut_leads_only_tensors_like_the_first_call_s(fake: Fake) -> None
     fake.launches()
     device.moe(*a)
     assert len(fake.launches()) == 3
-    for position, change in ((3, lambda t: t.t_()), (0, lambda t: t.resize_(10, HIDDEN // 2)), (5, lambda t: t.resize_(EXPERTS - 1))):
+    for position, change in ((3, lambda t: t.t_()), (0, lambda t: t.resize_(8, HIDDEN // 2)), (5, lambda t: t.resize_(EXPERTS - 1))):
         bad = list(a)
         bad[position] = a[position].clone()
         device.moe(*bad)
@@ -489,7 +489,7 @@ def test_single_ops_by_their_shortcuts(fake: Fake) -> None:
     for _ in range(2):
         codes, scales = device.quantize_nvfp4(a[0], a[5][:1])
         c, _ = device.fc1_swiglu(a[0], None, a[4], a[5], None, None, INTERMEDIATE, packing.LAYOUT, "bf16")
-        alpha = torch.ones(5, EXPERTS)
+        alpha = torch.ones(4, EXPERTS)
         out = device.fc2(c, None, a[6], alpha, EXPERTS, HIDDEN, packing.LAYOUT, "bf16")
         quantise, fc1, fc2 = fake.launches()
         assert [quantise[2][role] for role in ("a", "c.codes", "c.scales")] == [each.data_ptr() for each in (a[0], codes, scales)]
@@ -497,7 +497,7 @@ def test_single_ops_by_their_shortcuts(fake: Fake) -> None:
         assert [fc2[2][role] for role in ("a", "b", "alpha", "c")] == [each.data_ptr() for each in (c, a[6], alpha, out)]
         assert len(fake.runtime.shortcuts) == 3
     with pytest.raises(ProblemError, match="contiguous"):
-        device.fc2(c, None, a[6], torch.ones(EXPERTS, 5).t(), EXPERTS, HIDDEN, packing.LAYOUT, "bf16")
+        device.fc2(c, None, a[6], torch.ones(EXPERTS, 4).t(), EXPERTS, HIDDEN, packing.LAYOUT, "bf16")
     assert not fake.launches()
 
 
