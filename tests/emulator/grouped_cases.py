@@ -8,12 +8,14 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pytest
 
 from densemoe.compile import kernels
-from densemoe.compile.emulator.device import launch_recipe
+from densemoe.compile.emulator.device import EARLY, launch_recipe
 from densemoe.compile.emulator.execution import Report
 from densemoe.compile.toolchain import compile_variant
 from densemoe.runtime import bounds, data, packing, reference
+from densemoe.runtime.errors import EmulatorError
 from densemoe.runtime.nvfp4 import bf16_values
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.rules import can_implement
@@ -91,3 +93,13 @@ def run(
         given = None if multiplier is None else float(multiplier)
         return bounds.compare_fc1(outputs, exact, problem, output_multiplier=given, rows=np.arange(used), exact=is_exact), report
     return bounds.compare_fc2(outputs, exact, problem, exact=is_exact), report
+
+
+def reads_lists_early_only_where_told(key: str, case: tuple[Any, ...], early_list: int) -> None:
+    """Asserts that the setting ``early_list`` is what lets a kernel read ``route``'s lists before ``griddepcontrol.wait``."""
+    early = (*EARLY, "tiles", "rows", "row_alpha") if early_list else EARLY
+    comparison, _ = run(key, *case, schedule="lazy", sm_count=1, settings={"early_list": early_list}, early=early)
+    assert comparison.passed, comparison.detail
+    if early_list:
+        with pytest.raises(EmulatorError, match=r"griddepcontrol\.wait"):
+            run(key, *case, schedule="lazy", sm_count=1, settings={"early_list": 1})

@@ -6,11 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from grouped_cases import launch, run
+from grouped_cases import launch, reads_lists_early_only_where_told, run
 
-from densemoe.compile.emulator.device import EARLY
 from densemoe.runtime import packing, reference
-from densemoe.runtime.errors import EmulatorError
 from densemoe.runtime.problem import Problem
 
 # ---- route
@@ -83,13 +81,7 @@ def test_every_schedule_gives_the_same_exact_result(key: str, schedule: str) -> 
 @pytest.mark.parametrize("early_list", [0, 1])
 @pytest.mark.parametrize("op", ["groupedfc1", "groupedfc2"])
 def test_weights_are_read_before_the_launch_before_ends_only_where_the_lists_are_early(op: str, early_list: int) -> None:
-    key, case = f"{op}.sm90a.t8x64.c1x1.bf16-f32", (10, 3, 2, 256, 64, "exact")
-    early = (*EARLY, "tiles", "rows", "row_alpha") if early_list else EARLY
-    comparison, _ = run(key, *case, schedule="lazy", sm_count=1, settings={"early_list": early_list}, early=early)
-    assert comparison.passed, comparison.detail
-    if early_list:
-        with pytest.raises(EmulatorError, match=r"griddepcontrol\.wait"):
-            run(key, *case, schedule="lazy", sm_count=1, settings={"early_list": 1})
+    reads_lists_early_only_where_told(f"{op}.sm90a.t8x64.c1x1.bf16-f32", (10, 3, 2, 256, 64, "exact"), early_list)
 
 
 @pytest.mark.parametrize(("m", "experts", "top_k", "hidden", "intermediate", "sm_count"), [
