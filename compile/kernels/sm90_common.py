@@ -157,6 +157,28 @@ def load_global_s32_or(address: Any, valid: Any, otherwise: Any) -> Any:
     )
 
 
+def shuffle_from(value: Any, lane: Any) -> Any:
+    """The value of a lane, whole warp."""
+    return pr.inline_ptx_hl(
+        "shfl.sync.idx.b32 {$w0}, {$r0}, {$r1}, 0x1f, 0xffffffff;", write_only_types=[type(value)], read_only_args=[value, lane]
+    )
+
+
+def store_shared(address: Any, word: Any) -> None:
+    """Four bytes to shared memory."""
+    pr.inline_ptx_hl("st.shared.b32 [{$r0}], {$r1};", read_only_args=[address, word])
+
+
+def store_shared_if(address: Any, valid: Any, word: Any) -> None:
+    """Four bytes to shared memory where ``valid`` is not 0."""
+    pr.inline_ptx_hl("{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; @p st.shared.b32 [{$r0}], {$r2}; }", read_only_args=[address, valid, word])
+
+
+def load_shared(address: Any, dtype: Any = Int32) -> Any:
+    """Four bytes of shared memory."""
+    return pr.inline_ptx_hl("ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[dtype], read_only_args=[address])
+
+
 def listed_expert(active_experts: Any, listed: Any, place: Any) -> Any:
     """The expert at a place of ``[count, expert, expert, …]`` where ``listed`` is not 0, else ``place`` itself (contract section 5)."""
     return load_global_s32_or(active_experts + Int64(place + 1) * 4, listed, place)

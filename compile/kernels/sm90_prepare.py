@@ -49,13 +49,6 @@ def load_id(address: Any, valid: Any) -> Any:
     )
 
 
-def shuffle_from(value: Any, lane: Any) -> Any:
-    """The value of a lane, whole warp."""
-    return pr.inline_ptx_hl(
-        "shfl.sync.idx.b32 {$w0}, {$r0}, {$r1}, 0x1f, 0xffffffff;", write_only_types=[type(value)], read_only_args=[value, lane]
-    )
-
-
 def add_exact(a: Any, b: Any) -> Any:
     """add.rn.f32, never contracted into a fused multiply-add."""
     return pr.inline_ptx_hl("add.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
@@ -131,8 +124,8 @@ def prepare_kernel(
             cute.arch.sync_warp()  # the row's zeros before its values
             total = Float32(0.0)
             for j in cutlass.range(top_k, unroll=1):
-                same = Int32(shuffle_from(local, j) == local)
-                part = shuffle_from(value, j)
+                same = Int32(common.shuffle_from(local, j) == local)
+                part = common.shuffle_from(value, j)
                 total = add_exact(total, epilogue.select(same, part, Float32(0.0)))
             result = divide(total, common.load_global_f32_if(alpha_divisor, Int32(1)))
             epilogue.store_if("f32", row + Int64(local) * 4, here & (bad ^ 1), [result])
@@ -155,13 +148,13 @@ def prepare_kernel(
             totals[warp] = scanned
         pr.barrier_cta_sync(0)
         of_warps = inclusive_scan(totals[lane])
-        before = shuffle_from(of_warps, Int32(warp)) - shuffle_from(totals[lane], Int32(warp))
+        before = common.shuffle_from(of_warps, Int32(warp)) - common.shuffle_from(totals[lane], Int32(warp))
         place = before + scanned - own
         for i in cutlass.range_constexpr(EXPERTS_A_THREAD):
             expert = tid * EXPERTS_A_THREAD + i
             epilogue.store_if("b32", active + (Int64(place) + 1) * 4, mine[i], [expert])
             place += mine[i]
-        everything = shuffle_from(of_warps, Int32(31))
+        everything = common.shuffle_from(of_warps, Int32(31))
         # where this rank holds every expert an empty list means that every id is bad: one expert keeps the NaN of those tokens alive
         forced = Int32(everything == 0) & Int32(elsewhere == 0)
         epilogue.store_if("b32", active + 4, forced & Int32(tid == 0), [Int32(0)])

@@ -36,10 +36,8 @@ from densemoe.compile.kernels.sm90_prepare import (
     WARPS,
     inclusive_scan,
     load_id,
-    shuffle_from,
 )
 from densemoe.compile.kernels.sm90_reduction import store_shared_v4
-from densemoe.compile.kernels.sm90_wgmma import load_shared, store_shared_if
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.recipe import Parameter, Recipe
 from densemoe.runtime.variant import Variant
@@ -164,8 +162,8 @@ def route_kernel(
     pr.barrier_cta_sync(0)
     of_warps = inclusive_scan(totals[lane])
     of_warps_tiles = inclusive_scan(totals[WARPS + lane])
-    row = shuffle_from(of_warps, Int32(warp)) - shuffle_from(totals[lane], Int32(warp)) + scanned - own_rows
-    tile = shuffle_from(of_warps_tiles, Int32(warp)) - shuffle_from(totals[WARPS + lane], Int32(warp)) + scanned_tiles - own_tiles
+    row = common.shuffle_from(of_warps, Int32(warp)) - common.shuffle_from(totals[lane], Int32(warp)) + scanned - own_rows
+    tile = common.shuffle_from(of_warps_tiles, Int32(warp)) - common.shuffle_from(totals[WARPS + lane], Int32(warp)) + scanned_tiles - own_tiles
     for i in cutlass.range_constexpr(EXPERTS_A_THREAD):
         expert = tid * EXPERTS_A_THREAD + i
         first_rows[expert] = row
@@ -176,8 +174,8 @@ def route_kernel(
             row += held
             tile += 1
             left -= held
-    listed = shuffle_from(of_warps_tiles, Int32(31))
-    every_row = shuffle_from(of_warps, Int32(31))
+    listed = common.shuffle_from(of_warps_tiles, Int32(31))
+    every_row = common.shuffle_from(of_warps, Int32(31))
     none = Int32(listed == 0)
     epilogue.store_if("v4.b32", tiles + TILE_WORDS * 4, none & Int32(tid == 0), [Int32(0), Int32(0), Int32(0), Int32(0)])
     epilogue.store_if("v4.b32", tiles, Int32(tid == 0), [listed + none, every_row, Int32(0), Int32(0)])
@@ -192,8 +190,8 @@ def route_kernel(
     if staged != 0:
         pr.barrier_cta_sync(0)
         for at in cutlass.range(tid, every_row, THREADS, unroll=1):
-            epilogue.store_if("b32", rows + Int64(at) * 4, Int32(1), [load_shared(sorted_pairs + at * 4)])
-            epilogue.store_if("b32", row_alpha + Int64(at) * 4, Int32(1), [load_shared(sorted_pairs + (STAGED_PAIRS + at) * 4)])
+            epilogue.store_if("b32", rows + Int64(at) * 4, Int32(1), [common.load_shared(sorted_pairs + at * 4)])
+            epilogue.store_if("b32", row_alpha + Int64(at) * 4, Int32(1), [common.load_shared(sorted_pairs + (STAGED_PAIRS + at) * 4)])
 
 
 @cute.jit
@@ -217,8 +215,8 @@ def place_pairs(pairs, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, 
     target = Int32(first_rows[found]) + earlier + before
     bits = Int32(epilogue.select(bad, Uint32(NAN_BITS), scale.bitcast(Uint32)))
     if staged != 0:
-        store_shared_if(sorted_pairs + target * 4, hit, pair // top_k)
-        store_shared_if(sorted_pairs + (STAGED_PAIRS + target) * 4, hit, bits)
+        common.store_shared_if(sorted_pairs + target * 4, hit, pair // top_k)
+        common.store_shared_if(sorted_pairs + (STAGED_PAIRS + target) * 4, hit, bits)
     else:
         epilogue.store_if("b32", rows + Int64(target) * 4, hit, [pair // top_k])
         epilogue.store_if("b32", row_alpha + Int64(target) * 4, hit, [bits])

@@ -237,21 +237,6 @@ def _tied(text: str, constraints: str, operands: list[Any], count: int, loc: Any
     return [Float32(llvm.extractvalue(f32, found, [i], loc=loc, ip=ip)) for i in range(count)]
 
 
-def store_shared(address: Any, word: Any) -> None:
-    """Four bytes to shared memory."""
-    pr.inline_ptx_hl("st.shared.b32 [{$r0}], {$r1};", read_only_args=[address, word])
-
-
-def store_shared_if(address: Any, valid: Any, word: Any) -> None:
-    """Four bytes to shared memory where ``valid`` is not 0."""
-    pr.inline_ptx_hl("{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; @p st.shared.b32 [{$r0}], {$r2}; }", read_only_args=[address, valid, word])
-
-
-def load_shared(address: Any, dtype: Any = Int32) -> Any:
-    """Four bytes of shared memory."""
-    return pr.inline_ptx_hl("ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[dtype], read_only_args=[address])
-
-
 def fence_to_async_proxy() -> None:
     """Makes this thread's stores to shared memory visible to the tensor core, once others have passed a barrier behind it."""
     pr.inline_ptx_hl("fence.proxy.async.shared::cta;")
@@ -327,7 +312,7 @@ def store_pieces(config: Config, stage: Any, row: Any, step: int, piece: Any, wo
             base = stage + (piece // 8) * config.half_bytes + row * ROW_BYTES + (inside // 2) * 4
             places = [(base + ((swizzle ^ ((inside % 2) * 4 + w)) * CHUNK), word) for w, word in enumerate(own)]
         for address, word in places:
-            store_shared(address + index * step * ROW_BYTES, word)
+            common.store_shared(address + index * step * ROW_BYTES, word)
 
 
 def copy_tokens(config: Config, a: Any, tokens: list[Any], k_block: Any, k_total: Any, stage: Any, warp: Any, lane: Any) -> None:

@@ -414,7 +414,7 @@ def store_entry(config: wgmma.Config, table: Any, slot: Any, tid: Any, held: Any
     """Stores a thread's row where it has one: first the tokens of all rows, then their alphas."""
     at = table + slot * (config.table_words * config.tile_m * 4) + tid * 4
     for index, word in enumerate(entry):
-        wgmma.store_shared_if(at + index * (config.tile_m * 4), held, word)
+        common.store_shared_if(at + index * (config.tile_m * 4), held, word)
 
 
 def tokens_of(config: wgmma.Config, table: Any, slot: Any, tile: list[Any], row: Any, step: int, indices: range) -> list[Any]:
@@ -423,7 +423,7 @@ def tokens_of(config: wgmma.Config, table: Any, slot: Any, tile: list[Any], row:
     if config.op == "groupedfc2":
         return [(tile[1] + place + 1) * Int32(place < tile[2]) - 1 for place in places]
     at = table + slot * (config.table_words * config.tile_m * 4)
-    return [wgmma.load_shared(at + place * 4) for place in places]
+    return [common.load_shared(at + place * 4) for place in places]
 
 
 # ---- FC1: sums over CTAs
@@ -473,8 +473,8 @@ def add_tile(
     for block in range(config.token_blocks):
         for pair in range(2):
             place = block * common.MMA_TOKENS + t * 2 + pair
-            token = wgmma.load_shared(at + place * 4)
-            alpha = wgmma.load_shared(at + (config.tile_m + place) * 4, Float32)
+            token = common.load_shared(at + place * 4)
+            alpha = common.load_shared(at + (config.tile_m + place) * 4, Float32)
             live = Int32(place < count) & Int32(alpha != Float32(0.0))
             address = partials + ((Int64(row_block) * Int64(tokens_total) + Int64(token)) * common.SUPERBLOCK_ROWS + Int64(column)) * 4
             values = []

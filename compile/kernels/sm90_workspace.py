@@ -84,8 +84,8 @@ def add_rows(config: cutlass.Constexpr, columns, staged, accumulators, scale, to
             for start in cutlass.range_constexpr(0, common.MMA_TOKENS, STEPS * ROWS_A_STEP):
                 if first + start < count:
                     rows = [start + step * ROWS_A_STEP + lane // 16 for step in range(STEPS)]
-                    tokens = [shuffle(token, first + row) for row in rows]
-                    scales = [shuffle(scale, first + row) for row in rows]
+                    tokens = [common.shuffle_from(token, first + row) for row in rows]
+                    scales = [common.shuffle_from(scale, first + row) for row in rows]
                     loaded = [reduction.load_shared_v4(staged + row * STAGED_ROW + column) for row in rows]
                     for step in cutlass.range_constexpr(STEPS):
                         sums = [multiply(multiply(each, Float32(config.product_scale)), scales[step]) for each in loaded[step]]
@@ -117,13 +117,6 @@ def differs_from_zero(value: Any) -> Any:
     """1 where a float32 is not 0, NaN included: a term whose scale is 0 is selected away."""
     return pr.inline_ptx_hl(
         "{ .reg .pred p; setp.neu.f32 p, {$r0}, 0f00000000; selp.b32 {$w0}, 1, 0, p; }", write_only_types=[Int32], read_only_args=[value]
-    )
-
-
-def shuffle(value: Any, source: Any) -> Any:
-    """The value of lane ``source``."""
-    return pr.inline_ptx_hl(
-        "shfl.sync.idx.b32 {$w0}, {$r0}, {$r1}, 0x1f, 0xffffffff;", write_only_types=[type(value)], read_only_args=[value, source]
     )
 
 
