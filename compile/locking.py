@@ -16,7 +16,7 @@ from densemoe.runtime.loader import ArtifactSet
 from densemoe.runtime.lock import SHORT_DIGEST, Lock, LockedCubin, LockedWheel
 from densemoe.runtime.manifest import ManifestVariant
 
-__all__ = ["Difference", "check_toolchain", "compare", "locked_cubin", "make"]
+__all__ = ["Difference", "check_toolchain", "compare", "locked_cubin", "make", "stale_sources"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,15 @@ def compare(lock: Lock, matrix: Matrix, profile: str, root: Path, keys: frozense
         gone = sorted(set(lock.cubins) - planned)
         found += [Difference(key, "only the lock names it", "it left the matrix: write the lock with `densemoe lock`") for key in gone]
     return found
+
+
+def stale_sources(lock: Lock, matrix: Matrix) -> list[str]:
+    """Kernels whose sources have another digest than the lock states.
+
+    Their cubins may be equal all the same, as after a change of comments; but a difference that comes later would be blamed on
+    them, so ``densemoe lock`` is run again.
+    """
+    return [name for name, digest in _kernels(matrix, lock.profile).items() if lock.kernels.get(name) != digest]
 
 
 def _what(locked: LockedCubin, actual: LockedCubin) -> str:

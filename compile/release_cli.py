@@ -47,6 +47,8 @@ def lock(args: argparse.Namespace) -> int:
         standing = Lock.read(path)
         locking.check_toolchain(standing)
         _built(args, plan, out)
+        if stale := locking.stale_sources(standing, plan):
+            print(f"the lock states other sources of {', '.join(stale)}: if their cubins are equal, `densemoe lock` renews it", file=sys.stderr)
         return report_differences(locking.compare(standing, plan, args.profile, out), args.json)
     _built(args, plan, out)
     made = locking.make(plan, args.profile, out, _wheels(path, args.resolve))

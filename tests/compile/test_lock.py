@@ -74,6 +74,14 @@ def test_the_lock_covers_the_full_profile_and_this_toolchain(lock: Lock) -> None
     locking.check_toolchain(lock)
 
 
+def test_the_lock_states_the_sources_as_they_are(lock: Lock) -> None:
+    """Equal cubins from changed sources count too: every later difference would be blamed on those sources."""
+    stale = locking.stale_sources(lock, matrix.load())
+    assert not stale, f"compile/kernels/{{{','.join(stale)}}}.py or what they import changed: run `densemoe lock`"
+    aged = dataclasses.replace(lock, kernels={**lock.kernels, "sm90_fc1": "0" * 16})
+    assert locking.stale_sources(aged, matrix.load()) == ["sm90_fc1"]
+
+
 def test_the_lock_is_canonical_small_and_follows_its_schema(lock: Lock) -> None:
     data = lock.to_bytes()
     assert Lock.from_bytes(data, "lock") == lock
@@ -175,7 +183,12 @@ def test_lock_writes_what_it_builds_and_check_compares(tmp_path: Path, artifacts
     assert KEY in capsys.readouterr().out
     assert cli.main(command) == cli.OK
     assert Lock.read(path) == made
+    capsys.readouterr()
     assert cli.main([*command, "--check"]) == cli.OK
+    assert "other sources" not in capsys.readouterr().err
+    path.write_bytes(dataclasses.replace(made, kernels={**made.kernels, "sm90_fc1": "0" * 16}).to_bytes())
+    assert cli.main([*command, "--check"]) == cli.OK
+    assert "other sources of sm90_fc1" in capsys.readouterr().err
 
 
 # ---- the environment that a lock describes
