@@ -101,6 +101,11 @@ class Marks:
         reader, at = (int(x) for x in np.argwhere(bad.reshape(READERS, -1))[0])
         return at, int(units[reader].reshape(-1)[at])
 
+    def forget(self, where: Any, unit: int, tick: int) -> None:
+        """Marks a write that knew of everything before it."""
+        self.wrote(where, unit, tick)
+        self.read_tick[(slice(None), *where) if isinstance(where, tuple) else (slice(None), where)] = 0
+
     def wrote(self, where: Any, unit: Any, tick: Any) -> None:
         """Marks a write."""
         self.write_unit[where] = unit

@@ -395,8 +395,16 @@ class Gang:
 
     def stand(self, block: int) -> None:
         """Stands before a block, with its registers as they are."""
-        key = Key(block, self.mask is not None, self.single_warp, self.single_cta, self._kinds(block))
-        self.version = self.program.version(key)
+        program = self.program
+        if self.defined and not self.defined.keys().isdisjoint(program.live_numbers((block,))):
+            self.version = program.version(Key(block, self.mask is not None, self.single_warp, self.single_cta, self._kinds(block)))
+            return
+        types = tuple(map(type, program.live_values(block)(self.registers)))
+        short = (block, self.mask is not None, self.single_warp, self.single_cta, types)
+        version = program.standing.get(short)
+        if version is None:
+            version = program.standing[short] = program.version(Key(*short[:4], self._kinds(block)))
+        self.version = version
 
     def _enter(self, target: int, version: Version | None, way: int) -> str:
         """Goes to a block; at a join it goes on with other lanes or waits for other warps."""
@@ -503,9 +511,14 @@ class Gang:
             places += (frame.join, *(block for block, _ in frame.pending))
         part = Gang(self.run, self.program, [self.warps[i] for i in indices], [])
         rows = np.array(indices)
+        first, last = indices[0], indices[-1] + 1
+        together = indices == list(range(first, last))
+        low, high = first * LANES, last * LANES
 
         def lanes(array: Any) -> Any:
-            return np.ascontiguousarray(array.reshape(-1, LANES)[rows]).reshape(-1)
+            if together:
+                return array[low:high]  # registers are never changed in place
+            return array.reshape(-1, LANES)[rows].reshape(-1)
 
         registers: list[Any] = [None] * len(self.registers)
         for number in self.program.live_numbers(places):
@@ -514,7 +527,7 @@ class Gang:
                 value = lanes(value)
                 if number in self.defined:
                     part.defined[number] = lanes(self.defined[number])
-                elif part.single_warp and (value == value[0]).all():
+                elif part.single_warp and value[0] == value[-1] and value.tobytes() == value[:1].tobytes() * LANES:
                     value = value[0].item()
             registers[number] = value
         part.registers = registers
@@ -555,29 +568,31 @@ def merge_gangs(gangs: list[Gang], block: int) -> Gang | None:
             return None
     merged = Gang(first.run, first.program, [warp for each in gangs for warp in each.warps], [])
 
-    def concatenate(values: list[Any], dtype: Any) -> Any:
-        parts = [
-            value if isinstance(value, np.ndarray) else np.full(each.lanes, 0 if value is None else value, dtype)
-            for value, each in zip(values, gangs, strict=True)
-        ]
-        return np.concatenate(parts)
+    ranges = []
+    for each in gangs:
+        start = ranges[-1].stop if ranges else 0
+        ranges.append(slice(start, start + each.lanes))
+    lanes = ranges[-1].stop
 
     registers: list[Any] = [None] * len(first.registers)
-    names = set(first.program.live_in(block))
+    places = [block]
     for frame in first.frames:  # what other ways and joins will read
-        for place in [frame.join, *(place for place, _ in frame.pending)]:
-            if place != EXIT:
-                names |= set(first.program.live_in(place))
-    for name in names:
-        number = first.program.numbers[name]
-        values = [each.registers[number] for each in gangs]
-        if all(value is None for value in values):
-            continue
-        if not any(isinstance(value, np.ndarray) or value is None for value in values) and len(set(values)) == 1:
+        places += [frame.join, *(place for place, _ in frame.pending)]
+    given = [each.registers for each in gangs]
+    some_defined = any(each.defined for each in gangs)
+    bits = first.program.bits_of_number
+    for number in first.program.live_numbers(tuple(places)):
+        values = [each[number] for each in given]
+        if not any(isinstance(value, np.ndarray) for value in values) and values.count(values[0]) == len(values):
             registers[number] = values[0]
             continue
-        registers[number] = concatenate(values, _CONTAINER[first.program.bits[name]])
-        if any(value is None or number in each.defined for value, each in zip(values, gangs, strict=True)):
+        together = np.empty(lanes, _CONTAINER[bits[number]])
+        missing = False
+        for where, value in zip(ranges, values, strict=True):
+            missing = missing or value is None
+            together[where] = 0 if value is None else value
+        registers[number] = together
+        if missing or (some_defined and any(number in each.defined for each in gangs)):
             masks = [
                 each.defined.get(number, np.full(each.lanes, value is not None, np.bool_)) for value, each in zip(values, gangs, strict=True)
             ]

@@ -400,22 +400,25 @@ class Machine(WatchedAccesses, Synchronisation, WarpgroupUnits, TensorMapUpdates
 
     def _execute_one(self) -> bool:
         """Executes the oldest operation that somebody may be waiting for; one that arrives on mbarriers without waiters stays as long as it can."""
-        spare = None
+        spare, find = None, self.mbarriers.get
         for i, operation in enumerate(self.pending):
-            if operation.eligible:
-                if operation.signals and not self._awaited(operation):
+            after = operation.after
+            if after is not None and not after.done:  # `eligible`, in an inner loop
+                continue
+            for place in operation.signals:
+                barrier = find(place)
+                if barrier is None or barrier.condition.waiters:
+                    break
+            else:
+                if operation.signals:
                     spare = i if spare is None else spare
                     continue
-                spare = i
-                break
+            spare = i
+            break
         if spare is None:
             return False
-        operation = self.pending.pop(spare)
-        operation.execute()
+        self.pending.pop(spare).execute()
         return True
-
-    def _awaited(self, operation: AsyncOperation) -> bool:
-        return any(barrier is None or barrier.condition.waiters for barrier in map(self.mbarriers.get, operation.signals))
 
     def _explore(self, kind: str) -> bool:
         """One step of a random or priority schedule; False where nothing can run."""

@@ -54,10 +54,10 @@ def _unpack(words: Registers, name: str) -> NDArray[Any]:
     return elements
 
 
-def round_accumulator(values: NDArray[np.float64]) -> NDArray[np.float32]:
-    """float64 sums rounded once to float32; NaN becomes the canonical 0x7FFFFFFF. Call it under ``numpy.errstate`` that ignores
-    overflow."""
-    rounded = values.astype(np.float32)
+def round_accumulator(values: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Sums rounded once to float32; NaN becomes the canonical 0x7FFFFFFF. Call it under ``numpy.errstate`` that ignores overflow. Sums that are
+    float32 already are changed in place."""
+    rounded = values.astype(np.float32, copy=False)
     flat = rounded.ravel()
     if np.isnan(flat.dot(flat)):  # a sum of squares is NaN only if an element is
         rounded[np.isnan(rounded)] = np.uint32(0x7FFFFFFF).view(np.float32)

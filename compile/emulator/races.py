@@ -12,7 +12,7 @@ Every warp and every asynchronous operation of a cluster is a unit with a clock.
 Shared memory is watched in granules of 4 bytes, tensor memory in columns of 32 lanes. For each granule the last write and up to 8 last reads
 are kept, so that a race with an older read may be missed; nothing is reported that is ordered. Reads are forgotten when a write follows that knows
 of them. Where some lanes of a warp issue an operation, they may not rely on what its other lanes wrote since the last ``bar.warp.sync``. Global
-memory: see ``global_races``.
+memory: see ``global_races``. Ranges that asynchronous operations write and read whole have ``spans`` in place of marks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 
 from densemoe.compile.emulator.clocks import ALL_LANES, READERS, Clock, Issuer, Marks, Vector
 from densemoe.compile.emulator.global_races import GlobalRaces
+from densemoe.compile.emulator.spans import Spans
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
@@ -34,9 +35,11 @@ __all__ = ["Clock", "Operand", "Races", "lane_numbers", "level"]
 
 _ASYNC_UNITS: Final = 64  # asynchronous operations told apart at a time; older ones share a unit
 _GRANULE: Final = 4
-_PAGE: Final = 256  # granules of a page that remembers whether lanes accessed it
+_PAGE: Final = 256  # granules of a page that remembers whether lanes accessed it, and of a cell of spans
 _SEVERAL: Final = 32  # in place of a lane: several wrote together
 _QUARTER: Final = 32  # lanes of tensor memory in a granule
+_LANES: Final = 128
+_COLUMNS: Final = 512
 
 
 def lane_numbers(g: Gang, picked: Any) -> Any:
@@ -52,6 +55,15 @@ def level(*parts: str) -> int:
 def _cells(rows: slice, column: int, width: int) -> tuple[slice, slice]:
     """Tensor memory granules of lanes `rows`."""
     return slice(rows.start // _QUARTER, (rows.stop - 1) // _QUARTER + 1), slice(column, column + width)
+
+
+def _dissolve_columns(marks: Marks, spans: Spans, first: int, end: int) -> None:
+    """Marks what spans say of columns of tensor memory."""
+    every = slice(None)
+    for span in spans.take(first, end):
+        marks.forget((every, slice(span.first, span.end)), span.unit, span.tick)
+        for unit, tick, what in span.reads:
+            marks.read((every, slice(max(what.start, span.first), min(what.stop, span.end))), unit, tick)
 
 
 class Operand:
@@ -107,7 +119,9 @@ class Races:
         #: granules of mbarriers, and the pages that have some
         self.guarded = np.zeros(ctas * self.window_granules, np.bool_)
         self.guarded_pages = np.zeros_like(self.generic_pages)
-        self.tmem: dict[int, Marks] = {}
+        #: of pages that lanes never accessed and that hold no mbarrier
+        self.spans = Spans(self.generic_pages.size)
+        self.tmem: dict[int, tuple[Marks, Spans]] = {}
         #: own tick of each warp when its lanes were synchronised last
         self.converged = np.zeros(len(warps), np.int32)
         #: the same where that ordered their memory accesses, and of each warp's last generic write of shared memory
@@ -259,6 +273,7 @@ class Races:
     def guard(self, slot: int, offset: int, live: bool) -> None:
         """An mbarrier is made, or invalidated: only mbarrier operations may touch its 8 bytes between."""
         first = slot * self.window_granules + offset // _GRANULE
+        self._dissolve(first // _PAGE, first // _PAGE + 1)
         self.guarded[first : first + 2] = live
         self.guarded_pages[first // _PAGE] |= live
 
@@ -378,13 +393,27 @@ class Races:
         """An asynchronous operation reads or writes a range of shared memory."""
         first = slot * self.window_granules + offset // _GRANULE
         last = first + -(-nbytes // _GRANULE)
-        step = 1 if (offset | nbytes) % 16 or np.count_nonzero(self.generic_pages[first // _PAGE : last // _PAGE + 1]) else 4
-        self._async(operation, slice(first, last), slice(first, last, step), write)
+        page, end = first // _PAGE, -(-last // _PAGE)
+        clock: Clock = operation.clock
+        whole = not (first | last) % _PAGE
+        if write:
+            if whole and self.spans.write(page, end, clock.unit, clock.tick, clock.order, clock.order):
+                return
+        elif self.spans.read(page, end, clock.unit, clock.tick, slice(first, last), clock.order):
+            return
+        self._dissolve(page, end)
+        plain = not ((offset | nbytes) % 16 or np.count_nonzero(self.generic_pages[page:end]))
+        self._async(operation, slice(first, last), slice(first, last, 4 if plain else 1), write)
+        if write and whole and plain and not np.count_nonzero(self.guarded_pages[page:end]):
+            self.spans.put(page, end, clock.unit, clock.tick)
 
     def async_operand(self, operation: AsyncOperation, operand: Operand) -> None:
         """An asynchronous operation reads an operand in shared memory."""
-        marks, clock = self.shared, operation.clock
-        if np.count_nonzero(self.generic_pages[operand.pages]):
+        marks, clock, pages = self.shared, operation.clock, operand.pages
+        if self.spans.read(pages.start, pages.stop, clock.unit, clock.tick, operand.rows, clock.order):
+            return
+        self._dissolve(pages.start, pages.stop)
+        if np.count_nonzero(self.generic_pages[pages]):
             where = (operand.starts[:, None] + np.arange(4)).reshape(-1)
             self._async(operation, where, where, False)
             return
@@ -392,6 +421,26 @@ class Races:
         reader = clock.unit % READERS
         marks.read_unit[reader].reshape(-1, 4)[operand.rows] = clock.unit
         marks.read_tick[reader].reshape(-1, 4)[operand.rows] = clock.tick
+
+    def _dissolve(self, page: int, end: int) -> None:
+        """Marks what spans say of pages of shared memory."""
+        marks = self.shared
+        for span in self.spans.take(page, end):
+            first, last = span.first * _PAGE, span.end * _PAGE
+            marks.forget(slice(first, last), span.unit, span.tick)
+            for unit, tick, what in span.reads:
+                if isinstance(what, slice):
+                    marks.read(slice(max(what.start, first), min(what.stop, last)), unit, tick)
+                else:  # 16-byte granules
+                    rows = what[(what >= first // 4) & (what < last // 4)]
+                    marks.read_unit[unit % READERS].reshape(-1, 4)[rows] = unit
+                    marks.read_tick[unit % READERS].reshape(-1, 4)[rows] = tick
+
+    def _accessed(self, pages: Any) -> None:
+        """Lanes access pages of shared memory for the first time."""
+        for page in np.unique(pages[~self.generic_pages[pages]]).tolist():
+            self._dissolve(page, page + 1)
+        self.generic_pages[pages] = True
 
     def _async(self, operation: AsyncOperation, where: Any, checked: Any, write: bool) -> None:
         """Checks `checked` (every fourth granule where only whole 16 bytes were accessed) and marks `where`."""
@@ -483,7 +532,8 @@ class Races:
         marks = self.shared
         pages = places // _PAGE
         self._refuse_guarded(places, pages)
-        self.generic_pages[pages] = True
+        if not self.generic_pages[pages].all():
+            self._accessed(pages)
         units = self.own[rows]
         bad = self.order[rows, marks.write_unit[places]] < marks.write_tick[places]
         if bad.any():
@@ -514,20 +564,22 @@ class Races:
     def plain_shared(self, warp: Warp, address: int, nbytes: int) -> None:
         """A warp writes a few bytes, at an index of all windows."""
         where = slice(address // _GRANULE, -(-(address + nbytes) // _GRANULE))
-        self.generic_pages[address // _GRANULE // _PAGE] = True
+        self._accessed(np.array([address // _GRANULE // _PAGE]))
         self.shared.wrote(where, warp.unit, int(self.order[warp.row, warp.unit]))
 
     # --- tensor memory
 
-    def _marks(self, cta: Cta) -> Marks:
+    def _marks(self, cta: Cta) -> tuple[Marks, Spans]:
         found = self.tmem.get(cta.slot)
         if found is None:
-            found = self.tmem[cta.slot] = Marks(4, 512)
+            found = self.tmem[cta.slot] = (Marks(_LANES // _QUARTER, _COLUMNS), Spans(_COLUMNS))
         return found
 
     def tensor_access(self, warp: Warp, cta: Cta, rows: slice, column: int, width: int, write: bool) -> None:
         """``tcgen05.ld`` and ``st``."""
-        marks, where = self._marks(cta), _cells(rows, column, width)
+        marks, spans = self._marks(cta)
+        _dissolve_columns(marks, spans, column, column + width)
+        where = _cells(rows, column, width)
         known = self.tensor[warp.row].copy()
         known[warp.unit] = self.order[warp.row, warp.unit]
         tick = int(self.order[warp.row, warp.unit])
@@ -538,13 +590,22 @@ class Races:
             self.loads_open[warp.row] = True
             marks.read(where, warp.unit, tick)
 
-    def tensor_async(self, operation: AsyncOperation, cta: Cta, rows: slice, column: int, width: int, write: bool) -> None:
-        """``tcgen05.mma`` and ``cp``."""
+    def tensor_async(self, operation: AsyncOperation, cta: Cta, column: int, width: int, write: bool) -> None:
+        """``tcgen05.mma`` and ``cp``, of all lanes."""
         clock: Clock = operation.clock
-        marks, where = self._marks(cta), _cells(rows, column, width)
-        self._tensor(marks, where, clock.tensor, clock.order, write, operation)
+        marks, spans = self._marks(cta)
+        end, known = column + width, clock.tensor
+        if write:
+            if spans.write(column, end, clock.unit, clock.tick, known, known):
+                return
+        elif spans.read(column, end, clock.unit, clock.tick, slice(column, end), known):
+            return
+        _dissolve_columns(marks, spans, column, end)
+        where = _cells(slice(0, _LANES), column, width)
+        self._tensor(marks, where, known, clock.order, write, operation)
         if write:
             marks.wrote(where, clock.unit, clock.tick)
+            spans.put(column, end, clock.unit, clock.tick)
         else:
             marks.read(where, clock.unit, clock.tick)
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from densemoe.compile.emulator.formats import E2M1_PAIRS, decode_bytes, decode_table64
+from densemoe.compile.emulator.formats import E2M1_PAIRS, decode_bytes, decode_table, decode_table64
 from densemoe.compile.emulator.mma import round_accumulator
 from densemoe.compile.emulator.smem_descriptor import decode_sm100, gather_operand
 from densemoe.compile.emulator.tensor_memory import COLUMNS, AccumulatorLayout, accumulator_layout, split_address
@@ -34,6 +34,7 @@ __all__ = [
     "decode_instruction",
     "decode_operand",
     "element_bytes",
+    "exact_in_float32",
     "operand_bytes",
     "operand_in_tensor_memory",
     "read_scales",
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 Bytes = NDArray[np.uint8]
-Matrix = NDArray[np.float64]
+Matrix = NDArray[np.floating[Any]]  # float64, or float32 where sums are exact in it
 
 _F8F6F4 = {0: "e4m3", 1: "e5m2", 3: "e2m3", 4: "e3m2", 5: "e2m1"}
 _D_FORMATS = {0: "f16", 1: "f32", 2: "s32"}
@@ -248,16 +249,19 @@ def operand_in_tensor_memory(memory: NDArray[np.uint32], address: int, descripto
     return words.view(np.uint8)
 
 
-def decode_operand(data: Bytes, name: str, kind: str) -> Matrix:
-    """Values of an operand, float64 ``[rows, k]``, exactly.
+def decode_operand(data: Bytes, name: str, kind: str, dtype: type[np.floating[Any]] = np.float64) -> Matrix:
+    """Values of an operand, ``[rows, k]``, exactly.
 
     Args:
         data: uint8 ``[rows, 32]`` from `operand_bytes`.
         name: its format.
         kind: with f8f6f4 and mxf8f6f4, 16 elements of 4 or 6 bits lie in the first 8 or 12 of every 16 bytes; with mxf4 kinds 4 bits are
             packed densely.
+        dtype: of the values; float32 for packed 4-bit elements alone.
     """
     rows = data.shape[0]
+    if dtype is np.float32:
+        return _pairs_as_words().take(data).view(np.float32)
     if name == "e2m1":
         packed = data if kind.startswith("mxf4") else np.ascontiguousarray(data.reshape(rows, 2, 16)[..., :8])
         return _pairs64().take(packed, axis=0).reshape(rows, -1)
@@ -272,6 +276,12 @@ def decode_operand(data: Bytes, name: str, kind: str) -> Matrix:
 @cache
 def _pairs64() -> NDArray[np.float64]:
     return E2M1_PAIRS.astype(np.float64)
+
+
+@cache
+def _pairs_as_words() -> NDArray[np.uint64]:
+    """The two float32 of each byte as one word."""
+    return np.ascontiguousarray(E2M1_PAIRS).view(np.uint64).reshape(-1)
 
 
 # --- scale factors ----------------------------------------------------------------------------------------------------
@@ -343,7 +353,7 @@ def _scale_mask(rows: int, length: int, scale_id: int) -> NDArray[np.uint32]:
 
 
 def scale_operand(values: Matrix, scales: Bytes, scale_format: str) -> Matrix:
-    """Decoded values times their block scales, exact in float64.
+    """Decoded values times their block scales, exact in float64; in float32 too for UE4M3, whose products have 6 significant bits.
 
     Args:
         values: ``[rows, k]`` from `decode_operand`.
@@ -351,8 +361,34 @@ def scale_operand(values: Matrix, scales: Bytes, scale_format: str) -> Matrix:
         scale_format: ``ue4m3`` or ``ue8m0``.
     """
     rows, k = values.shape
-    factors = decode_table64(scale_format).take(scales)
+    table: NDArray[Any] = decode_table64(scale_format) if values.dtype == np.float64 else decode_table(scale_format)
+    factors = table.take(scales)
     return (values.reshape(rows, scales.shape[1], -1) * factors[..., None]).reshape(rows, k)
+
+
+def exact_in_float32(a_scales: Bytes, b_scales: Bytes, descriptor: InstructionDescriptor) -> bool:
+    """Whether the sum of products, in any order, is exact in float32, from the scale factors of A and B alone; never for UE8M0.
+
+    Elements are multiples of 1/2 up to 6, so a product is a multiple of u/4 up to 36 s, with u the product of the greatest powers of two that divide
+    all scale factors of A and of B, and s the product of the largest ones: exact where K · 36 s ≤ 2^24 · u/4.
+    """
+    if descriptor.scale_format != "ue4m3":
+        return False
+    largest = float(_E4M3_SIZES[a_scales.max()]) * float(_E4M3_SIZES[b_scales.max()])
+    unit = float(_E4M3_UNITS.take(a_scales).min()) * float(_E4M3_UNITS.take(b_scales).min())
+    return descriptor.k * 36 * largest <= 2**22 * unit
+
+
+def _e4m3_units() -> NDArray[np.float32]:
+    """The greatest power of two that divides each UE4M3 value; infinite for 0."""
+    code = np.arange(256)
+    mantissa, exponent = code % 8 + 8 * (code % 128 >= 8), np.maximum(code % 128 // 8, 1)
+    return np.where(mantissa == 0, np.inf, np.ldexp((mantissa & -mantissa).astype(np.float32), exponent - 10)).astype(np.float32)
+
+
+#: By code; what is no number, or has bit 7 set, counts as infinite, so that nothing is exact.
+_E4M3_SIZES = np.where(np.arange(256) < 0x7F, decode_table("ue4m3"), np.float32(np.inf))
+_E4M3_UNITS = _e4m3_units()
 
 
 # --- product ----------------------------------------------------------------------------------------------------------
@@ -374,8 +410,8 @@ def accumulate(
         memory: uint32 ``[128, 512]``.
         address: of D.
         descriptor: the instruction's.
-        a: float64 ``[m / cta_group, k]``, this CTA's rows, scaled.
-        b: float64 ``[n, k]``, of all CTAs, scaled.
+        a: ``[m / cta_group, k]``, this CTA's rows, scaled; float64, or, as b, float32 where the sum of products is exact in it.
+        b: ``[n, k]``, of all CTAs, scaled.
         add: ``enable-input-d``; false overwrites D.
         scale_input_d: D is multiplied by 2^-scale_input_d first (f16 and tf32 kinds).
         disabled_lanes: bool ``[128]``, lanes that keep their content (``disable-output-lane``).

@@ -433,7 +433,7 @@ class TensorUnits(Copies):
                     else:
                         state.written[shape.lanes[:, 0] + lane, column : column + width] = True
                     if self.races is not None:
-                        self.races.tensor_async(operation, cta, slice(0, 128), column, width, True)
+                        self.races.tensor_async(operation, cta, column, width, True)
 
             self.moved["shared to tensor memory"] += shape.rows * shape.row_bytes * len(ctas)
             self._to_pipe(g, warp, ctas, action, "tcgen05.cp")
@@ -484,14 +484,32 @@ class TensorUnits(Copies):
         self.check_operand(cta.slot, bits, rows, 32, element, operation)
         return tcgen05.operand_bytes(self.shared.window(cta.slot), bits, descriptor, name)
 
+    def _scales(self, operation: AsyncOperation, cta: Any, job: _Product) -> tuple[Any, Any]:
+        """Scale factors of A and B in a CTA's tensor memory, uint8 ``[rows, length]``."""
+        descriptor, state = job.descriptor, self._state(cta)
+        length = tcgen05.scale_vector_length(descriptor, job.vector)
+        for address, rows, name in ((job.scale_a, 128, "scale A"), (job.scale_b, descriptor.n, "scale B")):
+            first, columns = address & 0xFFFF, -(-rows // 32)
+            state.check_columns(first, columns, f"tcgen05.mma ({name})")
+            state.check_written(slice(0, 128), first, columns, f"tcgen05.mma ({name})")
+            if self.races is not None:
+                self.races.tensor_async(operation, cta, first, columns, False)
+        return (
+            tcgen05.read_scales(state.words, job.scale_a, descriptor.a_rows, length, descriptor.a_scale_id),
+            tcgen05.read_scales(state.words, job.scale_b, descriptor.n, length, descriptor.b_scale_id),
+        )
+
     def _multiply(self, operation: AsyncOperation, job: _Product, ctas: list[Any]) -> None:
         descriptor = job.descriptor
         kind = descriptor.kind
-        pieces = [tcgen05.decode_operand(self._operand(operation, cta, job, "b"), descriptor.b_format, kind) for cta in ctas]
-        b = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        scales = [self._scales(operation, cta, job) for cta in ctas] if job.scaled else []
+        exact = bool(scales) and all(tcgen05.exact_in_float32(*each, descriptor) for each in scales)
+        dtype: Any = np.float32 if exact else np.float64
+        pieces = [self._operand(operation, cta, job, "b") for cta in ctas]
+        b = tcgen05.decode_operand(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), descriptor.b_format, kind, dtype)
+        own_b, scaled_by = b, b""
         _, column = split_address(job.d)
         width = descriptor.layout.columns(descriptor.n)
-        length = tcgen05.scale_vector_length(descriptor, job.vector) if job.scaled else 0
         for number, cta in enumerate(ctas):
             state = self._state(cta)
             disabled = None if job.disabled is None else job.disabled[_LANES * number : _LANES * (number + 1)]
@@ -503,19 +521,12 @@ class TensorUnits(Copies):
                 state.check_written(slice(0, 128), a_column, 8, "tcgen05.mma (A)")
             else:
                 data = self._operand(operation, cta, job, "a")
-            a = tcgen05.decode_operand(data, descriptor.a_format, kind)
-            own_b = b
-            if job.scaled:
-                for address, rows, name in ((job.scale_a, 128, "scale A"), (job.scale_b, descriptor.n, "scale B")):
-                    first = address & 0xFFFF
-                    state.check_columns(first, -(-rows // 32), f"tcgen05.mma ({name})")
-                    state.check_written(slice(0, 128), first, -(-rows // 32), f"tcgen05.mma ({name})")
-                    if self.races is not None:
-                        self.races.tensor_async(operation, cta, slice(0, 128), first, -(-rows // 32), False)
-                row_scales = tcgen05.read_scales(state.words, job.scale_a, descriptor.a_rows, length, descriptor.a_scale_id)
-                column_scales = tcgen05.read_scales(state.words, job.scale_b, descriptor.n, length, descriptor.b_scale_id)
+            a = tcgen05.decode_operand(data, descriptor.a_format, kind, dtype)
+            if scales:
+                row_scales, column_scales = scales[number]
                 a = tcgen05.scale_operand(a, row_scales, descriptor.scale_format)
-                own_b = tcgen05.scale_operand(b, column_scales, descriptor.scale_format)
+                if scaled_by != (by := column_scales.tobytes()):  # the CTAs of a pair have the same
+                    own_b, scaled_by = tcgen05.scale_operand(b, column_scales, descriptor.scale_format), by
             lanes = _lanes_of(descriptor.layout)
             whole = lanes.size == _LANES
             if job.add and whole:
@@ -523,7 +534,7 @@ class TensorUnits(Copies):
             elif job.add and not state.written[lanes, column : column + width].all():
                 raise EmulatorError("tcgen05.mma adds to tensor memory that was never written")
             if self.races is not None:
-                self.races.tensor_async(operation, cta, slice(0, 128), column, width, True)
+                self.races.tensor_async(operation, cta, column, width, True)
             tcgen05.accumulate(state.words, job.d, descriptor, a, own_b, job.add, job.scale_input_d, disabled)
             if whole and disabled is None:
                 state.write_whole(column, width)

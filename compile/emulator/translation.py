@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, Final
 
 import numpy as np
@@ -157,10 +158,14 @@ class Program:
         self.numbers = {register: i for i, register in enumerate(kernel.registers)}
         self.names = list(kernel.registers)
         self.bits = kernel.registers
+        self.bits_of_number = list(kernel.registers.values())
         self.crossing = frozenset().union(*(each.live_in for each in self.blocks)) if self.blocks else frozenset()
         self.position = 0
         self._live: dict[int, tuple[str, ...]] = {}
         self._live_numbers: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._live_values: dict[int, Callable[[list[Any]], tuple[Any, ...]]] = {}
+        #: versions by block, whether masked, of one warp, of one CTA, and the types of the live registers
+        self.standing: dict[tuple[Any, ...], Version] = {}
         self.versions: dict[Key, Version] = {}
         self._layout()
 
@@ -228,6 +233,15 @@ class Program:
         if found is None:
             names = {name for place in places if place != EXIT for name in self.blocks[place].live_in}
             found = self._live_numbers[places] = tuple(sorted(self.numbers[name] for name in names))
+        return found
+
+    def live_values(self, block: int) -> Callable[[list[Any]], tuple[Any, ...]]:
+        """A function that picks the registers that are live at a block's start."""
+        found = self._live_values.get(block)
+        if found is None:
+            numbers = self.live_numbers((block,))
+            pick: Callable[[list[Any]], Any] = itemgetter(*numbers) if numbers else lambda _: ()
+            found = self._live_values[block] = pick if len(numbers) != 1 else lambda registers: (registers[numbers[0]],)
         return found
 
     def text_of(self, line: int) -> str:

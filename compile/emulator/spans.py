@@ -1,0 +1,110 @@
+"""What race detection keeps of ranges that are written and read whole, in place of marks of every granule.
+
+A stage of a pipeline is written by one copy, read by a few instructions, and written again by a copy of the same range: three comparisons instead
+of thousands. Where an access does not fit, the ranges it meets are dissolved: their marks are what they would have been without spans.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from densemoe.compile.emulator.clocks import Vector
+
+__all__ = ["Span", "Spans"]
+
+_READS: Final = 32  # of a span; more dissolve it
+
+
+class Span:
+    """A range that one asynchronous operation wrote whole.
+
+    Attributes:
+        first, end: cells of its `Spans`.
+        unit, tick: who wrote it, and when.
+        reads: since then: unit, tick, and what of it, as an index of its marks.
+    """
+
+    __slots__ = ("end", "first", "reads", "tick", "unit")
+
+    def __init__(self, first: int, end: int, unit: int, tick: int) -> None:
+        self.first, self.end, self.unit, self.tick = first, end, unit, tick
+        self.reads: list[tuple[int, int, Any]] = []
+
+
+class Spans:
+    """The spans of a memory, in cells of equal size.
+
+    Args:
+        cells: of the memory.
+
+    Attributes:
+        at: the span over each cell, or None.
+    """
+
+    def __init__(self, cells: int) -> None:
+        self.at: list[Span | None] = [None] * cells
+
+    def over(self, first: int, end: int) -> list[Span] | None:
+        """The spans that cover cells ``[first, end)``, in order; None where some are not covered."""
+        span = self.at[first]
+        if span is None:
+            return None
+        if span.end >= end:
+            return [span]
+        found = [span]
+        while span.end < end:
+            span = self.at[span.end] if span.end < len(self.at) else None
+            if span is None:
+                return None
+            found.append(span)
+        return found
+
+    def read(self, first: int, end: int, unit: int, tick: int, what: Any, known: Vector) -> bool:
+        """Notes a read of cells; False, and nothing noted, where spans do not cover them or their writes are not all `known`."""
+        found = self.over(first, end)
+        if found is None:
+            return False
+        for span in found:
+            if known[span.unit] < span.tick or len(span.reads) >= _READS:
+                return False
+        for span in found:
+            span.reads.append((unit, tick, what))
+        return True
+
+    def write(self, first: int, end: int, unit: int, tick: int, written: Vector, read: Vector) -> bool:
+        """Notes a write of just the cells of one or several spans; False, and nothing noted, where they are others or not all is known.
+
+        Args:
+            written: known of writes.
+            read: known of reads.
+        """
+        found = self.over(first, end)
+        if found is None or found[0].first != first or found[-1].end != end:
+            return False
+        for span in found:
+            if written[span.unit] < span.tick:
+                return False
+            for reader, when, _ in span.reads:
+                if read[reader] < when:
+                    return False
+        if len(found) == 1:
+            span = found[0]
+            span.unit, span.tick = unit, tick
+            span.reads.clear()
+        else:
+            self.put(first, end, unit, tick)
+        return True
+
+    def put(self, first: int, end: int, unit: int, tick: int) -> None:
+        """A new span, over cells that have none."""
+        self.at[first:end] = [Span(first, end, unit, tick)] * (end - first)
+
+    def take(self, first: int, end: int) -> list[Span]:
+        """Removes the spans that meet cells ``[first, end)``."""
+        found: list[Span] = []
+        for span in self.at[first:end]:
+            if span is not None and (not found or found[-1] is not span):
+                found.append(span)
+        for span in found:
+            self.at[span.first : span.end] = [None] * (span.end - span.first)
+        return found
