@@ -9,7 +9,7 @@ completion. It then reads its source as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +43,7 @@ class AsyncOperation:
         what, issuer: for reports: as a string it is "`what` of `issuer`".
         done: it was executed.
         clock: for race detection: what it happens after.
-        touches: slots of the CTAs whose shared or tensor memory it reads or writes.
+        touches: slots of the CTAs whose shared or tensor memory it reads or writes, beside those of its signals.
         signals: slot and window offset of the mbarriers that it arrives on.
     """
 
@@ -56,12 +56,11 @@ class AsyncOperation:
         issuer: Warp | AsyncOperation,
         line: int,
         after: AsyncOperation | None = None,
-        touches: Iterable[int] = (),
-        signals: Iterable[tuple[int, int]] = (),
+        touches: Sequence[int] = (),
+        signals: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.action, self.what, self.issuer, self.line, self.after = action, what, issuer, line, after
-        self.signals = tuple(signals)
-        self.touches = {*touches, *(slot for slot, _ in self.signals)}
+        self.signals, self.touches = signals, touches
         self.done = False
         self.clock: Any = None
         self.priority = 0.0
@@ -69,6 +68,10 @@ class AsyncOperation:
 
     def __str__(self) -> str:
         return f"{self.what} of {self.issuer}"
+
+    def needs(self, slot: int) -> bool:
+        """Whether it reads, writes or arrives in the memory of a CTA."""
+        return slot in self.touches or any(place[0] == slot for place in self.signals)
 
     @property
     def eligible(self) -> bool:
@@ -218,8 +221,8 @@ class Copies:
         action: Callable[[AsyncOperation], None],
         text: str,
         after: Any = None,
-        touches: Iterable[int] = (),
-        signals: Iterable[tuple[int, int]] = (),
+        touches: Sequence[int] = (),
+        signals: Sequence[tuple[int, int]] = (),
     ) -> AsyncOperation:
         """An operation that happens after everything its warp did so far."""
         operation = AsyncOperation(action, text, warp, g.current_line(), after, touches, signals)

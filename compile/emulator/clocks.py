@@ -36,12 +36,17 @@ class Issuer(NamedTuple):
 
 
 class Clock:
-    """What somebody knows: three vectors; for an asynchronous operation also its own unit and tick."""
+    """What somebody knows: three vectors; for an asynchronous operation also its own unit and tick.
 
-    __slots__ = ("_sees", "issuer", "order", "proxy", "tensor", "tick", "unit", "wide")
+    Args:
+        parts: ``[3, units]``: order, proxy and tensor.
+    """
 
-    def __init__(self, order: Vector, proxy: Vector, tensor: Vector, unit: int = -1, tick: int = 0, wide: Vector | None = None) -> None:
-        self.order, self.proxy, self.tensor, self.wide = order, proxy, tensor, wide
+    __slots__ = ("_sees", "issuer", "order", "parts", "proxy", "tensor", "tick", "unit", "wide")
+
+    def __init__(self, parts: Any, unit: int = -1, tick: int = 0, wide: Vector | None = None) -> None:
+        self.parts, self.wide = parts, wide
+        self.order, self.proxy, self.tensor = parts
         self.unit, self.tick = unit, tick
         self.issuer: Issuer | None = None
         self._sees: Vector | None = None
@@ -55,14 +60,12 @@ class Clock:
 
     def copy(self) -> Clock:
         """An independent copy."""
-        return Clock(self.order.copy(), self.proxy.copy(), self.tensor.copy(), wide=None if self.wide is None else self.wide.copy())
+        return Clock(self.parts.copy(), wide=None if self.wide is None else self.wide.copy())
 
     def join(self, other: Clock) -> None:
         """Learns what another knows."""
         self._sees = None
-        np.maximum(self.order, other.order, out=self.order)
-        np.maximum(self.proxy, other.proxy, out=self.proxy)
-        np.maximum(self.tensor, other.tensor, out=self.tensor)
+        np.maximum(self.parts, other.parts, out=self.parts)
         if self.wide is not None and other.wide is not None:
             np.maximum(self.wide, other.wide, out=self.wide)
 

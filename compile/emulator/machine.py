@@ -282,7 +282,7 @@ class Machine(WatchedAccesses, Synchronisation, WarpgroupUnits, TensorMapUpdates
         An arrival of a ``tcgen05.commit`` of its own is a remark: kernels with one CTA a cluster are seen to leave it behind.
         """
         for each in self.pending:
-            if cta.slot not in each.touches:
+            if not each.needs(cta.slot):
                 continue
             if self.cluster_size == 1 and each.what == "arrival":
                 self.lints["a CTA ends before the arrival of a tcgen05.commit on its mbarrier"] = None

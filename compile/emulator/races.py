@@ -101,15 +101,12 @@ class Races:
         self.units = cluster_warps + _ASYNC_UNITS + 1
         #: unit of the launches before: who waited for them knows its tick 1
         self.before = self.units - 1
-        shape = (len(warps), self.units)
-        self.order = np.zeros(shape, np.int32)
+        #: of each warp: what it knows; the first three are what it releases
+        self.parts = np.zeros((len(warps), 5, self.units), np.int32)
+        self.order, self.proxy, self.tensor_out, self.tensor_in, self.tensor = self.parts.transpose(1, 0, 2)
         rows = np.arange(len(warps))
         self.own = np.array([warp.unit for warp in warps])
         self.order[rows, self.own] = 1
-        self.proxy = np.zeros(shape, np.int32)
-        self.tensor = np.zeros(shape, np.int32)
-        self.tensor_in = np.zeros(shape, np.int32)
-        self.tensor_out = np.zeros(shape, np.int32)
         self.window_granules = window // _GRANULE
         self.shared = Marks(ctas * self.window_granules)
         #: lane of each granule's last generic write, or _SEVERAL
@@ -127,7 +124,7 @@ class Races:
         #: the same where that ordered their memory accesses, and of each warp's last generic write of shared memory
         self.met = np.zeros(len(warps), np.int32)
         self.last_write = np.zeros(len(warps), np.int32)
-        self.ticks = np.zeros(_ASYNC_UNITS, np.int64)
+        self.ticks = [0] * _ASYNC_UNITS
         self.next_async = 0
         self.lints = lints
         self.loads_open: dict[int, bool] = {}
@@ -143,7 +140,7 @@ class Races:
     # --- synchronisation
 
     def _tick(self, warp: Warp) -> None:
-        self.order[warp.row, warp.unit] += 1
+        self.parts[warp.row, 0, warp.unit] += 1
         if self.everywhere is not None:
             self.everywhere.tick(warp.row)
 
@@ -151,8 +148,7 @@ class Races:
         return None if self.everywhere is None else self.everywhere.released(row, lanes)
 
     def _release(self, clock: Clock | None, warp: Warp, lanes: int = ALL_LANES) -> Clock:
-        row = warp.row
-        own = Clock(self.order[row], self.proxy[row], self.tensor_out[row], wide=self._wide(row, lanes))
+        own = Clock(self.parts[warp.row, :3], wide=self._wide(warp.row, lanes))
         if clock is None:
             clock = own.copy()
         else:
@@ -164,9 +160,9 @@ class Races:
         if clock is None:
             return
         row = warp.row
-        np.maximum(self.order[row], clock.order, out=self.order[row])
-        np.maximum(self.proxy[row], clock.proxy, out=self.proxy[row])
-        np.maximum(self.tensor_in[row], clock.tensor, out=self.tensor_in[row])
+        own, told = self.parts[row], clock.parts
+        np.maximum(own[:2], told[:2], out=own[:2])
+        np.maximum(own[3], told[2], out=own[3])
         if self.everywhere is not None and clock.wide is not None:
             self.everywhere.acquired(row, clock.wide, lanes)
 
@@ -294,7 +290,7 @@ class Races:
             ready = np.zeros((3, self.units), np.int32)
             ready[0, warp.unit] = self.order[row, warp.unit]
             wide = self._wide(row)
-            made = Clock(ready[0], ready[1], ready[2], wide=None if wide is None else np.zeros_like(wide))
+            made = Clock(ready, wide=None if wide is None else np.zeros_like(wide))
             for at in (0, 1):
                 self._make_ready(warp, at, ALL_LANES, made.copy())
 
@@ -360,12 +356,14 @@ class Races:
         number = self.next_async
         self.next_async = (number + 1) % _ASYNC_UNITS
         self.ticks[number] += 1
-        unit, tick = self.cluster_warps + number, int(self.ticks[number])
-        tensor = self.tensor[row].copy()
-        tensor[warp.unit] = self.order[row, warp.unit]
-        clock = Clock(self.order[row].copy(), self.proxy[row].copy(), tensor, unit, tick, self._wide(row))
-        for part in (clock.order, clock.proxy, clock.tensor):
-            part[unit] = tick
+        unit, tick = self.cluster_warps + number, self.ticks[number]
+        own = self.parts[row]
+        parts = np.empty((3, self.units), np.int32)
+        parts[:2] = own[:2]
+        parts[2] = own[4]
+        parts[2, warp.unit] = own[0, warp.unit]
+        parts[:, unit] = tick
+        clock = Clock(parts, unit, tick, self._wide(row))
         if lanes != ALL_LANES:
             fresh = self.last_write[row] > self.met[row]
             clock.issuer = Issuer(warp.unit, lanes if fresh else ALL_LANES, int(self.converged[row]), int(self.met[row]))

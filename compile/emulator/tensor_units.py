@@ -386,7 +386,8 @@ class TensorUnits(Copies):
     def _to_pipe(self, g: Gang, warp: Warp, ctas: list[Any], action: Any, text: str) -> None:
         state = self._state(ctas[0])
         before = state.last if state.last is not None and not state.last.done else None
-        operation = self.new_operation(g, warp, action, text, before, [cta.slot for cta in ctas])
+        slots = (ctas[0].slot,) if len(ctas) == 1 else (ctas[0].slot, ctas[1].slot)
+        operation = self.new_operation(g, warp, action, text, before, slots)
         if self.races is not None:
             self.races.in_pipe(operation, state)
         state.last = operation

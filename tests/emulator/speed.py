@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-for _folder in ("blackwell", "emulator"):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / _folder))
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "blackwell"))
 
 import emulated
 import numpy as np
