@@ -14,6 +14,9 @@ __all__ = ["BankConflicts"]
 
 _BANKS: Final = 32
 _CACHED: Final = 4096
+_PHASE: Final = 40  # bits below a phase in the key of a word
+#: Cycles of patterns met before, by any launch.
+_KNOWN: dict[tuple[int, int, bytes, bytes], int] = {}
 
 
 class BankConflicts:
@@ -21,7 +24,6 @@ class BankConflicts:
 
     def __init__(self) -> None:
         self.cycles = 0
-        self._known: dict[tuple[int, int, bytes, bytes], int] = {}
 
     def add(self, index: Any, lanes: Any, nbytes: int) -> None:
         """One instruction.
@@ -35,11 +37,11 @@ class BankConflicts:
         words = max(nbytes // 4, 1)
         place = first * nbytes // 4 % _BANKS if nbytes >= 4 else first % (4 * _BANKS)
         key = (nbytes, place, relative.tobytes(), b"" if lanes is None else lanes.tobytes())
-        extra = self._known.get(key)
+        extra = _KNOWN.get(key)
         if extra is None:
-            if len(self._known) >= _CACHED:
-                self._known.clear()
-            extra = self._known[key] = self._count(index, lanes, nbytes, words)
+            if len(_KNOWN) >= _CACHED:
+                _KNOWN.clear()
+            extra = _KNOWN[key] = self._count(index, lanes, nbytes, words)
         self.cycles += extra
 
     @staticmethod
@@ -47,9 +49,7 @@ class BankConflicts:
         phase = (np.arange(index.size) if lanes is None else lanes) // (_BANKS // words)
         word = index * nbytes // 4
         # distinct words of each phase and bank; the fullest bank decides
-        pairs = np.unique(np.stack([np.repeat(phase, words), (word[:, None] + np.arange(words)).reshape(-1)], axis=1), axis=0)
-        _, counts = np.unique(pairs[:, 0] * _BANKS + pairs[:, 1] % _BANKS, return_counts=True)
-        keys = np.unique(pairs[:, 0] * _BANKS + pairs[:, 1] % _BANKS) // _BANKS
-        fullest = np.zeros(int(keys.max()) + 1, np.int64)
-        np.maximum.at(fullest, keys, counts)
+        distinct = np.unique((phase.astype(np.int64) << _PHASE)[:, None] + word[:, None] + np.arange(words))
+        banks = np.bincount((distinct >> _PHASE) * _BANKS + distinct % _BANKS)
+        fullest = np.pad(banks, (0, -banks.size % _BANKS)).reshape(-1, _BANKS).max(axis=1)
         return int((fullest[fullest > 0] - 1).sum())

@@ -538,13 +538,12 @@ class Races:
             at = int(bad.argmax())
             self._report(places[at], rows[at], int(marks.write_unit[places[at]]), "writes" if write else "reads", "wrote")
         if write:
-            for reader in range(READERS):
-                ticks = marks.read_tick[reader][places]
-                if ticks.any():
-                    bad = self.order[rows, marks.read_unit[reader][places]] < ticks
-                    if bad.any():
-                        at = int(bad.argmax())
-                        self._report(places[at], rows[at], int(marks.read_unit[reader][places[at]]), "overwrites", "may still read")
+            ticks = marks.read_tick[:, places]
+            for reader in np.flatnonzero(ticks.any(axis=1)).tolist() if np.count_nonzero(ticks) else ():
+                bad = self.order[rows, marks.read_unit[reader][places]] < ticks[reader]
+                if bad.any():
+                    at = int(bad.argmax())
+                    self._report(places[at], rows[at], int(marks.read_unit[reader][places[at]]), "overwrites", "may still read")
             marks.wrote(places, units, self.order[rows, units])
             self.write_lane[places] = lanes
             self.last_write[rows] = self.order[rows, units]

@@ -19,6 +19,13 @@ WINDOW = 16 * PAGE
 CTAS, WARPS = 2, 3
 
 
+class Operation(SimpleNamespace):
+    """What asks for an access; messages name it."""
+
+    def __str__(self) -> str:
+        return "an operation"
+
+
 class NoSpans(Spans):
     """Covers nothing, so that every access is marked."""
 
@@ -54,7 +61,7 @@ def step(made: Races, draw: random.Random, clocks: list[Clock]) -> None:
             clock.join(other)
             clock.parts[:, clock.unit] = clock.tick
     clocks.append(clock)
-    operation: Any = SimpleNamespace(clock=clock)
+    operation: Any = Operation(clock=clock)
     slot, kind = draw.randrange(CTAS), draw.randrange(8)
     if kind < 3:
         pages = draw.choice([1, 2, 4])
@@ -111,7 +118,7 @@ def test_stages_of_a_ring_are_never_marked_one_by_one(monkeypatch: pytest.Monkey
             own.join(clock)
             own.parts[:, own.unit] = own.tick
             clock = own
-            operation: Any = SimpleNamespace(clock=clock)
+            operation: Any = Operation(clock=clock)
             if write:
                 made.async_shared(operation, 0, 0, 2 * PAGE, True)
             else:
