@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from densemoe.compile.emulator import lanes
+from densemoe.compile.emulator.masks import some
 from densemoe.compile.emulator.memory import LOCAL_WINDOW, PARAMETER_WINDOW, RANK_SHIFT, SHARED_WINDOW, GlobalMemory, SharedMemory
 from densemoe.compile.emulator.mma import ldmatrix_addresses, stmatrix_addresses
 from densemoe.runtime.errors import EmulatorError
@@ -60,7 +61,7 @@ class Accesses:
         wrong = ranks >= self.cluster_size
         if own:
             wrong = wrong | (ranks != own_ranks)
-        if wrong.any():
+        if some(wrong):
             at = int(np.argmax(wrong))
             self._check_rank(int(ranks[at]), int(np.broadcast_to(own_ranks, ranks.shape)[at]), own)
         return address & _OFFSET, slots - own_ranks + ranks

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from densemoe.compile.emulator.clocks import ALL_LANES
 from densemoe.compile.emulator.control_flow import EXIT
 from densemoe.compile.emulator.emitter import Key
+from densemoe.compile.emulator.masks import every, some
 from densemoe.compile.emulator.translation import DIVERGED, WAIT, Program, Version
 from densemoe.runtime.errors import EmulatorError
 
@@ -30,6 +32,8 @@ __all__ = ["Condition", "Frame", "Gang", "Groups", "Meeting", "Warp", "merge_gan
 
 Mask = NDArray[np.bool_]
 LANES = 32
+#: Warps of a gang, and how often they part at a branch, from which on it costs less to let them go on apart.
+_FEW, _OFTEN = 2, 8
 _CONTAINER = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
@@ -135,6 +139,14 @@ class Meeting:
     outstanding: int
     arrived: list[Gang] = field(default_factory=list)
     closed: bool = False
+
+
+@cache
+def _all_of(lanes: int) -> Mask:
+    """A mask of all lanes, read-only."""
+    mask = np.ones(lanes, np.bool_)
+    mask.setflags(write=False)
+    return mask
 
 
 class Gang:
@@ -434,8 +446,8 @@ class Gang:
                 target, self.mask = frame.pending.pop()
                 continue
             self.frames.pop()
-            if frame.mask.any():
-                self.mask = None if frame.mask.all() else frame.mask
+            if some(frame.mask):
+                self.mask = None if every(frame.mask) else frame.mask
                 target = frame.join
             else:
                 self.mask = frame.mask
@@ -457,7 +469,7 @@ class Gang:
     def _diverge(self, version: Version) -> str:
         """Acts on a branch that lanes take differently."""
         taken = self.branch
-        everything = np.ones(self.lanes, np.bool_) if self.mask is None else self.mask
+        everything = _all_of(self.lanes) if self.mask is None else self.mask
         other = everything & ~taken
         block = version.block
         assert block.taken is not None
@@ -471,6 +483,11 @@ class Gang:
                 first = next(i for i, group in enumerate(groups) if group.size)
                 groups[first] = np.sort(np.concatenate([groups[first], idle]))
                 return self._part(version, groups)
+        if block.taken == block.join and block.next not in (block.join, EXIT):  # lanes that skip the next block wait behind it at once
+            self.frames.append(Frame(block.join, everything, []))
+            self.mask = other
+            self.stand(block.next)
+            return ""
         self.frames.append(Frame(block.join, everything, [(block.next, other)]))
         self.mask = taken
         return self._enter(block.taken, None, 0)
@@ -485,7 +502,9 @@ class Gang:
                 part = self.take(group.tolist(), block.successors)
                 part.branch = branch.reshape(-1, LANES)[group].reshape(-1)
                 parts.append((which, part))
-        self._meet(block.join, [part for _, part in parts])
+        times = self.run.partings[block.index] = self.run.partings.get(block.index, 0) + 1
+        apart = len(self.warps) <= _FEW and times > _OFTEN
+        self._meet(EXIT if apart else block.join, [part for _, part in parts])
         for which, part in parts:
             part.version = version
             if which == 2:

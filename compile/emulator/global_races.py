@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densemoe.compile.emulator.clocks import ALL_LANES, Vector
+from densemoe.compile.emulator.masks import some
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class GlobalRaces:
                 own, lane = np.repeat(own, nbytes // _GRANULE), np.repeat(lane, nbytes // _GRANULE)
             for other in _CONFLICTS[kind]:
                 bad = self.known[own, marks.row[other][places]] < marks.tick[other][places]
-                if bad.any():
+                if some(bad):
                     at = np.flatnonzero(bad)
                     at = at[~self._known_to_lanes(own[at], lane[at], marks, other, places[at])]
                     if at.size:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densemoe.compile.emulator.conversions import make_converter
+from densemoe.compile.emulator.masks import some
 
 Lanes = NDArray[Any]
 
@@ -95,14 +96,14 @@ def div(a: Any, b: Any, remainder: bool) -> Lanes:
     """Quotient or remainder of arrays (one of them may be an int)."""
     a, b = np.broadcast_arrays(*(np.asarray(x, (a if isinstance(a, np.ndarray) else b).dtype) for x in (a, b)))
     zero = b == 0
-    some = bool(zero.any())
-    if some:
+    by_zero = bool(zero.any())
+    if by_zero:
         b = np.where(zero, b.dtype.type(1), b)
     if a.dtype.kind == "u":
         result = np.remainder(a, b) if remainder else np.floor_divide(a, b)
     else:
         result = np.fmod(a, b) if remainder else (a - np.fmod(a, b)) // b
-    return np.where(zero, b.dtype.type(_BY_ZERO), result) if some else result
+    return np.where(zero, b.dtype.type(_BY_ZERO), result) if by_zero else result
 
 
 def mul_hi_u64(a: Any, b: Any) -> Lanes:
@@ -266,7 +267,7 @@ def ftz(x: Lanes) -> Lanes:
     """float32 with subnormals replaced by a zero of their sign."""
     x = np.asarray(x, f4)
     small = np.abs(x) < _LEAST_NORMAL
-    return np.where(small, np.copysign(_ZERO32, x), x) if np.count_nonzero(small) else x
+    return np.where(small, np.copysign(_ZERO32, x), x) if some(small) else x
 
 
 _ONE: Final = u8(1)
@@ -285,7 +286,7 @@ def fma32(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
     c = np.asarray(c, f8)
     total = product + c
     bits = np.atleast_1d(total).view(u8)
-    if not np.count_nonzero(((bits & _LOW) == _HALF) | ((bits << _ONE) - _ONE < _TINY)):
+    if not some(((bits & _LOW) == _HALF) | ((bits << _ONE) - _ONE < _TINY)):
         return total.astype(f4)
     rest = total - product
     error = (product - (total - rest)) + (c - rest)
@@ -382,7 +383,7 @@ def add_bf16(a: Any, b: Any, packed: bool, subtract: bool = False) -> Lanes:
 def canonical(values: Lanes) -> Lanes:
     """float32 with every NaN made canonical, as arithmetic instructions return it."""
     nan = values != values
-    if np.count_nonzero(nan):
+    if some(nan):
         values = values.copy()
         values[nan] = _NAN32.view(f4)
     return values

@@ -137,6 +137,8 @@ class Machine(WatchedAccesses, Synchronisation, WarpgroupUnits, TensorMapUpdates
         self.cluster_size = int(np.prod(cluster))
         self.clustered = self.cluster_size > 1
         self.together = schedule.kind in ("eager", "lazy")
+        #: by block: how often gangs parted at its end
+        self.partings: dict[int, int] = {}
         self.warpgroups = any(each.opcode.startswith("wgmma.mma_async") for each in program.kernel.instructions)
         # warps that read a quarter of tensor memory each do the same: in three of four random runs they go together until they part
         self.quarters = any(each.opcode.startswith("tcgen05.ld") for each in program.kernel.instructions) and schedule.seed % 4 != 0

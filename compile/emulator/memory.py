@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from densemoe.compile.emulator.masks import every
 from densemoe.runtime.errors import EmulatorError
 
 __all__ = ["LOCAL_WINDOW", "PARAMETER_WINDOW", "SHARED_WINDOW", "Buffer", "GlobalMemory", "SharedMemory"]
@@ -238,7 +239,7 @@ class GlobalMemory:
     def _check_written(self, buffer: Buffer, offsets: Array, index: Array, size: int, count: int) -> None:
         assert buffer.written is not None
         good = _elements(buffer.written, size, count)[index] == _UNSIGNED[size](_WRITTEN[size])
-        if not good.all():
+        if not every(good):
             bad = ~(good.all(axis=1) if count > 1 else good)
             raise EmulatorError(f"{buffer.name}[byte {int(offsets[bad][0])}] is read before it was written")
 
@@ -360,7 +361,7 @@ class SharedMemory:
         if isinstance(good, np.bool_):
             ok = bool(good)
         else:
-            ok = bool(good.all())
+            ok = every(good)
         if not ok:
             flat = np.atleast_1d(index)
             good = self.view(size, count, True)[flat] == _UNSIGNED[size](_WRITTEN[size])

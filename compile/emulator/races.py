@@ -23,6 +23,7 @@ import numpy as np
 
 from densemoe.compile.emulator.clocks import ALL_LANES, READERS, Clock, Issuer, Marks, Vector
 from densemoe.compile.emulator.global_races import GlobalRaces
+from densemoe.compile.emulator.masks import every, some
 from densemoe.compile.emulator.spans import Spans
 from densemoe.runtime.errors import EmulatorError
 
@@ -274,9 +275,9 @@ class Races:
         self.guarded_pages[first // _PAGE] |= live
 
     def _refuse_guarded(self, places: Any, pages: Any) -> None:
-        if np.count_nonzero(self.guarded_pages[pages]):
+        if some(self.guarded_pages[pages]):
             hit = self.guarded[places]
-            if np.count_nonzero(hit):
+            if some(hit):
                 place = self._place(places, int(hit.argmax()))
                 raise EmulatorError(f"shared memory at {self._offset(place):#x} is an mbarrier: mbarrier operations alone may touch it")
 
@@ -400,9 +401,9 @@ class Races:
         elif self.spans.read(page, end, clock.unit, clock.tick, slice(first, last), clock.order):
             return
         self._dissolve(page, end)
-        plain = not ((offset | nbytes) % 16 or np.count_nonzero(self.generic_pages[page:end]))
+        plain = not ((offset | nbytes) % 16 or some(self.generic_pages[page:end]))
         self._async(operation, slice(first, last), slice(first, last, 4 if plain else 1), write)
-        if write and whole and plain and not np.count_nonzero(self.guarded_pages[page:end]):
+        if write and whole and plain and not some(self.guarded_pages[page:end]):
             self.spans.put(page, end, clock.unit, clock.tick)
 
     def async_operand(self, operation: AsyncOperation, operand: Operand) -> None:
@@ -411,7 +412,7 @@ class Races:
         if self.spans.read(pages.start, pages.stop, clock.unit, clock.tick, operand.rows, clock.order):
             return
         self._dissolve(pages.start, pages.stop)
-        if np.count_nonzero(self.generic_pages[pages]):
+        if some(self.generic_pages[pages]):
             where = (operand.starts[:, None] + np.arange(4)).reshape(-1)
             self._async(operation, where, where, False)
             return
@@ -455,7 +456,7 @@ class Races:
         if isinstance(where, slice):
             self._refuse_guarded(slice(where.start, where.stop), slice(where.start // _PAGE, where.stop // _PAGE + 1))
         bad = marks.unordered_write(where, clock.sees(self.cluster_warps))
-        if np.count_nonzero(bad):
+        if some(bad):
             at = int(bad.argmax())
             place = self._place(where, at)
             unit = int(marks.write_unit[place])
@@ -530,18 +531,18 @@ class Races:
         marks = self.shared
         pages = places // _PAGE
         self._refuse_guarded(places, pages)
-        if not self.generic_pages[pages].all():
+        if not every(self.generic_pages[pages]):
             self._accessed(pages)
         units = self.own[rows]
         bad = self.order[rows, marks.write_unit[places]] < marks.write_tick[places]
-        if bad.any():
+        if some(bad):
             at = int(bad.argmax())
             self._report(places[at], rows[at], int(marks.write_unit[places[at]]), "writes" if write else "reads", "wrote")
         if write:
             ticks = marks.read_tick[:, places]
             for reader in np.flatnonzero(ticks.any(axis=1)).tolist() if np.count_nonzero(ticks) else ():
                 bad = self.order[rows, marks.read_unit[reader][places]] < ticks[reader]
-                if bad.any():
+                if some(bad):
                     at = int(bad.argmax())
                     self._report(places[at], rows[at], int(marks.read_unit[reader][places[at]]), "overwrites", "may still read")
             marks.wrote(places, units, self.order[rows, units])
@@ -608,7 +609,7 @@ class Races:
 
     def _tensor(self, marks: Marks, where: tuple[slice, slice], known: Vector, order: Vector, write: bool, who: Warp | AsyncOperation) -> None:
         bad = marks.unordered_write(where, known)
-        if np.count_nonzero(bad):
+        if some(bad):
             at = int(bad.argmax())
             unit, tick, what = int(marks.write_unit[where].flat[at]), int(marks.write_tick[where].flat[at]), "wrote"
         elif write:

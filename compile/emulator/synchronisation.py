@@ -6,6 +6,7 @@ Sources: PTX ISA 9.x, 9.7.13.1 ``bar``/``barrier``, 9.7.13.2 ``bar.warp.sync``, 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -447,9 +448,7 @@ class Synchronisation:
         """``elect.sync``: the lowest member of each warp."""
         self._converged(g, mask)
         if isinstance(members, int) and members == 0xFFFFFFFF and mask is None:
-            chosen = np.zeros(g.lanes, np.bool_)
-            chosen[::LANES] = True
-            return np.zeros(g.lanes, np.uint32), chosen
+            return _first_of_each(len(g.warps))
         member = self._members(g, members, mask, "elect.sync").reshape(-1, LANES)
         leader = member.argmax(axis=1)
         chosen = np.zeros((len(g.warps), LANES), np.bool_)
@@ -482,6 +481,15 @@ class Synchronisation:
         if self.races is not None and clock is not None:
             self.races.mbarrier_join(barrier, clock)
         barrier.arrive(count)
+
+
+@cache
+def _first_of_each(warps: int) -> tuple[Any, Any]:
+    """What ``elect.sync`` gives where all lanes of some warps are members: the leader of each lane, and who it is."""
+    leader, chosen = np.zeros(warps * LANES, np.uint32), np.arange(warps * LANES) % LANES == 0
+    for each in (leader, chosen):
+        each.setflags(write=False)
+    return leader, chosen
 
 
 def _only_lane(mask: Any, w: int) -> int:

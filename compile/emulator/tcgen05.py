@@ -16,7 +16,7 @@ Numerical model: products are exact, their sum and D are added in float64 and ro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -335,8 +335,8 @@ def read_scales(memory: NDArray[np.uint32], address: int, rows: int, length: int
         )
     words = memory[:, column : column + columns].reshape(4, 32, columns)
     quarter = words[0]
-    used = _scale_mask(rows, length, scale_id)
-    if ((words[1:] ^ quarter) & used).any():
+    used, data = _scale_mask(rows, length, scale_id), words.tobytes()
+    if data != 4 * data[: len(data) // 4] and ((words[1:] ^ quarter) & used).any():
         wrong = int(np.argwhere(((words ^ quarter) & used).any(axis=(1, 2)))[0][0])
         raise EmulatorError(
             f"scale factors at column {column} differ between lanes 0-31 and lanes {32 * wrong}-{32 * wrong + 31}: copy them to all four"
@@ -374,9 +374,15 @@ def exact_in_float32(a_scales: Bytes, b_scales: Bytes, descriptor: InstructionDe
     """
     if descriptor.scale_format != "ue4m3":
         return False
-    largest = float(_E4M3_SIZES[a_scales.max()]) * float(_E4M3_SIZES[b_scales.max()])
-    unit = float(_E4M3_UNITS.take(a_scales).min()) * float(_E4M3_UNITS.take(b_scales).min())
-    return descriptor.k * 36 * largest <= 2**22 * unit
+    (a_largest, a_unit), (b_largest, b_unit) = _range_of(a_scales.tobytes()), _range_of(b_scales.tobytes())
+    return descriptor.k * 36 * a_largest * b_largest <= 2**22 * a_unit * b_unit
+
+
+@lru_cache(maxsize=4096)
+def _range_of(scales: bytes) -> tuple[float, float]:
+    """The largest of some UE4M3 codes' values, and the greatest power of two that divides all of them."""
+    codes = np.frombuffer(scales, np.uint8)
+    return float(_E4M3_SIZES[codes.max()]), float(_E4M3_UNITS.take(codes).min())
 
 
 def _e4m3_units() -> NDArray[np.float32]:

@@ -184,12 +184,14 @@ class CopyShape:
         row_bytes: bytes of each, 16 or 32: 4 or 8 columns.
         lanes: destination lanes of each row, ``[rows, copies]``.
         row_of_lane: where all 128 lanes are written, the row that each receives, ``[128]``.
+        in_turn: all rows in order, and again, up to lane 127.
     """
 
     rows: int
     row_bytes: int
     lanes: NDArray[np.intp]
     row_of_lane: NDArray[np.intp] | None
+    in_turn: bool = False
 
 
 @cache
@@ -220,7 +222,8 @@ def copy_shape(shape: str, multicast: str = "") -> CopyShape:
     if lanes.size == LANES:
         row_of_lane = np.empty(LANES, np.intp)
         row_of_lane[lanes] = np.arange(lanes.shape[0])[:, None]
-    return CopyShape(lanes.shape[0], row_bytes, lanes.astype(np.intp), row_of_lane)
+    in_turn = row_of_lane is not None and np.array_equal(row_of_lane, np.arange(LANES) % lanes.shape[0])
+    return CopyShape(lanes.shape[0], row_bytes, lanes.astype(np.intp), row_of_lane, in_turn)
 
 
 def copy_to_tensor_memory(
@@ -243,7 +246,9 @@ def copy_to_tensor_memory(
     if (lane and (shape.row_of_lane is not None or lane + int(shape.lanes.max()) >= LANES)) or column + words > COLUMNS:
         raise EmulatorError(f"tcgen05.cp to lane {lane}, column {column} reaches beyond lane {LANES - 1} or column {COLUMNS - 1}")
     data = gather_operand(shared, descriptor, shape.rows, shape.row_bytes).view(np.uint32)
-    if shape.row_of_lane is not None:
+    if shape.in_turn:
+        memory.reshape(-1, shape.rows, COLUMNS)[:, :, column : column + words] = data
+    elif shape.row_of_lane is not None:
         memory[:, column : column + words] = data.take(shape.row_of_lane, axis=0)
     else:
         memory[shape.lanes[:, 0] + lane, column : column + words] = data

@@ -27,6 +27,7 @@ from densemoe.compile.emulator import (  # the last ones fill the instruction ta
 from densemoe.compile.emulator.control_flow import EXIT, Block, build_blocks
 from densemoe.compile.emulator.emitter import NAMESPACE, Emitter, Key
 from densemoe.compile.emulator.lints import lint
+from densemoe.compile.emulator.masks import every, some
 from densemoe.compile.emulator.operations import Operation, check, destinations
 from densemoe.compile.emulator.parser import Instruction, Kernel, Module, Symbol, parse
 from densemoe.runtime.errors import EmulatorError
@@ -64,14 +65,14 @@ def _branch(gang: Any, condition: Any, mask: Any) -> int:
     """The way of an unguarded path: TAKEN, NEXT or DIVERGED."""
     if mask is not None:
         condition = condition & mask
-        if not condition.any():
+        if not some(condition):
             return NEXT
-        if (condition == mask).all():
+        if condition.tobytes() == mask.tobytes():
             return TAKEN
     else:
-        if condition.all():
+        if every(condition):
             return TAKEN
-        if not condition.any():
+        if not some(condition):
             return NEXT
     gang.branch = condition
     return DIVERGED
