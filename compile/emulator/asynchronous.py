@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from densemoe.compile.emulator.clocks import ALL_LANES
-from densemoe.compile.emulator.gang import LANES, Condition, Groups
 from densemoe.compile.emulator.memory import RANK_SHIFT, SHARED_WINDOW, GlobalMemory, SharedMemory
 from densemoe.compile.emulator.tile import reduce_elements
+from densemoe.compile.emulator.warps import LANES, Condition, Groups
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
-    from densemoe.compile.emulator.gang import Gang, Warp
+    from densemoe.compile.emulator.gang import Gang
     from densemoe.compile.emulator.memory import Buffer
     from densemoe.compile.emulator.races import Races
+    from densemoe.compile.emulator.warps import Warp
 
 __all__ = ["AsyncOperation", "Copies", "condition_of"]
 

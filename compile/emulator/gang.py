@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,122 +22,16 @@ from densemoe.compile.emulator.control_flow import EXIT
 from densemoe.compile.emulator.emitter import Key
 from densemoe.compile.emulator.masks import every, some
 from densemoe.compile.emulator.translation import DIVERGED, WAIT, Program, Version
+from densemoe.compile.emulator.warps import LANES, Condition, Frame, Mask, Meeting, Warp
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
     from densemoe.compile.emulator.machine import Cta, Machine
 
-__all__ = ["Condition", "Frame", "Gang", "Groups", "Meeting", "Warp", "merge_gangs"]
+__all__ = ["Gang"]
 
-Mask = NDArray[np.bool_]
-LANES = 32
 #: Warps of a gang, and how often they part at a branch, from which on it costs less to let them go on apart.
 _FEW, _OFTEN = 2, 8
-_CONTAINER = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
-
-
-class Condition:
-    """Something to wait for, once.
-
-    Attributes:
-        ready: it has happened.
-        waiters: gangs that are told.
-        text: function that describes it, for reports.
-    """
-
-    __slots__ = ("ready", "text", "waiters")
-
-    def __init__(self, text: Callable[[], str], ready: bool = False) -> None:
-        self.ready, self.text = ready, text
-        self.waiters: list[Gang] = []
-
-    def signal(self) -> None:
-        """It has happened."""
-        if self.ready:
-            return
-        self.ready = True
-        waiters, self.waiters = self.waiters, []
-        for gang in waiters:
-            gang.missing -= 1
-            if gang.missing == 0:
-                gang.run.wake(gang)
-
-
-@dataclass(eq=False)
-class Groups:
-    """Asynchronous operations of one thread: those not committed yet, and committed groups, oldest first."""
-
-    open: list[Any] = field(default_factory=list)
-    committed: list[list[Any]] = field(default_factory=list)
-
-    def commit(self) -> None:
-        """Closes a group."""
-        self.committed.append(self.open)
-        self.open = []
-
-    def older_than(self, newest: int) -> list[Any]:
-        """Operations of all groups but the `newest` last ones that are not done."""
-        self.committed = [group for group in self.committed[:-newest or None] if any(not each.done for each in group)] + (
-            self.committed[-newest:] if newest else []
-        )
-        return [each for group in (self.committed[:-newest] if newest else self.committed) for each in group if not each.done]
-
-
-@dataclass(eq=False)
-class Warp:
-    """One warp of a resident CTA.
-
-    Attributes:
-        index: in its CTA.
-        threads: bool ``[32]``: which lanes exist.
-        unit: its number in its cluster, for race detection; `row` its number among all resident warps.
-    """
-
-    cta: Cta
-    index: int
-    threads: Mask
-    unit: int = 0
-    bulk: dict[int, Groups] = field(default_factory=dict)
-    copies: dict[int, Groups] = field(default_factory=dict)
-    wgmma: Groups | None = None
-    row: int = 0
-    copies_waited: list[Any] = field(default_factory=list)
-    bulk_waited: list[Any] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return f"CTA {self.cta.ctaid} warp {self.index}"
-
-
-@dataclass(eq=False)
-class Frame:
-    """An open divergence inside of warps.
-
-    Attributes:
-        join: block at which the lanes meet again.
-        mask: lanes that go on there.
-        pending: ways not taken yet: (block, lanes).
-    """
-
-    join: int
-    mask: Mask
-    pending: list[tuple[int, Mask]]
-
-
-@dataclass(eq=False)
-class Meeting:
-    """Where the parts of a gang wait for each other.
-
-    Attributes:
-        depth: frames that were open when the gang parted.
-        outstanding: parts that have not ended.
-        closed: the others went on without the late ones.
-    """
-
-    join: int
-    depth: int
-    outstanding: int
-    arrived: list[Gang] = field(default_factory=list)
-    closed: bool = False
 
 
 @cache
@@ -574,61 +467,3 @@ class Gang:
         for part in parts:
             part.stand(here)
             self.run.adopt(part, "")
-
-
-def merge_gangs(gangs: list[Gang], block: int) -> Gang | None:
-    """One gang from several that stand before the same block; None where their divergences differ."""
-    first = gangs[0]
-    shape = [(frame.join, [place for place, _ in frame.pending]) for frame in first.frames]
-    for each in gangs[1:]:
-        if [(frame.join, [place for place, _ in frame.pending]) for frame in each.frames] != shape:
-            return None
-        if each.meetings != first.meetings:
-            return None
-    merged = Gang(first.run, first.program, [warp for each in gangs for warp in each.warps], [])
-
-    ranges = []
-    for each in gangs:
-        start = ranges[-1].stop if ranges else 0
-        ranges.append(slice(start, start + each.lanes))
-    lanes = ranges[-1].stop
-
-    registers: list[Any] = [None] * len(first.registers)
-    places = [block]
-    for frame in first.frames:  # what other ways and joins will read
-        places += [frame.join, *(place for place, _ in frame.pending)]
-    given = [each.registers for each in gangs]
-    some_defined = any(each.defined for each in gangs)
-    bits = first.program.bits_of_number
-    for number in first.program.live_numbers(tuple(places)):
-        values = [each[number] for each in given]
-        if not any(isinstance(value, np.ndarray) for value in values) and values.count(values[0]) == len(values):
-            registers[number] = values[0]
-            continue
-        together = np.empty(lanes, _CONTAINER[bits[number]])
-        missing = False
-        for where, value in zip(ranges, values, strict=True):
-            missing = missing or value is None
-            together[where] = 0 if value is None else value
-        registers[number] = together
-        if missing or (some_defined and any(number in each.defined for each in gangs)):
-            masks = [
-                each.defined.get(number, np.full(each.lanes, value is not None, np.bool_)) for value, each in zip(values, gangs, strict=True)
-            ]
-            merged.defined[number] = np.concatenate(masks)
-    merged.registers = registers
-    masks = [np.ones(each.lanes, np.bool_) if each.mask is None else each.mask for each in gangs]
-    mask = np.concatenate(masks)
-    merged.mask = None if mask.all() else mask
-    for i, frame in enumerate(first.frames):
-        pending = [
-            (place, np.concatenate([each.frames[i].pending[j][1] for each in gangs])) for j, (place, _) in enumerate(frame.pending)
-        ]
-        merged.frames.append(Frame(frame.join, np.concatenate([each.frames[i].mask for each in gangs]), pending))
-    if any(each.local_data is not None for each in gangs):
-        parts = [each.local() for each in gangs]
-        merged.local_data = np.concatenate([data for data, _ in parts])
-        merged.local_written = np.concatenate([written for _, written in parts])
-    merged.meetings = list(first.meetings)
-    order = sorted(range(len(merged.warps)), key=lambda i: (merged.warps[i].cta.slot, merged.warps[i].index))
-    return merged if order == list(range(len(order))) else merged.take(order, (block,))

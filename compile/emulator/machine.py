@@ -16,14 +16,16 @@ import numpy as np
 
 from densemoe.compile.emulator.asynchronous import AsyncOperation
 from densemoe.compile.emulator.bank_conflicts import BankConflicts
-from densemoe.compile.emulator.gang import LANES, Gang, Meeting, Warp, merge_gangs
+from densemoe.compile.emulator.gang import Gang
 from densemoe.compile.emulator.global_races import GlobalRaces
 from densemoe.compile.emulator.memory import GlobalMemory, SharedMemory
+from densemoe.compile.emulator.merging import merge_gangs
 from densemoe.compile.emulator.races import Races
 from densemoe.compile.emulator.synchronisation import CtaBarrier, MBarrier, Synchronisation
 from densemoe.compile.emulator.tensor_map_instructions import TensorMapUpdates
 from densemoe.compile.emulator.translation import SHARED_START, Program, Version
 from densemoe.compile.emulator.warpgroup_units import WarpgroupUnits
+from densemoe.compile.emulator.warps import LANES, Meeting, Warp
 from densemoe.compile.emulator.watched import WatchedAccesses
 from densemoe.runtime.errors import EmulatorError
 

@@ -24,19 +24,18 @@ import numpy as np
 from densemoe.compile.emulator.clocks import ALL_LANES, READERS, Clock, Issuer, Marks, Vector
 from densemoe.compile.emulator.global_races import GlobalRaces
 from densemoe.compile.emulator.masks import every, some
-from densemoe.compile.emulator.spans import Spans
+from densemoe.compile.emulator.spans import GRANULE, PAGE, Operand, Spans, dissolve_columns
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
     from densemoe.compile.emulator.asynchronous import AsyncOperation
-    from densemoe.compile.emulator.gang import Gang, Warp
+    from densemoe.compile.emulator.gang import Gang
     from densemoe.compile.emulator.machine import Cta
+    from densemoe.compile.emulator.warps import Warp
 
-__all__ = ["Clock", "Operand", "Races", "lane_numbers", "level"]
+__all__ = ["Clock", "Races", "lane_numbers", "level"]
 
 _ASYNC_UNITS: Final = 64  # asynchronous operations told apart at a time; older ones share a unit
-_GRANULE: Final = 4
-_PAGE: Final = 256  # granules of a page that remembers whether lanes accessed it, and of a cell of spans
 _SEVERAL: Final = 32  # in place of a lane: several wrote together
 _QUARTER: Final = 32  # lanes of tensor memory in a granule
 _LANES: Final = 128
@@ -56,32 +55,6 @@ def level(*parts: str) -> int:
 def _cells(rows: slice, column: int, width: int) -> tuple[slice, slice]:
     """Tensor memory granules of lanes `rows`."""
     return slice(rows.start // _QUARTER, (rows.stop - 1) // _QUARTER + 1), slice(column, column + width)
-
-
-def _dissolve_columns(marks: Marks, spans: Spans, first: int, end: int) -> None:
-    """Marks what spans say of columns of tensor memory."""
-    every = slice(None)
-    for span in spans.take(first, end):
-        marks.forget((every, slice(span.first, span.end)), span.unit, span.tick)
-        for unit, tick, what in span.reads:
-            marks.read((every, slice(max(what.start, span.first), min(what.stop, span.end))), unit, tick)
-
-
-class Operand:
-    """16-byte granules of shared memory that asynchronous operations read more than once.
-
-    Args:
-        slot: of the CTA.
-        granules: numbers of them in its window.
-        window: bytes of a CTA's shared window.
-    """
-
-    __slots__ = ("pages", "rows", "starts")
-
-    def __init__(self, slot: int, granules: Any, window: int) -> None:
-        self.starts = granules * 4 + slot * (window // _GRANULE)
-        self.rows = self.starts // 4
-        self.pages = slice(int(self.starts.min()) // _PAGE, int(self.starts.max()) // _PAGE + 1)
 
 
 class Races:
@@ -108,12 +81,12 @@ class Races:
         rows = np.arange(len(warps))
         self.own = np.array([warp.unit for warp in warps])
         self.order[rows, self.own] = 1
-        self.window_granules = window // _GRANULE
+        self.window_granules = window // GRANULE
         self.shared = Marks(ctas * self.window_granules)
         #: lane of each granule's last generic write, or _SEVERAL
         self.write_lane = np.zeros(ctas * self.window_granules, np.uint8)
         #: pages of shared memory that were accessed in pieces other than 16 bytes
-        self.generic_pages = np.zeros(ctas * self.window_granules // _PAGE + 1, np.bool_)
+        self.generic_pages = np.zeros(ctas * self.window_granules // PAGE + 1, np.bool_)
         #: granules of mbarriers, and the pages that have some
         self.guarded = np.zeros(ctas * self.window_granules, np.bool_)
         self.guarded_pages = np.zeros_like(self.generic_pages)
@@ -269,10 +242,10 @@ class Races:
 
     def guard(self, slot: int, offset: int, live: bool) -> None:
         """An mbarrier is made, or invalidated: only mbarrier operations may touch its 8 bytes between."""
-        first = slot * self.window_granules + offset // _GRANULE
-        self._dissolve(first // _PAGE, first // _PAGE + 1)
+        first = slot * self.window_granules + offset // GRANULE
+        self._dissolve(first // PAGE, first // PAGE + 1)
         self.guarded[first : first + 2] = live
-        self.guarded_pages[first // _PAGE] |= live
+        self.guarded_pages[first // PAGE] |= live
 
     def _refuse_guarded(self, places: Any, pages: Any) -> None:
         if some(self.guarded_pages[pages]):
@@ -390,11 +363,11 @@ class Races:
 
     def async_shared(self, operation: AsyncOperation, slot: int, offset: int, nbytes: int, write: bool) -> None:
         """An asynchronous operation reads or writes a range of shared memory."""
-        first = slot * self.window_granules + offset // _GRANULE
-        last = first + -(-nbytes // _GRANULE)
-        page, end = first // _PAGE, -(-last // _PAGE)
+        first = slot * self.window_granules + offset // GRANULE
+        last = first + -(-nbytes // GRANULE)
+        page, end = first // PAGE, -(-last // PAGE)
         clock: Clock = operation.clock
-        whole = not (first | last) % _PAGE
+        whole = not (first | last) % PAGE
         if write:
             if whole and self.spans.write(page, end, clock.unit, clock.tick, clock.order, clock.order):
                 return
@@ -425,7 +398,7 @@ class Races:
         """Marks what spans say of pages of shared memory."""
         marks = self.shared
         for span in self.spans.take(page, end):
-            first, last = span.first * _PAGE, span.end * _PAGE
+            first, last = span.first * PAGE, span.end * PAGE
             marks.forget(slice(first, last), span.unit, span.tick)
             for unit, tick, what in span.reads:
                 if isinstance(what, slice):
@@ -454,7 +427,7 @@ class Races:
         clock: Clock = operation.clock
         marks = self.shared
         if isinstance(where, slice):
-            self._refuse_guarded(slice(where.start, where.stop), slice(where.start // _PAGE, where.stop // _PAGE + 1))
+            self._refuse_guarded(slice(where.start, where.stop), slice(where.start // PAGE, where.stop // PAGE + 1))
         bad = marks.unordered_write(where, clock.sees(self.cluster_warps))
         if some(bad):
             at = int(bad.argmax())
@@ -494,7 +467,7 @@ class Races:
         return where.start + at * (where.step or 1) if isinstance(where, slice) else int(where[at])
 
     def _offset(self, place: int) -> int:
-        return place % self.window_granules * _GRANULE
+        return place % self.window_granules * GRANULE
 
     # --- generic accesses
 
@@ -520,16 +493,16 @@ class Races:
             places, rows = index, self.rows(g, picked)
             if write:
                 lanes = lane_numbers(g, picked)
-        if nbytes >= _GRANULE:
-            words = nbytes // _GRANULE
+        if nbytes >= GRANULE:
+            words = nbytes // GRANULE
             if words > 1:
                 places = (places[:, None] * words + np.arange(words)).reshape(-1)
                 rows = np.repeat(rows, words)
                 lanes = lanes if isinstance(lanes, int) else np.repeat(lanes, words)
         else:
-            places = places * nbytes // _GRANULE
+            places = places * nbytes // GRANULE
         marks = self.shared
-        pages = places // _PAGE
+        pages = places // PAGE
         self._refuse_guarded(places, pages)
         if not every(self.generic_pages[pages]):
             self._accessed(pages)
@@ -561,8 +534,8 @@ class Races:
 
     def plain_shared(self, warp: Warp, address: int, nbytes: int) -> None:
         """A warp writes a few bytes, at an index of all windows."""
-        where = slice(address // _GRANULE, -(-(address + nbytes) // _GRANULE))
-        self._accessed(np.array([address // _GRANULE // _PAGE]))
+        where = slice(address // GRANULE, -(-(address + nbytes) // GRANULE))
+        self._accessed(np.array([address // GRANULE // PAGE]))
         self.shared.wrote(where, warp.unit, int(self.order[warp.row, warp.unit]))
 
     # --- tensor memory
@@ -576,7 +549,7 @@ class Races:
     def tensor_access(self, warp: Warp, cta: Cta, rows: slice, column: int, width: int, write: bool) -> None:
         """``tcgen05.ld`` and ``st``."""
         marks, spans = self._marks(cta)
-        _dissolve_columns(marks, spans, column, column + width)
+        dissolve_columns(marks, spans, column, column + width)
         where = _cells(rows, column, width)
         known = self.tensor[warp.row].copy()
         known[warp.unit] = self.order[warp.row, warp.unit]
@@ -598,7 +571,7 @@ class Races:
                 return
         elif spans.read(column, end, clock.unit, clock.tick, slice(column, end), known):
             return
-        _dissolve_columns(marks, spans, column, end)
+        dissolve_columns(marks, spans, column, end)
         where = _cells(slice(0, _LANES), column, width)
         self._tensor(marks, where, known, clock.order, write, operation)
         if write:

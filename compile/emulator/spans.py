@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from densemoe.compile.emulator.clocks import Vector
+from densemoe.compile.emulator.clocks import Marks, Vector
 
-__all__ = ["Span", "Spans"]
+__all__ = ["GRANULE", "PAGE", "Operand", "Span", "Spans", "dissolve_columns"]
+
+GRANULE: Final = 4  # bytes of shared memory that a mark stands for
+PAGE: Final = 256  # granules of a page that remembers whether lanes accessed it, and of a cell of spans
 
 _READS: Final = 32  # of a span; more dissolve it
 
@@ -108,3 +111,29 @@ class Spans:
         for span in found:
             self.at[span.first : span.end] = [None] * (span.end - span.first)
         return found
+
+
+def dissolve_columns(marks: Marks, spans: Spans, first: int, end: int) -> None:
+    """Marks what spans say of columns of tensor memory."""
+    every = slice(None)
+    for span in spans.take(first, end):
+        marks.forget((every, slice(span.first, span.end)), span.unit, span.tick)
+        for unit, tick, what in span.reads:
+            marks.read((every, slice(max(what.start, span.first), min(what.stop, span.end))), unit, tick)
+
+
+class Operand:
+    """16-byte granules of shared memory that asynchronous operations read more than once.
+
+    Args:
+        slot: of the CTA.
+        granules: numbers of them in its window.
+        window: bytes of a CTA's shared window.
+    """
+
+    __slots__ = ("pages", "rows", "starts")
+
+    def __init__(self, slot: int, granules: Any, window: int) -> None:
+        self.starts = granules * 4 + slot * (window // GRANULE)
+        self.rows = self.starts // 4
+        self.pages = slice(int(self.starts.min()) // PAGE, int(self.starts.max()) // PAGE + 1)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from densemoe.compile.emulator.gang import LANES, Condition
 from densemoe.compile.emulator.memory import RANK_SHIFT, SharedMemory
+from densemoe.compile.emulator.warps import LANES, Condition
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:
-    from densemoe.compile.emulator.gang import Gang, Warp
+    from densemoe.compile.emulator.gang import Gang
     from densemoe.compile.emulator.races import Clock, Races
+    from densemoe.compile.emulator.warps import Warp
 
 __all__ = ["CtaBarrier", "MBarrier", "Synchronisation"]
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from densemoe.compile.emulator import tcgen05
 from densemoe.compile.emulator.asynchronous import AsyncOperation, Copies
-from densemoe.compile.emulator.gang import LANES, Condition, Gang, Groups, Warp
+from densemoe.compile.emulator.gang import Gang
 from densemoe.compile.emulator.memory import PARAMETER_WINDOW, RANK_SHIFT
-from densemoe.compile.emulator.races import Operand
 from densemoe.compile.emulator.smem_descriptor import SmemDescriptor, decode_sm100, operand_granules
+from densemoe.compile.emulator.spans import Operand
 from densemoe.compile.emulator.synchronisation import CtaBarrier
 from densemoe.compile.emulator.tensor_map import TensorMap
 from densemoe.compile.emulator.tensor_memory import (
@@ -32,6 +32,7 @@ from densemoe.compile.emulator.tensor_memory import (
     store_registers,
 )
 from densemoe.compile.emulator.tile import Tile
+from densemoe.compile.emulator.warps import LANES, Condition, Groups, Warp
 from densemoe.runtime.errors import EmulatorError
 
 __all__ = ["TensorMemoryState", "TensorUnits"]

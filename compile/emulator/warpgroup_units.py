@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from densemoe.compile.emulator.asynchronous import AsyncOperation
-from densemoe.compile.emulator.gang import LANES, Condition, Gang, Groups, Warp
-from densemoe.compile.emulator.races import Operand
+from densemoe.compile.emulator.gang import Gang
 from densemoe.compile.emulator.smem_descriptor import decode_sm90, operand_granules
+from densemoe.compile.emulator.spans import Operand
 from densemoe.compile.emulator.tensor_units import TensorUnits
+from densemoe.compile.emulator.warps import LANES, Condition, Groups, Warp
 from densemoe.runtime.errors import EmulatorError
 
 __all__ = ["WarpgroupUnits"]

@@ -12,9 +12,9 @@ import numpy as np
 
 from densemoe.compile.emulator.accesses import Accesses
 from densemoe.compile.emulator.bank_conflicts import BankConflicts
-from densemoe.compile.emulator.gang import LANES
 from densemoe.compile.emulator.global_races import ATOMIC, POLL, READ, WRITE
 from densemoe.compile.emulator.races import lane_numbers, level
+from densemoe.compile.emulator.warps import LANES
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:

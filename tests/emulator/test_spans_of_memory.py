@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from densemoe.compile.emulator.clocks import Clock
-from densemoe.compile.emulator.races import Operand, Races
-from densemoe.compile.emulator.spans import Spans
+from densemoe.compile.emulator.races import Races
+from densemoe.compile.emulator.spans import Operand, Spans
 from densemoe.runtime.errors import EmulatorError
 
 PAGE = 1024  # bytes
