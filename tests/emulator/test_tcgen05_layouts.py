@@ -466,6 +466,51 @@ def test_block_scaled_products_equal_einsum(descriptor: InstructionDescriptor, q
         np.testing.assert_array_equal(result, (once.astype(np.float64) + exact[rows]).astype(np.float32))
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "answers"),
+    [
+        (0x30, 0x40, {True}),
+        (0x7A, 0x7F, {True}),
+        (0x38, 0x58, {False, True}),
+        (0x38, 0x5B, {False, True}),
+        (0x00, 0x20, {False, True}),
+        (0x00, 0x7F, {False, True}),
+    ],
+)
+def test_sums_that_are_said_to_be_exact_in_float32_are(low: int, high: int, answers: set[bool]) -> None:
+    """Also the largest that may be: all elements 6 but one of 1/2, scale factors the largest but for one of the finest."""
+    descriptor = describe("mxf4nvf4", 128, 64, "e2m1", "e2m1", scale_format="ue4m3")
+    rng, said = np.random.default_rng(low * 256 + high), set()
+    for attempt in range(40):
+        scales = {"a": rng.integers(low, high, (128, 4)).astype(np.uint8), "b": rng.integers(low, high, (64, 4)).astype(np.uint8)}
+        codes = {name: rng.integers(0, 256, (len(each), 32)).astype(np.uint8) for name, each in scales.items()}
+        if attempt % 2:
+            for name in scales:
+                codes[name][:], codes[name][:, 9] = 0x77, 0x17
+                scales[name][:] = scales[name].max()
+                scales[name][3:, 1] = rng.integers(low, high)
+        if attempt % 3 == 0:
+            scales["a"][100:] = 0  # padding
+        exact = tcgen05.exact_in_float32(scales["a"], scales["b"], descriptor)
+        said.add(exact)
+        wide, narrow = (
+            [tcgen05.scale_operand(tcgen05.decode_operand(codes[o], "e2m1", "mxf4nvf4", dtype), scales[o], "ue4m3") for o in ("a", "b")]
+            for dtype in (np.float64, np.float32)
+        )
+        for a, b in zip(wide, narrow, strict=True):
+            np.testing.assert_array_equal(a, b)  # the factors are, always
+        if exact:
+            order = rng.permutation(64)
+            sums = narrow[0][:, order] @ narrow[1][:, order].T
+            assert sums.dtype == np.float32
+            np.testing.assert_array_equal(sums, wide[0] @ wide[1].T)
+    assert said == answers
+    nan = scales["a"].copy()
+    for code in (0x7F, 0x80, 0xFF):
+        nan[0, 0] = code
+        assert not tcgen05.exact_in_float32(nan, scales["b"], descriptor)
+
+
 def test_odd_tiles_of_64_rows_start_two_columns_further() -> None:
     memory = fresh()
     scales = np.random.default_rng(1).integers(0, 127, (128, 4)).astype(np.uint8)
