@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Gang"]
 
 #: Warps of a gang, and how often they part at a branch, from which on it costs less to let them go on apart.
-_FEW, _OFTEN = 2, 2
+_FEW, _OFTEN = 2, 8
 
 
 @cache
@@ -174,7 +174,7 @@ class Gang:
 
     def active_lanes(self, mask: Mask | None) -> Any:
         """Indices of active lanes."""
-        return range(self.lanes) if mask is None else mask.nonzero()[0].tolist()
+        return range(self.lanes) if mask is None else np.flatnonzero(mask).tolist()
 
     def lane_bits(self, mask: Mask | None, w: int) -> int:
         """Active lanes of a warp, a bit each."""
@@ -313,7 +313,7 @@ class Gang:
 
     def _enter(self, target: int, version: Version | None, way: int) -> str:
         """Goes to a block; at a join it goes on with other lanes or waits for other warps."""
-        direct, left = True, 0
+        direct = True
         while True:
             if self.meetings and target == self.meetings[-1].join and len(self.frames) == self.meetings[-1].depth and target != EXIT:
                 meeting = self.meetings.pop()
@@ -333,33 +333,25 @@ class Gang:
                         frame.mask = frame.mask & ~mask
             elif not (self.frames and target == self.frames[-1].join):
                 break
+            direct = False
             frame = self.frames[-1]
-            direct = direct and frame.skipped and target != EXIT
             if frame.pending:
                 target, self.mask = frame.pending.pop()
                 continue
             self.frames.pop()
-            left += 1
             if some(frame.mask):
                 self.mask = None if every(frame.mask) else frame.mask
                 target = frame.join
             else:
                 self.mask = frame.mask
                 target = EXIT
-        if not direct or version is None or self.defined:
-            self.stand(target)
-            return ""
-        # nothing else ran since `version`, so what it left is what the next block finds
-        behind = (way, left, self.mask is not None)
-        found = version.behind.get(behind)
-        if found is None:
+        if direct and version is not None and not self.defined:
             live = set(self.program.live_in(target))
             kinds = tuple((name, kind) for name, kind in version.kinds.items() if name in live)
-            found = self.program.version(Key(target, self.mask is not None, self.single_warp, self.single_cta, kinds))
-            version.behind[behind] = found
-            if not left:
-                version.links[way] = found
-        self.version = found
+            self.version = self.program.version(Key(target, self.mask is not None, self.single_warp, self.single_cta, kinds))
+            version.links[way] = self.version
+        else:
+            self.stand(target)
         return ""
 
     def resume(self) -> str:
@@ -385,15 +377,9 @@ class Gang:
                 groups[first] = np.sort(np.concatenate([groups[first], idle]))
                 return self._part(version, groups)
         if block.taken == block.join and block.next not in (block.join, EXIT):  # lanes that skip the next block wait behind it at once
-            self.frames.append(Frame(block.join, everything, [], True))
+            self.frames.append(Frame(block.join, everything, []))
             self.mask = other
-            link = None if self.defined else version.links.get(DIVERGED)
-            if link is not None:
-                self.version = link
-                return ""
             self.stand(block.next)
-            if not self.defined:
-                version.links[DIVERGED] = self.version
             return ""
         self.frames.append(Frame(block.join, everything, [(block.next, other)]))
         self.mask = taken
@@ -462,8 +448,7 @@ class Gang:
             wide = (rows[:, None] * LANES + np.arange(LANES)).reshape(-1)
             part.local_data, part.local_written = self.local_data[wide], self.local_written[wide]
         part.frames = [
-            Frame(frame.join, lanes(frame.mask), [(block, lanes(mask)) for block, mask in frame.pending], frame.skipped)
-            for frame in self.frames
+            Frame(frame.join, lanes(frame.mask), [(block, lanes(mask)) for block, mask in frame.pending]) for frame in self.frames
         ]
         part.meetings = list(self.meetings)
         part.priority = self.priority
