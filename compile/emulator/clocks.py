@@ -70,6 +70,11 @@ class Clock:
             np.maximum(self.wide, other.wide, out=self.wide)
 
 
+def _of_all_readers(where: Any) -> tuple[Any, ...]:
+    """An index of granules as one of what all readers have there."""
+    return (slice(None), *where) if isinstance(where, tuple) else (slice(None), where)
+
+
 class Marks:
     """Last write and last reads of granules: a unit and a tick each; tick 0 is never.
 
@@ -92,7 +97,7 @@ class Marks:
 
         Reads that are known are forgotten: a write follows, and who knows of that knows of them.
         """
-        every = (slice(None), *where) if isinstance(where, tuple) else (slice(None), where)
+        every = _of_all_readers(where)
         ticks = self.read_tick[every]
         if not np.count_nonzero(ticks):
             return None
@@ -107,7 +112,7 @@ class Marks:
     def forget(self, where: Any, unit: int, tick: int) -> None:
         """Marks a write that knew of everything before it."""
         self.wrote(where, unit, tick)
-        self.read_tick[(slice(None), *where) if isinstance(where, tuple) else (slice(None), where)] = 0
+        self.read_tick[_of_all_readers(where)] = 0
 
     def wrote(self, where: Any, unit: Any, tick: Any) -> None:
         """Marks a write."""

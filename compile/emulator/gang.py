@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from densemoe.compile.emulator.clocks import ALL_LANES
 from densemoe.compile.emulator.control_flow import EXIT
 from densemoe.compile.emulator.emitter import Key
-from densemoe.compile.emulator.masks import every, some
+from densemoe.compile.emulator.masks import Mask, every, some
 from densemoe.compile.emulator.translation import DIVERGED, WAIT, Program, Version
-from densemoe.compile.emulator.warps import LANES, Condition, Frame, Mask, Meeting, Warp
+from densemoe.compile.emulator.warps import LANES, Condition, Frame, Meeting, Warp
 from densemoe.runtime.errors import EmulatorError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["every", "some"]
+__all__ = ["Mask", "every", "some"]
 
 Mask = NDArray[np.bool_]
 

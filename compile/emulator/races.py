@@ -369,7 +369,7 @@ class Races:
         clock: Clock = operation.clock
         whole = not (first | last) % PAGE
         if write:
-            if whole and self.spans.write(page, end, clock.unit, clock.tick, clock.order, clock.order):
+            if whole and self.spans.write(page, end, clock.unit, clock.tick, clock.order):
                 return
         elif self.spans.read(page, end, clock.unit, clock.tick, slice(first, last), clock.order):
             return
@@ -567,7 +567,7 @@ class Races:
         marks, spans = self._marks(cta)
         end, known = column + width, clock.tensor
         if write:
-            if spans.write(column, end, clock.unit, clock.tick, known, known):
+            if spans.write(column, end, clock.unit, clock.tick, known):
                 return
         elif spans.read(column, end, clock.unit, clock.tick, slice(column, end), known):
             return

@@ -52,8 +52,6 @@ class Spans:
         span = self.at[first]
         if span is None:
             return None
-        if span.end >= end:
-            return [span]
         found = [span]
         while span.end < end:
             span = self.at[span.end] if span.end < len(self.at) else None
@@ -74,21 +72,16 @@ class Spans:
             span.reads.append((unit, tick, what))
         return True
 
-    def write(self, first: int, end: int, unit: int, tick: int, written: Vector, read: Vector) -> bool:
-        """Notes a write of just the cells of one or several spans; False, and nothing noted, where they are others or not all is known.
-
-        Args:
-            written: known of writes.
-            read: known of reads.
-        """
+    def write(self, first: int, end: int, unit: int, tick: int, known: Vector) -> bool:
+        """Notes a write of just the cells of one or several spans; False, and nothing noted, where they are others or not all is `known`."""
         found = self.over(first, end)
         if found is None or found[0].first != first or found[-1].end != end:
             return False
         for span in found:
-            if written[span.unit] < span.tick:
+            if known[span.unit] < span.tick:
                 return False
             for reader, when, _ in span.reads:
-                if read[reader] < when:
+                if known[reader] < when:
                     return False
         if len(found) == 1:
             span = found[0]

@@ -9,16 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
+from densemoe.compile.emulator.masks import Mask
 
 if TYPE_CHECKING:
     from densemoe.compile.emulator.gang import Gang
     from densemoe.compile.emulator.machine import Cta
 
-__all__ = ["LANES", "Condition", "Frame", "Groups", "Mask", "Meeting", "Warp"]
+__all__ = ["LANES", "Condition", "Frame", "Groups", "Meeting", "Warp"]
 
-Mask = NDArray[np.bool_]
 LANES: Final = 32
 
 

@@ -2,7 +2,7 @@
 
     python tests/emulator/speed.py [--cutlass-examples FOLDER] [NAME ...]
 
-Each launch is judged against float64 in the run that is timed first. Times are of ``emulator.run`` alone: PTX is translated and data made before.
+Each launch is judged against float64 in the run that is timed. Times are of ``emulator.run`` alone: PTX is translated and data made before.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Case:
     Attributes:
         name: to choose it by.
         repeats: after one that is not counted.
+        prepare: gives a context that gives the launcher, or None where NVIDIA's sources are absent.
     """
 
     name: str
