@@ -1,7 +1,7 @@
 """Packing NVFP4 weights into the layouts that kernels read (docs/weight_layouts.md). numpy only.
 
 ``sm100-interchange/1`` is the contract's own layout in one buffer: the codes, then the tiled scales. Packing it is checking it; nothing moves
-inside an expert. The rest of this module is ``sm90a-superblock/1``.
+inside an expert. The rest of this module is ``sm90a-superblock/2``.
 
 A superblock is 64 weight rows x K 128 in 4,608 bytes: eight 512-byte chunks of codes, chunk c holding m16 block ``c // 2`` of K 64 half
 ``c % 2``, and a chunk of scales. Lane (g, t) = (lane // 4, lane % 4) owns bytes 16·lane … 16·lane + 15 of a chunk. Packed weights are
@@ -12,6 +12,7 @@ Memory: beside the caller's arrays packing takes a few megabytes and one expert'
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -46,7 +47,7 @@ __all__ = [
 
 Bytes = npt.NDArray[np.uint8]
 
-LAYOUT: Final = "sm90a-superblock/1"
+LAYOUT: Final = "sm90a-superblock/2"
 INTERCHANGE_LAYOUT: Final = "sm100-interchange/1"
 ROWS: Final = 64
 K: Final = 128
@@ -54,10 +55,14 @@ CODE_BYTES: Final = ROWS * K // 2
 SCALE_BYTES: Final = ROWS * K // GROUP
 SUPERBLOCK_BYTES: Final = CODE_BYTES + SCALE_BYTES
 
-#: Bit of (sign, exponent high, exponent low, mantissa) of a half-word's four values: (row g, k 0/1), (row g + 8, k 0/1), (row g, k 2/3),
-#: (row g + 8, k 2/3). Shifted left by 0, 3, 6, and for the last gathered from three pieces, each comes to bits 15, 8, 7, 6, where it spells
-#: the value times 2**-126 as bf16.
-CODE_BITS: Final = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 11, 10, 13))
+#: Rotations to the left after which a lane's pair of code words spells values as bf16 times 2**-126 at bits 15, 8, 7 and 6 of each half-word, of the
+#: first word, then of the second: (row g, k 0/1), (row g + 8, k 0/1) and (row g, k 2/3). For (row g + 8, k 2/3) of either word the bits that these
+#: leave over are joined, and rotated by LAST_ROTATIONS.
+ROTATIONS: Final = (0, 4, 10)
+LEFT_OVER: Final = 0x06030603  # bits of the first word; the second word's stand 2 bits further left in the joined word
+BESIDE: Final = 2
+LAST_ROTATIONS: Final = (6, 12)
+VALUE_BITS: Final = (15, 8, 7, 6)  # of sign, exponent high, exponent low, mantissa
 SCALE_BIAS: Final = 10  # of S0E5M3: 2**-9, the least e4m3 value, is exponent 1
 FIRST_REFUSED_SCALE: Final = 0x7F  # NaN; the negative bytes follow
 _ROWS_AT_ONCE_BYTES: Final = 2**20  # of codes: their temporaries stay in a core's cache
@@ -72,18 +77,31 @@ def _scale_table() -> Bytes:
     return table
 
 
-def _spread_tables() -> npt.NDArray[np.uint32]:
-    """``[lower row, two bytes of codes]`` → the bits of a word that these four codes (k 0, 1, 2, 3 from the low nibble up) fill."""
-    four = np.arange(2**16, dtype=np.uint32)
-    tables = np.zeros((2, 2**16), dtype=np.uint32)
-    for lower in range(2):
-        for k in range(4):
-            code = (four >> (4 * k)) & 15
-            for bit, target in zip((3, 2, 1, 0), CODE_BITS[2 * (k // 2) + lower], strict=True):
-                tables[lower] |= ((code >> bit) & 1) << np.uint32(target + 16 * (k % 2))
+def _code_bits() -> npt.NDArray[np.int64]:
+    """Where the bits of a pair of code words' sixteen values lie: ``[word, value a0 … a3, odd k, bit]`` of 64, the first word low."""
+    places = np.empty((2, 4, 2, 4), dtype=np.int64)
+    joined = [bit if LEFT_OVER >> bit & 1 else 32 + bit - BESIDE for bit in range(32)]  # what a bit of the joined word is
+    for word in range(2):
+        for odd in range(2):
+            for place, target in enumerate(VALUE_BITS):
+                for value, rotation in enumerate(ROTATIONS):
+                    places[word, value, odd, place] = 32 * word + (target + 16 * odd - rotation) % 32
+                places[word, 3, odd, place] = joined[(target + 16 * odd - LAST_ROTATIONS[word]) % 32]
+    return places
+
+
+def _spread_tables() -> npt.NDArray[np.uint64]:
+    """``[lower row, word, two bytes of codes]`` → the bits of a pair of words that these four codes (k 0, 1, 2, 3 from the low nibble up) fill."""
+    four = np.arange(2**16, dtype=np.uint64)
+    tables = np.zeros((2, 2, 2**16), dtype=np.uint64)
+    for lower, word, k in itertools.product(range(2), range(2), range(4)):
+        code = (four >> np.uint64(4 * k)) & np.uint64(15)
+        for bit, target in zip((3, 2, 1, 0), CODE_BITS[word, 2 * (k // 2) + lower, k % 2], strict=True):
+            tables[lower, word] |= ((code >> np.uint64(bit)) & np.uint64(1)) << np.uint64(target)
     return tables
 
 
+CODE_BITS: Final = _code_bits()
 _SCALES: Final = _scale_table()
 _SCALES_BACK: Final = np.zeros(256, dtype=np.uint8)
 _SCALES_BACK[_SCALES[1:FIRST_REFUSED_SCALE]] = np.arange(1, FIRST_REFUSED_SCALE)
@@ -218,15 +236,16 @@ def _pack_blocks(codes: Bytes, scales: Bytes, table: npt.NDArray[np.int64], bloc
     count, k_blocks = blocks.shape[:2]
     padded = k_blocks * K
     upper_lower = table.transpose(2, 0, 1, 3)  # u, R, b, g
-    words = np.zeros((count, 4, 8, padded // 4), dtype="<u4")
+    pairs = np.zeros((count, 4, 8, padded // 8), dtype="<u8")  # of words: the low four bytes are the first
     for rows, spread in zip(upper_lower, _SPREAD, strict=True):
         fours = codes[rows].view("<u2")  # four codes each: R, b, g, K/4
         group_scales = scales[rows]
         if not group_scales.all():
             fours = fours * np.repeat(group_scales != 0, 4, axis=3)
-        words[..., : fours.shape[3]] |= spread[fours]
-    # R, b, g, K block, half, (t, step) → R, K block, b, half, g, (t, step)
-    chunks = words.reshape(count, 4, 8, k_blocks, 2, 16).transpose(0, 3, 1, 4, 2, 5)
+        for word in range(2):
+            pairs[..., : fours.shape[3] // 2] |= spread[word][fours[..., word::2]]
+    # R, b, g, K block, half, (t, pair of steps) → R, K block, b, half, g, (t, pair of steps)
+    chunks = pairs.reshape(count, 4, 8, k_blocks, 2, 8).transpose(0, 3, 1, 4, 2, 5)
     blocks[:, :, :CODE_BYTES] = np.ascontiguousarray(chunks).view(np.uint8).reshape(count, k_blocks, CODE_BYTES)
     spelled = np.zeros((count, 4, 2, 8, padded // GROUP), dtype=np.uint8)
     spelled[..., : scales.shape[1]] = _SCALES[scales[table]]
@@ -247,13 +266,13 @@ def unpack_expert(op: str, packed: Bytes, rows: int, k: int) -> tuple[Bytes, Byt
     table = _interchange_rows(op, rows)
     count, k_blocks = len(table), -(-k // K)
     blocks = packed.reshape(count, k_blocks, SUPERBLOCK_BYTES)
-    halves = np.ascontiguousarray(blocks[:, :, :CODE_BYTES]).view("<u2").reshape(count, k_blocks, 4, 2, 8, 4, 4, 2)
-    codes = np.empty((count, 4, 2, 8, k_blocks, 2, 4, 4, 2, 2), dtype=np.uint8)  # R, b, u, g, K block, half, t, step, pair, odd
-    for value, bits in enumerate(CODE_BITS):
-        code: npt.NDArray[Any] = np.zeros(halves.shape, dtype=np.uint8)
-        for bit in bits:
-            code = (code << 1) | ((halves >> bit) & 1).astype(np.uint8)
-        codes[:, :, value % 2, :, :, :, :, :, value // 2] = code.transpose(0, 2, 4, 1, 3, 5, 6, 7)
+    pairs = np.ascontiguousarray(blocks[:, :, :CODE_BYTES]).view("<u8").reshape(count, k_blocks, 4, 2, 8, 4, 2)
+    codes = np.empty((count, 4, 2, 8, k_blocks, 2, 4, 2, 2, 2, 2), dtype=np.uint8)  # R, b, u, g, K block, half, t, pair of steps, step, pair, odd
+    for word, value, odd in itertools.product(range(2), range(4), range(2)):
+        code: npt.NDArray[Any] = np.zeros(pairs.shape, dtype=np.uint8)
+        for bit in CODE_BITS[word, value, odd]:
+            code = (code << 1) | ((pairs >> np.uint64(bit)) & np.uint64(1)).astype(np.uint8)
+        codes[:, :, value % 2, :, :, :, :, :, word, value // 2, odd] = code.transpose(0, 2, 4, 1, 3, 5, 6)
     lanes = blocks[:, :, CODE_BYTES:].reshape(count, k_blocks, 8, 4, 4, 2, 2)
     spelled = lanes.transpose(0, 4, 6, 2, 1, 5, 3).reshape(rows, k_blocks * K // GROUP)
     plain_codes, plain_scales = np.empty((rows, k // 2), dtype=np.uint8), np.empty((rows, k // GROUP), dtype=np.uint8)

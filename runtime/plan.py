@@ -32,8 +32,8 @@ LARGEST_GRID_X: Final = 2**31 - 1
 LARGEST_GRID_YZ: Final = 65535
 WORKSPACE_ALIGNMENT: Final = 128
 WEIGHT_ALIGNMENT: Final = 128  # sources of bulk copies; whole 128-byte lines besides
-_SUPERBLOCK: Final = (64, 128, 4608)  # rows, K and bytes of sm90a-superblock/1
-WEIGHT_LAYOUTS: Final = ("sm90a-superblock/1", "sm100-interchange/1", "none")  # none: the kernel reads no weights
+_SUPERBLOCK: Final = (64, 128, 4608)  # rows, K and bytes of sm90a-superblock/2
+WEIGHT_LAYOUTS: Final = ("sm90a-superblock/2", "sm100-interchange/1", "none")  # none: the kernel reads no weights
 #: Optional tensors: a kernel that points to one that the problem lacks is given a null pointer.
 OPTIONAL_ROLES: Final = ("alpha_post", "active_experts")
 

@@ -6,7 +6,7 @@ that completes on an mbarrier, and keeps activations and accumulators in registe
     global ──cp.async.bulk──► ring[stage] ──ld.shared──► codes, scales ──and/shift, mul.bf16x2──► A fragment ┐
     global ──ld.global (predicated)──► activations ─────────────────────────────────────────► B fragment ┴─► mma.sync m16n8k16
 
-Weights are the 16-row operand, tokens the 8 columns. A superblock is 64 weight rows x K 128 in the layout ``sm90a-superblock/1``
+Weights are the 16-row operand, tokens the 8 columns. A superblock is 64 weight rows x K 128 in the layout ``sm90a-superblock/2``
 (docs/weight_layouts.md): lane (g, t) = (lane // 4, lane % 4) owns 16 consecutive bytes of each 512-byte chunk, so every access is one
 128-bit load and K is permuted so that the lane's 16 values of a row share one scale.
 
@@ -28,7 +28,7 @@ from cutlass.experimental import primitives as pr
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.variant import Variant
 
-WEIGHT_LAYOUT = "sm90a-superblock/1"
+WEIGHT_LAYOUT = "sm90a-superblock/2"
 SUPERBLOCK_ROWS = 64
 SUPERBLOCK_K = 128
 CHUNK_BYTES = 512  # 32 lanes x 16 bytes
@@ -49,6 +49,11 @@ EVICT_FIRST = 0x12F0000000000000  # L2 policy of weights: they are read once, an
 COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"  # of a superblock, as PTX spells it
 
 SIGN_AND_MAGNITUDE = 0x81C081C0  # bits 15, 8, 7, 6 of both halves: an e2m1 value times 2**-126 as bf16
+#: How a pair of code words is taken apart (docs/weight_layouts.md): rotated left by 0, 4 and 10 each word spells three of its four pairs of values.
+MIDDLE, HIGH = 4, 10
+LEFT_OVER = 0x06030603  # bits of the first word that none of them uses; the second word's, shifted left by 2, fit beside them
+BESIDE = 2
+LAST = (6, 12)  # and what both have left over spells, rotated left by these, the fourth pair of the first and of the second word
 SCALE_BASE = 0x75807580  # with S0E5M3 of bias 10: the scale times 2**118 as bf16
 
 
@@ -204,11 +209,25 @@ def mma_m16n8k16(accumulators: list[Any], a: list[Any], b: list[Any]) -> list[An
 # ---- decoding
 
 
-def decode_weights(word: Any) -> list[Any]:
-    """The four bf16x2 words that one 32-bit word of a superblock's codes spells, each value times 2**-126."""
+def rotate_left(word: Any, count: int) -> Any:
+    """``word`` rotated left."""
+    return pr.inline_ptx_hl("shf.l.wrap.b32 {$w0}, {$r0}, {$r0}, %d;" % count, write_only_types=[Uint32], read_only_args=[word])
+
+
+def select_bits(mask: int, a: Any, b: Any) -> Any:
+    """Bits of ``a`` where ``mask`` has ones, of ``b`` where it has zeros."""
+    return pr.inline_ptx_hl("lop3.b32 {$w0}, {$r0}, {$r1}, 0x%x, 0xe4;" % mask, write_only_types=[Uint32], read_only_args=[a, b])
+
+
+def decode_weights(first: Any, second: Any) -> list[list[Any]]:
+    """The four bf16x2 words that each of two neighbouring 32-bit words of a superblock's codes spells, every value times 2**-126."""
     mask = Uint32(SIGN_AND_MAGNITUDE)
-    scattered = ((word << 1) & Uint32(0x80008000)) | ((word >> 3) & Uint32(0x01800180)) | ((word >> 7) & Uint32(0x00400040))
-    return [word & mask, (word << 3) & mask, (word << 6) & mask, scattered]
+    left_over = select_bits(LEFT_OVER, first, second << BESIDE)
+    lasts = (left_over << LAST[0], rotate_left(left_over, LAST[1]))
+    return [
+        [word & mask, (word << MIDDLE) & mask, rotate_left(word, HIGH) & mask, last & mask]
+        for word, last in zip((first, second), lasts, strict=True)
+    ]
 
 
 def weight_scale(word: Any, index: int) -> Any:
@@ -366,16 +385,16 @@ def multiply_half(accumulators: list[Any], codes: list[Any], scales: Any, half: 
     """
     accumulators = list(accumulators)
     row_scales = [tuple(weight_scale(scales[block], 2 * half + row) for row in range(2)) for block in range(M16_BLOCKS)]
-    for step in range(K16_STEPS):
+    for first in range(0, K16_STEPS, 2):
         for block in range(M16_BLOCKS):
             upper, lower = row_scales[block]
-            decoded = decode_weights(codes[block][step])
-            a = [mul_bf16x2(decoded[i], lower if i % 2 else upper) for i in range(4)]
-            for column, fragment in enumerate(fragments):
-                at = (column * M16_BLOCKS + block) * ACCUMULATORS
-                accumulators[at : at + ACCUMULATORS] = mma_m16n8k16(
-                    accumulators[at : at + ACCUMULATORS], a, fragment[2 * step : 2 * step + 2]
-                )
+            for step, decoded in enumerate(decode_weights(*codes[block][first : first + 2]), first):
+                a = [mul_bf16x2(decoded[i], lower if i % 2 else upper) for i in range(4)]
+                for column, fragment in enumerate(fragments):
+                    at = (column * M16_BLOCKS + block) * ACCUMULATORS
+                    accumulators[at : at + ACCUMULATORS] = mma_m16n8k16(
+                        accumulators[at : at + ACCUMULATORS], a, fragment[2 * step : 2 * step + 2]
+                    )
     return accumulators
 
 
@@ -416,6 +435,11 @@ def start_copy(ring: Any, barriers: Any, stage: Any, source: Any) -> None:
     pr.cp_async_bulk_shared_cluster_global(
         ring.subview(stage * SUPERBLOCK_BYTES), source, barrier, SUPERBLOCK_BYTES, l2_cache_hint=EVICT_FIRST
     )  # fmt: skip
+
+
+def prefetch_superblock(source: Any) -> None:
+    """Brings a superblock to the L2: one lane."""
+    pr.cp_async_bulk_prefetch(source, SUPERBLOCK_BYTES)
 
 
 def moved(halves: list[list[list[Any]]]) -> list[list[list[Any]]]:

@@ -6,11 +6,11 @@ Token tiles of the same weights are neighbours, so that the weights come from L2
 8 gate rows (g + 8): up and gate of one output meet in one lane, without a shuffle.
 
     per unit:  the CTA's four warps take its K 128 blocks in turn:  activations of the next block ─ load │ ring ─ wait ─ decode ─ mma.sync ─ refill
-               sums over warps (shared memory), and over CTAs where a unit lies in several spans (slots, a ticket; the last CTA goes on)
+               sums over warps (shared memory), and over CTAs where a unit lies in several spans (slots; the CTA whose span ends in it goes on)
                x alpha ─ SwiGLU ─ x alpha_post ─ quantise (amax over four lanes) or convert ─ store
 
 The ring runs ahead over unit borders, so that sums and epilogue do not drain it. Sums have one order (sm90_reduction): a launch gives the same bits
-every time. Tickets are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
+every time. Slots are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
 
 Run-time switches: ``alpha_post`` null; ``active_experts`` null (every expert) or ``[count, expert, expert, …]``: units are then those of listed
 experts alone, the columns of the others stay unwritten.
@@ -67,7 +67,6 @@ def fc1_kernel(
     chosen: cutlass.Pointer,
     rows: cutlass.Pointer,
     slots: cutlass.Pointer,
-    tickets: cutlass.Pointer,
     tokens_total: Int32,
     experts: Int32,
     hidden: Int32,
@@ -80,6 +79,7 @@ def fc1_kernel(
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
+    worker = reduction.worker_of(bid, ctas)
     warp = cute.arch.make_warp_uniform(tid // 32)
     lane = tid % 32
     g = lane // 4
@@ -109,7 +109,7 @@ def fc1_kernel(
     cute.arch.sync_warp()
 
     # the CTA's span of all units' K blocks, laid end to end
-    span = reduction.span_of(Uint32(bid), Uint32(ctas), Uint32(units), Uint32(k_blocks), SMALLEST_SPAN)
+    span = reduction.span_of(Uint32(worker), Uint32(ctas), Uint32(units), Uint32(k_blocks), SMALLEST_SPAN)
     unit, k, remaining = (Int32(each) for each in span[:3])
     quotient, longer = span[3:]
 
@@ -133,6 +133,9 @@ def fc1_kernel(
                 next_unit += 1
             if next_unit != before:
                 next_row = b + Int64(weight_row(grouped, chosen, listed, Int32(to_fetch > 0), next_unit, row_blocks, token_tiles)) * row_bytes
+
+    if (to_fetch > 0) & (lane == 0):
+        common.prefetch_superblock(next_row + Int64(next_k) * superblock)  # the memory is idle until the launch before ends
 
     # the span's first unit and the one after: words of both, tokens of the first
     chosen_lane = chosen + common.lane_zero(lane) if cutlass.const_expr(config.tile_m < 32) else chosen  # at 32 tokens registers end
@@ -224,8 +227,8 @@ def fc1_kernel(
             sums = reduction.shared_rows(config, buffer, turn, t, g)
             finish = Int32(1)
             if run != k_blocks:
-                shared = reduction.sharing_ctas(Uint32(unit), Uint32(k), Uint32(k_blocks), quotient, longer, Uint32(bid))
-                sums, finish = reduction.sum_over_ctas(config, sums, live, slots, tickets, shared, bid, turn, lane)
+                shared = reduction.sharing_workers(Uint32(unit), Uint32(k), Uint32(k_blocks), quotient, longer, Uint32(worker))
+                sums, finish = reduction.sum_over_workers(config, sums, live, slots, shared, worker, turn, lane)
             if finish != 0:
                 column = Int32(Uint32(unit) % Uint32(row_blocks)) * OUTPUT_COLUMNS
                 columns = intermediate
@@ -318,7 +321,6 @@ def fc1_host(
     c_scales: cute.Pointer,
     active_experts: cute.Pointer,
     slots: cute.Pointer,
-    tickets: cute.Pointer,
     tokens_total: Int32,
     experts: Int32,
     hidden: Int32,
@@ -347,7 +349,6 @@ def fc1_host(
         active_experts.raw_ptr(),
         active_experts.raw_ptr(),
         slots.raw_ptr(),
-        tickets.raw_ptr(),
         tokens_total,
         experts,
         hidden,
@@ -393,7 +394,6 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("chosen", "pointer", "active_experts"),
             Parameter("rows", "pointer", "active_experts"),
             Parameter("slots", "pointer", "workspace.slots"),
-            Parameter("tickets", "pointer", "workspace.tickets"),
             Parameter("tokens_total", "u32", "M"),
             Parameter("experts", "u32", "E"),
             Parameter("hidden", "u32", "H"),
@@ -426,15 +426,14 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
         *(pointer(Uint8, 16) for _ in range(2)),
         pointer(Uint8, 4),
         pointer(Uint8, 16),
-        pointer(Uint8, 4),
     )
     return fc1_host, (*pointers, *words, symbol, config_of(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: eleven pointers and six words (without the stream)."""
+    """What the exported host function is called with: ten pointers and six words (without the stream)."""
     parameters = recipe(variant).parameters
-    pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in (*parameters[:9], *parameters[10:12])]
+    pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in (*parameters[:9], parameters[10])]
     return [*pointers, *(names[name] for name in ("M", "E", "H", "I", "early_list", "sm_count"))]
 
 

@@ -5,11 +5,11 @@ equal spans, one a CTA (stream-K): H is short and E·I very long, so whole units
 
     per unit:  each of the CTA's four warps takes a quarter of the unit's blocks in the span:  ring ─ wait ─ decode ─ mma.sync ─ refill
                    until an expert ends:  sum += alpha[token, e] · accumulators
-               sums over warps (shared memory), and over CTAs where a unit lies in several spans (slots, a ticket; the last CTA goes on)
+               sums over warps (shared memory), and over CTAs where a unit lies in several spans (slots; the CTA whose span ends in it goes on)
                convert ─ store
 
 One accumulation per expert, scaled once. A term whose alpha is exactly 0 is selected away, not multiplied. Sums have one order (sm90_reduction):
-a launch gives the same bits every time. Tickets are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
+a launch gives the same bits every time. Slots are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
 
 ``active_experts`` null means every expert; ``[count, expert, expert, …]`` cuts the spans from listed experts' K blocks alone. An empty list still
 gives zeros: the spans are then those of one expert whose scale is taken as 0.
@@ -124,7 +124,6 @@ def fc2_kernel(
     alpha: cutlass.Pointer,
     c: cutlass.Pointer,
     slots: cutlass.Pointer,
-    tickets: cutlass.Pointer,
     active_experts: cutlass.Pointer,
     tokens_total: Int32,
     experts: Int32,
@@ -139,6 +138,7 @@ def fc2_kernel(
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
+    worker = reduction.worker_of(bid, ctas)
     warp = cute.arch.make_warp_uniform(tid // 32)
     lane = tid % 32
     g = lane // 4
@@ -162,7 +162,7 @@ def fc2_kernel(
     partials = reduction.shared_partials(config)
 
     # the CTA's span of all units' blocks, laid end to end
-    span = reduction.span_of(Uint32(bid), Uint32(ctas), Uint32(row_blocks) * Uint32(token_tiles), Uint32(length), SMALLEST_SPAN)
+    span = reduction.span_of(Uint32(worker), Uint32(ctas), Uint32(row_blocks) * Uint32(token_tiles), Uint32(length), SMALLEST_SPAN)
     unit, inside, remaining = (Int32(each) for each in span[:3])
     quotient, longer = span[3:]
 
@@ -291,8 +291,8 @@ def fc2_kernel(
             rows = reduction.shared_rows(config, buffer, turn, t, g)
             finish = Int32(1)
             if run != length:
-                shared = reduction.sharing_ctas(Uint32(unit), Uint32(inside), Uint32(length), quotient, longer, Uint32(bid))
-                rows, finish = reduction.sum_over_ctas(config, rows, live, slots, tickets, shared, bid, turn, lane)
+                shared = reduction.sharing_workers(Uint32(unit), Uint32(inside), Uint32(length), quotient, longer, Uint32(worker))
+                rows, finish = reduction.sum_over_workers(config, rows, live, slots, shared, worker, turn, lane)
             if finish != 0:
                 for index in cutlass.range_constexpr(rows_of_warp):
                     even, odd = (rows[index * reduction.ROW + plane * 4 : index * reduction.ROW + plane * 4 + 4] for plane in range(2))
@@ -320,7 +320,6 @@ def fc2_host(
     alpha: cute.Pointer,
     c: cute.Pointer,
     slots: cute.Pointer,
-    tickets: cute.Pointer,
     active_experts: cute.Pointer,
     tokens_total: Int32,
     experts: Int32,
@@ -347,7 +346,6 @@ def fc2_host(
         alpha.raw_ptr(),
         c.raw_ptr(),
         slots.raw_ptr(),
-        tickets.raw_ptr(),
         active_experts.raw_ptr(),
         tokens_total,
         experts,
@@ -389,7 +387,6 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("alpha", "pointer", "alpha"),
             Parameter("c", "pointer", "c"),
             Parameter("slots", "pointer", "workspace.slots"),
-            Parameter("tickets", "pointer", "workspace.tickets"),
             Parameter("active_experts", "pointer", "active_experts"),
             Parameter("tokens_total", "u32", "M"),
             Parameter("experts", "u32", "E"),
@@ -418,14 +415,14 @@ def recipe(variant: Variant) -> Recipe:
 
 def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
     """The host function and example arguments for ``cute.compile``."""
-    pointers = (*(pointer(Uint8, 16) for _ in range(3)), pointer(Uint8, 4), *(pointer(Uint8, 16) for _ in range(3)), pointer(Uint8, 4))
+    pointers = (*(pointer(Uint8, 16) for _ in range(3)), pointer(Uint8, 4), *(pointer(Uint8, 16) for _ in range(2)), pointer(Uint8, 4))
     words = tuple(Int32(value) for value in (8, 2, 256, 128, 2, 1, 0, 132))
     return fc2_host, (*pointers, *words, variant.symbol.removesuffix("_0"), config_of(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: eight pointers and eight words (without the stream)."""
-    pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in recipe(variant).parameters[:8]]
+    """What the exported host function is called with: seven pointers and eight words (without the stream)."""
+    pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in recipe(variant).parameters[:7]]
     return [*pointers, *(names[name] for name in ("M", "E", "H", "I", "alpha_stride_m", "alpha_stride_e", "early_list", "sm_count"))]
 
 

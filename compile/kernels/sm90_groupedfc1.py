@@ -40,7 +40,6 @@ def groupedfc1_host(
     tiles: cute.Pointer,
     rows: cute.Pointer,
     slots: cute.Pointer,
-    tickets: cute.Pointer,
     pairs: Int32,
     hidden: Int32,
     intermediate: Int32,
@@ -66,7 +65,6 @@ def groupedfc1_host(
         tiles.raw_ptr(),
         rows.raw_ptr(),
         slots.raw_ptr(),
-        tickets.raw_ptr(),
         pairs,
         Int32(0),
         hidden,
@@ -112,7 +110,6 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("chosen", "pointer", "tiles"),
             Parameter("rows", "pointer", "rows"),
             Parameter("slots", "pointer", "workspace.slots"),
-            Parameter("tickets", "pointer", "workspace.tickets"),
             Parameter("tokens_total", "u32", "M * top_k"),  # rows of all tiles: how long the lists may be
             Parameter("experts", "u32", "0"),
             Parameter("hidden", "u32", "H"),
@@ -142,16 +139,15 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
         *(pointer(Uint8, 16) for _ in range(3)),
         pointer(Uint8, 4),
         pointer(Uint8, 16),
-        pointer(Uint8, 4),
     )
     words = tuple(Int32(value) for value in (16, 256, 128, 0, 132))
     return groupedfc1_host, (*pointers, *words, variant.symbol.removesuffix("_0"), config_of(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: eleven pointers and five words (without the stream)."""
+    """What the exported host function is called with: ten pointers and five words (without the stream)."""
     parameters = recipe(variant).parameters
-    pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in (*parameters[:4], *parameters[5:12])]
+    pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in (*parameters[:4], *parameters[5:11])]
     return [*pointers, names["M"] * names["top_k"], *(names[name] for name in ("H", "I", "early_list", "sm_count"))]
 
 

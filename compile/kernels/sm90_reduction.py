@@ -3,13 +3,18 @@
 Every warp of a CTA multiplies other K 128 blocks of the same unit (64 weight rows x ``tile_m`` tokens), so a unit ends with four partial sums:
 
     accumulators of a warp ──st.shared──► partials[warp] ──barrier──► row of a lane: eight sums of one token, added in the order of warps
-    a unit that several CTAs share:  rows ──st.global──► slot of the CTA ─ ticket ─ the last one adds all slots in the order of CTAs
+    a unit that several workers share:  rows ──st.global──► slot of the worker ──► the first worker waits for them and adds them in order
 
-Behind the barrier no warp waits for another: each warp that finishes rows has a ticket of its own, and two buffers of partial sums take turns, so
-that the barrier of the next unit is what tells that a buffer has been read.
+Behind the barrier no warp waits for another of its CTA: two buffers of partial sums take turns, so that the barrier of the next unit is what tells
+that a buffer has been read. Both orders are fixed by the shape and the grid, so that a launch gives the same bits every time.
 
-Both orders are fixed by the shape and the grid, so that a launch gives the same bits every time. A CTA has two slots: 0 for the unit that its span
-begins inside of, 1 for the one that its span ends inside of.
+Workers are CTAs counted from the last (``worker_of``). The unit that a worker's span begins inside of is the first thing that it multiplies, so its
+part is in its slot long before the worker whose span ends there, which finishes the unit, has got so far: no ticket, no fence, and nobody waits but
+the one that needs the sums. A slot's word is a sum with all bits inverted, and 0 where there is none yet: the word is its own flag (no sum has all
+bits set, since arithmetic gives one NaN only, 0x7FFFFFFF). Who has read a slot leaves zeros, for the next launch.
+
+No deadlock, whatever else runs on the device: a worker waits only for workers behind it, which are CTAs with a lower index, and CTAs begin in the
+order of their indices; those that it waits for have begun, and wait in turn for earlier ones alone.
 
 A row is two planes of four sums: rows g and g + 8 of the four m16 blocks. For FC1 these are up 4g … 4g + 3 and gate 4g … 4g + 3, for FC2 the even and
 the odd ones of outputs 8g … 8g + 7 (docs/weight_layouts.md).
@@ -25,15 +30,14 @@ from cutlass import Float32, Int32, Int64, Uint8, Uint32
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import sm90_common as common
-from densemoe.compile.kernels.sm90_epilogue import OUTPUTS, store_if
+from densemoe.compile.kernels.sm90_epilogue import OUTPUTS
 from densemoe.runtime.recipe import Workspace
 
 PLANES: Final = 2  # rows g and g + 8
 LANES_G: Final = 8
 ROW_BYTES: Final = LANES_G * OUTPUTS * 4 + 16  # a token's 32 sums of a plane; 16 bytes apart from the next, so that no two lanes meet in a bank
-SLOTS: Final = 2  # of a CTA
 ROW: Final = PLANES * OUTPUTS  # sums of a row
-BATCH: Final = 8  # slots whose loads are in flight together
+BATCH: Final = 4  # slots whose loads are in flight together
 LARGEST_DOUBLE_TILE: Final = 16  # tile_m up to which two buffers of partial sums fit beside the rings of all resident CTAs
 
 
@@ -68,11 +72,8 @@ def shared_word() -> Any:
 
 
 def workspaces(config: common.Config) -> tuple[Workspace, ...]:
-    """Slots for the sums of units that several of the recipe's ``ctas`` share, and tickets: of each warp for the units that a CTA begins."""
-    return (
-        Workspace("workspace.slots", f"ctas * {SLOTS * slot_bytes(config)}"),
-        Workspace("workspace.tickets", f"ctas * {common.WARPS * 4}", zeroed=True),
-    )
+    """A slot for each of the recipe's ``ctas``: its sums of the unit that its span begins inside of."""
+    return (Workspace("workspace.slots", f"ctas * {slot_bytes(config)}", zeroed=True),)
 
 
 def slot_bytes(config: common.Config) -> int:
@@ -88,18 +89,6 @@ def store_shared_v4(address: Any, values: list[Any]) -> None:
 def load_shared_v4(address: Any) -> list[Any]:
     """Sixteen bytes of shared memory as four float32."""
     return list(pr.inline_ptx_hl("ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];", write_only_types=[Float32] * 4, read_only_args=[address]))
-
-
-def load_global_v4_f32_if(address: Any, valid: Any) -> list[Any]:
-    """Four float32 of global memory past the L1, where ``valid`` is not 0, else zeros."""
-    return list(
-        pr.inline_ptx_hl(
-            "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; mov.b32 {$w2}, 0; mov.b32 {$w3}, 0;"
-            " @p ld.relaxed.gpu.global.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}]; }",
-            write_only_types=[Float32] * 4,
-            read_only_args=[address, valid],
-        )
-    )
 
 
 def add(a: list[Any], b: list[Any]) -> list[Any]:
@@ -145,40 +134,48 @@ def shared_rows(config: common.Config, partials: Any, warp: Any, t: Any, g: Any)
     return rows
 
 
-def slot_address(config: common.Config, slots: Any, cta: Any, which: Any, warp: Any, index: int, lane: Any) -> Any:
-    """Where a lane's row ``index`` lies in a slot: 16 bytes a lane, its gates 512 bytes behind its ups."""
-    slot = Int64(cta * SLOTS + which) * slot_bytes(config)
-    return slots + slot + Int64((warp + index * common.WARPS) * (PLANES * common.CHUNK_BYTES) + lane * 16)
+def worker_of(bid: Any, ctas: Any) -> Any:
+    """A CTA's place among all spans: the last CTA has the first, so that who waits for others (``sum_over_workers``) waits for earlier CTAs."""
+    return ctas - 1 - bid
+
+
+def slot_address(config: common.Config, slots: Any, worker: Any, warp: Any, index: int, lane: Any) -> Any:
+    """Where a lane's row ``index`` lies in a worker's slot: 16 bytes a lane, its gates 512 bytes behind its ups."""
+    return slots + Int64(worker) * slot_bytes(config) + Int64((warp + index * common.WARPS) * (PLANES * common.CHUNK_BYTES) + lane * 16)
+
+
+def put_slot_words_if(address: Any, valid: Any, words: list[Any]) -> None:
+    """Sixteen bytes of a slot where ``valid`` is not 0, each word on its own visible to other CTAs at some time."""
+    pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; @p st.relaxed.gpu.global.v4.b32 [{$r0}], {{$r2}, {$r3}, {$r4}, {$r5}}; }",
+        read_only_args=[address, valid, *words],
+    )
+
+
+def get_slot_words_if(address: Any, valid: Any) -> list[Any]:
+    """Sixteen bytes of a slot as four words; where ``valid`` is 0 nothing is read, and they are those of sums that are 0."""
+    return list(
+        pr.inline_ptx_hl(
+            "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; mov.b32 {$w0}, -1; mov.b32 {$w1}, -1; mov.b32 {$w2}, -1; mov.b32 {$w3}, -1;"
+            " @p ld.relaxed.gpu.global.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}]; }",
+            write_only_types=[Uint32] * 4,
+            read_only_args=[address, valid],
+        )
+    )
+
+
+def inverted(value: Any, dtype: Any) -> Any:
+    """All bits of a 32-bit value inverted, as ``dtype``."""
+    return pr.inline_ptx_hl(
+        "{ .reg .b32 t; mov.b32 t, {$r0}; not.b32 t, t; mov.b32 {$w0}, t; }", write_only_types=[dtype], read_only_args=[value]
+    )
 
 
 def store_row_to_slot(address: Any, live: Any, row: list[Any]) -> None:
     """Stores a lane's eight sums where ``live`` is not 0."""
-    store_if("v4.f32", address, live, row[:OUTPUTS])
-    store_if("v4.f32", address + common.CHUNK_BYTES, live, row[OUTPUTS:])
-
-
-def add_slots(
-    config: common.Config, sums: list[Any], slots: Any, first_cta: Any, start: Any, sharing: Any, warp: Any, lane: Any, live: list[Any]
-) -> list[Any]:
-    """``sums`` (a lane's rows) with those in the slots of ``BATCH`` CTAs added, one CTA after the other.
-
-    Args:
-        first_cta: the first of the ``sharing`` CTAs of the unit; ``start``: which of them is the first to be added.
-        live: for each row whether it exists; where it does not, nothing is read.
-    """
-    result = []
-    for index in range(rows_of_warp(config)):
-        loaded = []
-        for i in range(BATCH):
-            which = Int32(start + i == 0)  # the first one's span ends inside of the unit, the others' begin inside of it
-            address = slot_address(config, slots, first_cta + start + i, which, warp, index, lane)
-            valid = live[index] & Int32(start + i < sharing)
-            loaded.append(load_global_v4_f32_if(address, valid) + load_global_v4_f32_if(address + common.CHUNK_BYTES, valid))
-        row = sums[index * ROW : (index + 1) * ROW]
-        for values in loaded:
-            row = add(row, values)
-        result += row
-    return result
+    words = [inverted(each, Uint32) for each in row]
+    put_slot_words_if(address, live, words[:OUTPUTS])
+    put_slot_words_if(address + common.CHUNK_BYTES, live, words[OUTPUTS:])
 
 
 def finishing_warps(config: common.Config) -> int:
@@ -188,10 +185,11 @@ def finishing_warps(config: common.Config) -> int:
 
 @cute.jit
 def span_of(cta, ctas, units, length, smallest):
-    """A CTA's share of the blocks of all units, ``length`` each, laid end to end: (unit, block in it, blocks, quotient, longer).
+    """A worker's share of the blocks of all units, ``length`` each, laid end to end: (unit, block in it, blocks, quotient, longer).
 
-    The first ``longer`` of the CTAs that work have ``quotient`` + 1 blocks, the others ``quotient``. A CTA takes at least ``smallest`` blocks, to
-    hide latency, so with few blocks not all CTAs work. Unsigned 32-bit throughout, divisions too: only the number of all blocks may be larger.
+    The first ``longer`` of the workers that have work have ``quotient`` + 1 blocks, the others ``quotient``. A worker takes at least ``smallest``
+    blocks, to hide latency, so with few blocks not all CTAs work. Unsigned 32-bit throughout, divisions too: only the number of all blocks may be
+    larger.
     """
     most = (Int64(units) * Int64(length) + (smallest - 1)) // smallest
     workers = ctas
@@ -214,9 +212,9 @@ def span_of(cta, ctas, units, length, smallest):
 
 
 @cute.jit
-def sharing_ctas(unit, inside, length, quotient, longer, cta):
-    """(first CTA, number of CTAs) of a unit that several spans share; ``inside``: its first block in this CTA's span."""
-    first = cta - Uint32(inside != 0)
+def sharing_workers(unit, inside, length, quotient, longer, worker):
+    """(first worker, number of workers) of a unit that several spans share; ``inside``: its first block in this worker's span."""
+    first = worker - Uint32(inside != 0)
     sharing = Uint32(2)  # spans at least as long as a unit
     if quotient < length:  # all blocks together are then fewer than 2**32
         begin = unit * length
@@ -227,52 +225,78 @@ def sharing_ctas(unit, inside, length, quotient, longer, cta):
 
 @cute.jit
 def owner(block, quotient, longer):
-    """The CTA whose span has a block."""
+    """The worker whose span has a block."""
     border = longer * (quotient + 1)
     beyond = Uint32(block >= border)
     return longer * beyond + (block - border * beyond) // max(quotient + 1 - beyond, Uint32(1))
 
 
 @cute.jit
-def sum_over_ctas(config: cutlass.Constexpr, sums, live, slots, tickets, shared, cta, turn, lane):
-    """A lane's rows summed over the CTAs that share a unit, for the warp of them that comes last.
+def sum_over_workers(config: cutlass.Constexpr, sums, live, slots, shared, worker, turn, lane):
+    """A lane's rows summed over the workers that share a unit, in the first of them; the others leave theirs in their slots.
 
     Args:
         sums: the lane's rows over the CTA's warps; live: for each row whether it exists.
-        shared: of ``sharing_ctas``; turn: which of the finishing warps this one is.
+        shared: of ``sharing_workers``; turn: which of the finishing warps this one is.
 
     Returns:
-        The sums, and 1 in the warp that comes last, else 0: the sums are then its own alone.
+        The sums, and 1 in the first worker, else 0: the sums are then its own alone.
     """
-    first_cta, sharing = Int32(shared[0]), Int32(shared[1])
-    for index in cutlass.range_constexpr(rows_of_warp(config)):
-        address = slot_address(config, slots, cta, Int32(cta == first_cta), turn, index, lane)
-        store_row_to_slot(address, live[index], sums[index * ROW : (index + 1) * ROW])
-    cute.arch.sync_warp()  # every lane has stored; the release that follows makes it known to the device
-    counter = tickets + (Int64(first_cta) * common.WARPS + Int64(turn)) * 4
-    taken = Int32(0)
-    if lane == 0:
-        taken = release_ticket(counter)
-    finish = Int32(shuffle_first(taken) == sharing - 1)
-    if finish != 0:
-        if lane == 0:
-            cute.arch.fence_acq_rel_gpu()
-            store_if("b32", counter, Int32(1), [Uint32(0)])
-        cute.arch.sync_warp()
-        sums = common.zero_accumulators(rows_of_warp(config) * ROW)
-        for start in cutlass.range(0, sharing, BATCH, unroll=1):
-            sums = add_slots(config, sums, slots, first_cta, start, sharing, turn, lane, live)
+    first, sharing = Int32(shared[0]), Int32(shared[1])
+    finish = Int32(worker == first)
+    if finish == 0:
+        for index in cutlass.range_constexpr(rows_of_warp(config)):
+            address = slot_address(config, slots, worker, turn, index, lane)
+            store_row_to_slot(address, live[index], sums[index * ROW : (index + 1) * ROW])
+    else:
+        for start in cutlass.range(1, sharing, BATCH, unroll=1):
+            sums = add_slots(config, sums, live, slots, first + start, sharing - start, turn, lane)
     return sums, finish
 
 
-def shuffle_first(value: Any) -> Any:
-    """Lane 0's value, in every lane."""
-    return pr.inline_ptx_hl("shfl.sync.idx.b32 {$w0}, {$r0}, 0, 0x1f, 0xffffffff;", write_only_types=[type(value)], read_only_args=[value])
+@cute.jit
+def add_slots(config: cutlass.Constexpr, sums, live, slots, worker, count, turn, lane):
+    """``sums`` with those in the slots of up to ``BATCH`` workers added, one worker after the other; waits until they are there, and clears them.
+
+    Args:
+        worker: the first of the ``count`` workers.
+    """
+    for index in cutlass.range_constexpr(rows_of_warp(config)):
+        addresses = [slot_address(config, slots, worker + i, turn, index, lane) for i in range(BATCH)]
+        valid = [live[index] & Int32(i < count) for i in range(BATCH)]
+        words = get_slots(addresses, valid)
+        while not all_there(words):
+            words = get_slots(addresses, valid)
+        row = sums[index * ROW : (index + 1) * ROW]
+        for i in cutlass.range_constexpr(BATCH):
+            row = add(row, [inverted(word, Float32) for word in words[i * ROW : (i + 1) * ROW]])
+            for plane in range(PLANES):
+                put_slot_words_if(addresses[i] + plane * common.CHUNK_BYTES, valid[i], [Uint32(0)] * OUTPUTS)
+        sums = sums[: index * ROW] + row + sums[(index + 1) * ROW :]
+    return sums
 
 
-def release_ticket(address: Any) -> Any:
-    """Adds 1 to a counter, with release at device scope; gives the value before. Who comes last fences before it reads what others stored."""
-    return pr.inline_ptx_hl("atom.release.gpu.global.add.u32 {$w0}, [{$r0}], 1;", write_only_types=[Int32], read_only_args=[address])
+def get_slots(addresses: list[Any], valid: list[Any]) -> list[Any]:
+    """The words of a lane's row in several slots, ``ROW`` each."""
+    words: list[Any] = []
+    for address, each in zip(addresses, valid, strict=True):
+        words += get_slot_words_if(address, each) + get_slot_words_if(address + common.CHUNK_BYTES, each)
+    return words
+
+
+def all_there(words: list[Any]) -> Any:
+    """Whether none of the words of any lane is 0."""
+    least = words[0]
+    for word in words[1:]:
+        least = pr.inline_ptx_hl("min.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[least, word])
+    return Int32(ballot_zero(least)) == 0
+
+
+def ballot_zero(word: Any) -> Any:
+    """A bit for each lane whose word is 0."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.eq.u32 p, {$r0}, 0; vote.sync.ballot.b32 {$w0}, p, 0xffffffff; }", write_only_types=[Uint32], read_only_args=[word]
+    )
 
 
 def take_ticket(address: Any) -> Any:

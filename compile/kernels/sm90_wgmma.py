@@ -379,9 +379,9 @@ def multiply_half(config: Config, accumulators: list[Any], stage: Any, first_blo
         codes = common.shared_words(codes_at + (block * common.K64_HALVES + half) * common.CHUNK_BYTES)
         of_row, of_lower_row = (common.weight_scale(scales[block], 2 * half + row) for row in range(2))
         operands = []
-        for word in codes:
-            decoded = common.decode_weights(word)
-            operands.append([common.mul_bf16x2(decoded[i], of_lower_row if i % 2 else of_row) for i in range(4)])
+        for first in range(0, common.K16_STEPS, 2):
+            for decoded in common.decode_weights(*codes[first : first + 2]):
+                operands.append([common.mul_bf16x2(decoded[i], of_lower_row if i % 2 else of_row) for i in range(4)])
         sums = accumulators[block * own : (block + 1) * own]
         pr.wgmma_fence_aligned()
         for step, a in enumerate(operands):

@@ -9,7 +9,7 @@ spans, one a CTA: FC1 takes a tile's rows of units one after another, FC2 all ti
 Three pieces of code run at their own distance along the span: weights, ``weight_stages`` blocks ahead; tokens, one block ahead; and the products.
 What a tile's rows are (``rows``, and FC2's ``row_alpha``) stands in shared memory a tile before it is needed.
 
-    FC1:  a unit in one span: epilogue.  In several: sums to the CTA's slot, ticket; the last CTA adds all, in the order of CTAs, then the epilogue.
+    FC1:  a unit in one span: epilogue.  In several: sums to the CTA's slot; the CTA whose span ends in it adds all in order, then the epilogue.
     FC2:  workspace[token] += row_alpha · accumulators (red.v4); ticket at the end of 256 columns; the last converts, stores and clears.
 
 Run-time setting ``early_list``: what ``route`` wrote was complete before the launch that precedes this one began, so that weights are fetched before
@@ -27,15 +27,15 @@ from cutlass import Float32, Int32, Int64, Uint32
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels import sm90_wgmma as wgmma
-from densemoe.compile.kernels.sm90_epilogue import fc1_pairs, multiply, select, store_fc1_outputs, store_fc1_pairs, store_if
-from densemoe.compile.kernels.sm90_fc2 import add_to_workspace, load_workspace_if, wait
+from densemoe.compile.kernels.sm90_epilogue import fc1_pairs, multiply, store_fc1_outputs, store_fc1_pairs, store_if
+from densemoe.compile.kernels.sm90_fc2 import add_to_workspace, wait
 from densemoe.compile.kernels.sm90_groupedfc2 import FINISHED_TOKENS, finish_tokens
-from densemoe.compile.kernels.sm90_reduction import take_ticket
 
 TILE_BYTES = 16  # of a tile of ``route``, and of the list's head
 SMALLEST_SPAN = 4  # K 128 blocks of a CTA
-SLOTS = 2  # of a CTA: for the unit that its span begins inside of, and for the one that it ends inside of
+SLOT_BATCH = {1: 8, 2: 4}  # by warpgroups: vectors of a slot whose loads are in flight together, as registers allow
 VECTOR = 4  # float32 of one access to a slot
 FC2_OUTPUTS = 8  # consecutive output columns that the four m16 blocks of a superblock give one lane
 
@@ -62,6 +62,7 @@ def wgmma_kernel(
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
+    worker = reduction.worker_of(bid, ctas)
     warp = cute.arch.make_warp_uniform(tid // 32)
     lane = tid % 32
     g = lane // 4
@@ -93,9 +94,9 @@ def wgmma_kernel(
     total, workers = shares(work.units, k_blocks, ctas)
     first = total
     last = total
-    if Int64(bid) < workers:
-        first = Int64(bid) * total // workers
-        last = (Int64(bid) + 1) * total // workers
+    if Int64(worker) < workers:
+        first = Int64(worker) * total // workers
+        last = (Int64(worker) + 1) * total // workers
     remaining = Int32(last - first)
     unit = Int32(first // Int64(k_blocks))
     k = Int32(first - Int64(unit) * Int64(k_blocks))
@@ -224,7 +225,7 @@ def wgmma_kernel(
                 cute.arch.fence_acq_rel_gpu()
                 pr.barrier_cta_sync(0)
                 if tid == 0:
-                    flag[0] = take_ticket(tickets + Int64(group) * 4)
+                    flag[0] = reduction.take_ticket(tickets + Int64(group) * 4)
                 pr.barrier_cta_sync(0)
                 if flag[0] == contributors - 1:
                     cute.arch.fence_acq_rel_gpu()
@@ -241,29 +242,15 @@ def wgmma_kernel(
             if run != k_blocks:
                 total, workers = shares(work.units, k_blocks, ctas)  # again, as `work` has it
                 begin = Int64(unit) * Int64(k_blocks)
-                first_cta = Int32(((begin + 1) * workers - 1) // total)
-                sharing = Int32(((begin + Int64(k_blocks)) * workers - 1) // total) - first_cta + 1
-                if tid == 0:
-                    flag[0] = load_acquire(tickets + Int64(again(first_cta)) * 4)
-                pr.barrier_cta_sync(0)
-                # the first CTA comes last as a rule, since the unit ends its span and begins the others': its sums stay in registers
-                alone = Int32(bid == first_cta) & Int32(flag[0] == sharing - 1)
-                finish = alone
-                if alone == 0:
-                    store_slot(config, slot_address(config, partials, bid, Int32(bid == first_cta), tid), sums)
-                    cute.arch.fence_acq_rel_gpu()
-                    pr.barrier_cta_sync(0)
-                    if tid == 0:
-                        flag[0] = take_ticket(tickets + Int64(again(first_cta)) * 4)
-                    pr.barrier_cta_sync(0)
-                    finish = Int32(flag[0] == sharing - 1)
-                sums = [select(alone, each, Float32(0.0)) for each in sums]
-                if finish != 0:
-                    cute.arch.fence_acq_rel_gpu()
-                    if tid == 0:
-                        store_if("b32", tickets + Int64(again(first_cta)) * 4, Int32(1), [Uint32(0)])
-                    for other in cutlass.range(first_cta + alone, first_cta + sharing, unroll=1):
-                        sums = add_slot(config, sums, slot_address(config, partials, other, Int32(other == first_cta), tid))
+                first_worker = Int32(((begin + 1) * workers - 1) // total)
+                sharing = Int32(((begin + Int64(k_blocks)) * workers - 1) // total) - first_worker + 1
+                own_worker = again(worker)
+                finish = Int32(own_worker == first_worker)
+                if finish == 0:
+                    store_slot(config, slot_address(config, partials, own_worker, tid), sums)
+                else:
+                    for other in cutlass.range(first_worker + 1, first_worker + sharing, unroll=1):
+                        sums = add_slot(config, sums, slot_address(config, partials, other, tid))
             if finish != 0:
                 own_expert, own_first, own_count = work.tile(unit)  # again: registers are short
                 thread = again(tid)  # what follows from it would otherwise be kept in registers all the time
@@ -429,9 +416,9 @@ def tokens_of(config: wgmma.Config, table: Any, slot: Any, tile: list[Any], row:
 # ---- FC1: sums over CTAs
 
 
-def slot_address(config: wgmma.Config, slots: Any, cta: Any, which: Any, tid: Any) -> Any:
-    """Where a thread's sums begin in a slot: sixteen bytes a thread, then the next sixteen of every thread."""
-    return slots + Int64(cta * SLOTS + which) * slot_bytes(config) + Int64(tid * (VECTOR * 4))
+def slot_address(config: wgmma.Config, slots: Any, worker: Any, tid: Any) -> Any:
+    """Where a thread's sums begin in a worker's slot: sixteen bytes a thread, then the next sixteen of every thread."""
+    return slots + Int64(worker) * slot_bytes(config) + Int64(tid * (VECTOR * 4))
 
 
 def slot_bytes(config: wgmma.Config) -> int:
@@ -439,24 +426,38 @@ def slot_bytes(config: wgmma.Config) -> int:
     return config.tile_m * wgmma.GROUP_ROWS * 4
 
 
+def vector_address(config: wgmma.Config, address: Any, index: int) -> Any:
+    """Where a thread's ``index``-th sixteen bytes of a slot lie."""
+    return address + index * (config.threads * VECTOR * 4)
+
+
 def store_slot(config: wgmma.Config, address: Any, sums: list[Any]) -> None:
-    """Stores a thread's sums."""
+    """Stores a thread's sums, as ``sm90_reduction`` has them; added to 0, which makes every NaN the one that is not taken for no sum."""
     for index in range(config.accumulators // VECTOR):
-        store_if("v4.f32", address + index * (config.threads * VECTOR * 4), Int32(1), sums[index * VECTOR : (index + 1) * VECTOR])
+        own = reduction.add(sums[index * VECTOR : (index + 1) * VECTOR], [Float32(0.0)] * VECTOR)
+        words = [reduction.inverted(each, Uint32) for each in own]
+        reduction.put_slot_words_if(vector_address(config, address, index), Int32(1), words)
 
 
-def add_slot(config: wgmma.Config, sums: list[Any], address: Any) -> list[Any]:
-    """``sums`` with those of a slot added."""
-    result = []
-    for index in range(config.accumulators // VECTOR):
-        values = load_workspace_if(address + index * (config.threads * VECTOR * 4), Int32(1))
-        result += [total + value for total, value in zip(sums[index * VECTOR : (index + 1) * VECTOR], values, strict=True)]
-    return result
+@cute.jit
+def add_slot(config: cutlass.Constexpr, sums, address):
+    """``sums`` with those of a slot added; waits until they are there, and clears them."""
+    vectors, batch = config.accumulators // VECTOR, SLOT_BATCH[config.shape.warpgroups]
+    for first in cutlass.range_constexpr(0, vectors, batch):
+        addresses = [vector_address(config, address, index) for index in range(first, min(first + batch, vectors))]
+        words = slot_words(addresses)
+        while not reduction.all_there(words):
+            words = slot_words(addresses)
+        begin, end = first * VECTOR, first * VECTOR + len(words)
+        sums = sums[:begin] + reduction.add(sums[begin:end], [reduction.inverted(word, Float32) for word in words]) + sums[end:]
+        for each in addresses:
+            reduction.put_slot_words_if(each, Int32(1), [Uint32(0)] * VECTOR)
+    return sums
 
 
-def load_acquire(address: Any) -> Any:
-    """A counter, with acquire at device scope."""
-    return pr.inline_ptx_hl("ld.acquire.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
+def slot_words(addresses: list[Any]) -> list[Any]:
+    """The words of some vectors of a slot."""
+    return [word for address in addresses for word in reduction.get_slot_words_if(address, Int32(1))]
 
 
 # ---- FC2: sums over tiles

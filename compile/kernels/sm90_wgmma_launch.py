@@ -14,7 +14,7 @@ from densemoe.compile.kernels import Expected
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_wgmma as wgmma
 from densemoe.compile.kernels.host import pointer
-from densemoe.compile.kernels.sm90_wgmma_kernel import SLOTS, SMALLEST_SPAN, slot_bytes, wgmma_kernel
+from densemoe.compile.kernels.sm90_wgmma_kernel import SMALLEST_SPAN, slot_bytes, wgmma_kernel
 from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
 from densemoe.runtime.variant import Variant
 
@@ -91,10 +91,7 @@ def recipe(variant: Variant) -> Recipe:
         )
     else:
         weight_rows, k_length, scales = "2 * I", "H", "alpha"
-        workspaces = (
-            Workspace("workspace.partials", f"ctas * {SLOTS * slot_bytes(config)}"),
-            Workspace("workspace.tickets", "ctas * 4", zeroed=True),
-        )
+        workspaces = (Workspace("workspace.partials", f"ctas * {slot_bytes(config)}", zeroed=True),)
     return Recipe(
         parameters=(
             Parameter("a", "pointer", "a.codes" if config.nvfp4_activations else "a"),
@@ -105,7 +102,7 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("c", "pointer", "c.codes" if nvfp4_output else "c"),
             pointer_or_null("c_scales", "c.scales", nvfp4_output),
             Parameter("partials", "pointer", "workspace.partials"),
-            Parameter("tickets", "pointer", "workspace.tickets"),
+            pointer_or_null("tickets", "workspace.tickets", fc2),
             Parameter("tiles", "pointer", "tiles"),
             Parameter("rows", "pointer", "rows"),
             Parameter("tokens_total", "u32", "M"),

@@ -30,7 +30,7 @@ GUARD = 4096  # poisoned bytes behind every output
 KEPT_VALUES = 8 << 30  # bytes of decoded weights that are kept from case to case
 ZEROS = 0.25  # share of exact alphas that are 0
 THREADS = 8  # experts made at once; numpy releases the interpreter's lock
-SUPERBLOCK, INTERCHANGE = "sm90a-superblock/1", packing.INTERCHANGE_LAYOUT
+SUPERBLOCK, INTERCHANGE = "sm90a-superblock/2", packing.INTERCHANGE_LAYOUT
 
 
 def device_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:

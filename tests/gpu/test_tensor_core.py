@@ -23,7 +23,7 @@ K = 128
 
 
 def _step(step: int) -> list[int]:
-    """Logical k of MMA step ``step`` of the first K 64 in the layout sm90a-superblock/1."""
+    """Logical k of MMA step ``step`` of the first K 64 in the layout sm90a-superblock/2."""
     return [16 * quarter + 4 * step + i for quarter in range(4) for i in range(4)]
 
 

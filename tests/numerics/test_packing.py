@@ -28,11 +28,19 @@ def bf16x2(word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low.astype(np.float64), high.astype(np.float64)
 
 
-def decode(word: np.ndarray) -> list[np.ndarray]:
-    """The four bf16x2 words of a code word, times 2**-126: (row g, k 0/1), (row g + 8, k 0/1), (row g, k 2/3), (row g + 8, k 2/3)."""
-    mask = np.uint32(0x81C081C0)
-    last = ((word << 1) & np.uint32(0x80008000)) | ((word >> 3) & np.uint32(0x01800180)) | ((word >> 7) & np.uint32(0x00400040))
-    return [word & mask, (word << 3) & mask, (word << 6) & mask, last]
+def rotated(word: np.ndarray, count: int) -> np.ndarray:
+    """uint32 words rotated left."""
+    return (word << np.uint32(count)) | (word >> np.uint32(32 - count))
+
+
+def decode(first: np.ndarray, second: np.ndarray) -> list[list[np.ndarray]]:
+    """The four bf16x2 words of each of two code words, times 2**-126: (row g, k 0/1), (row g + 8, k 0/1), (row g, k 2/3), (row g + 8, k 2/3)."""
+    mask, left_over = np.uint32(0x81C081C0), np.uint32(0x06030603)
+    joined = (first & left_over) | ((second << np.uint32(2)) & ~left_over)
+    return [
+        [first & mask, (first << np.uint32(4)) & mask, rotated(first, 10) & mask, (joined << np.uint32(6)) & mask],
+        [second & mask, (second << np.uint32(4)) & mask, rotated(second, 10) & mask, rotated(joined, 12) & mask],
+    ]
 
 
 def expand_scale(byte: np.ndarray) -> np.ndarray:
@@ -58,8 +66,9 @@ def superblock_operand(superblock: np.ndarray) -> np.ndarray:
         codes = lane_words(superblock, chunk)
         pair = scales[:, :, block] >> np.uint32(16 * half)
         factors = [expand_scale(pair & np.uint32(0xFF)), expand_scale((pair >> np.uint32(8)) & np.uint32(0xFF))]
+        decoded = [words for pair in range(0, 4, 2) for words in decode(codes[:, :, pair], codes[:, :, pair + 1])]
         for step in range(4):
-            for index, word in enumerate(decode(codes[:, :, step])):
+            for index, word in enumerate(decoded[step]):
                 row = 16 * block + g + 8 * (index % 2)
                 for odd, (value, factor) in enumerate(zip(bf16x2(word), bf16x2(factors[index % 2]), strict=True)):
                     product = value * factor
@@ -145,17 +154,19 @@ def test_decoding_gives_every_code_times_every_scale() -> None:
     assert len(seen) == 16 * 127
 
 
-def test_every_code_reaches_every_bit_position_of_a_word() -> None:
+def test_every_code_reaches_every_bit_position_of_a_pair_of_words() -> None:
     for code in range(16):
-        for place in range(8):  # row g or g + 8, k 0…3
+        for place in range(16):  # row g or g + 8, k 0…7
             codes = np.zeros((64, 128), dtype=np.uint8)
             row = packing.row_order("fc2")[8 * (place % 2)]
             codes[row, place // 2] = code
             packed = packing.pack_expert("fc2", pack_codes(codes), np.full((64, 8), 0x38, dtype=np.uint8))
-            assert not packed[4:4096].any(), "only the first word of the first lane changes"
-            decoded = [half for pair in decode(packed[:4].view("<u4")) for half in bf16x2(pair)]
-            expected = [0.0] * 8
-            expected[4 * (place // 2 // 2) + 2 * (place % 2) + place // 2 % 2] = E2M1_VALUES[code]
+            assert not packed[8:4096].any(), "only the first two words of the first lane change"
+            words = packed[:8].view("<u4").reshape(2, 1)
+            decoded = [half for pair in decode(words[0], words[1]) for word in pair for half in bf16x2(word)]
+            expected = [0.0] * 16
+            k = place // 2
+            expected[8 * (k // 4) + 4 * (k // 2 % 2) + 2 * (place % 2) + k % 2] = E2M1_VALUES[code]
             assert [float(v[0]) * 2.0**126 for v in decoded] == expected
 
 

@@ -248,7 +248,7 @@ def entry(key: str, settings: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> S
     """What tuning reads of a manifest's entry."""
     variant = Variant.parse(key)
     recipe = Recipe((), (1, 1, 1), (32, 1, 1), settings=settings)
-    layout = "none" if variant.op in ("prepare", "route") else "sm90a-superblock/1"
+    layout = "none" if variant.op in ("prepare", "route") else "sm90a-superblock/2"
     return SimpleNamespace(key=key, variant=variant, layout=layout, recipe=recipe, sha256="0" * 64)
 
 
