@@ -57,12 +57,13 @@ class LaunchConfig:
         function: kernel handle.
         config: ``CUlaunchConfig``.
         arguments: address of the array of parameter addresses; ``keep`` holds the memory behind it.
+        stream: that ``config`` names; setting it costs more than comparing.
     """
 
-    __slots__ = ("arguments", "config", "function", "keep")
+    __slots__ = ("arguments", "config", "function", "keep", "stream")
 
     def __init__(self, function: Any, config: Any, arguments: int, keep: tuple[object, ...]) -> None:
-        self.function, self.config, self.arguments, self.keep = function, config, arguments, keep
+        self.function, self.config, self.arguments, self.keep, self.stream = function, config, arguments, keep, 0
 
 
 class Driver:
@@ -298,23 +299,22 @@ class Driver:
         function = cuda.CUfunction(int(kernel))
         return LaunchConfig(function, config, ctypes.addressof(pointers), (memory, pointers, attributes, block_of_parameters))
 
-    def launcher(self, prepared: LaunchConfig) -> Callable[[int], None]:
-        """A function that launches ``prepared`` on a stream (0: the legacy default stream): one driver call, everything else done before."""
-        call, function, arguments, config = self._cuda.cuLaunchKernelEx, prepared.function, prepared.arguments, prepared.config
-        success = self._cuda.CUresult.CUDA_SUCCESS
-        current = 0  # the structure's stream; setting it costs more than comparing
+    def launcher(self, *prepared: LaunchConfig) -> Callable[[int], None]:
+        """A function that launches each of ``prepared`` in turn on a stream (0: the legacy default stream): one driver call a kernel, everything
+        else done before."""
+        call, success = self._cuda.cuLaunchKernelEx, self._cuda.CUresult.CUDA_SUCCESS
         forks, generation = _FORKS, len(_FORKS)
 
-        def launch(stream: int, kept: LaunchConfig = prepared) -> None:  # kept: the memory that `arguments` and `config` point to
-            nonlocal current
+        def launch(stream: int) -> None:
             if len(forks) != generation:
                 self.check_process()
-            if stream != current:
-                config.hStream = stream
-                current = stream
-            code = call(config, function, arguments, 0)[0]
-            if code is not success and code != success:
-                raise self._error("cuLaunchKernelEx", code)
+            for each in prepared:
+                if each.stream != stream:
+                    each.config.hStream = stream
+                    each.stream = stream
+                code = call(each.config, each.function, each.arguments, 0)[0]
+                if code is not success and code != success:
+                    raise self._error("cuLaunchKernelEx", code)
 
         return launch
 

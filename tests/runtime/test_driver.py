@@ -255,6 +255,18 @@ def test_a_launch_is_one_call_on_the_stream_that_is_given(make: Make) -> None:
     assert len(binding.named("cuLaunchKernelEx")) == 4
 
 
+def test_launches_that_belong_together_are_one_call_each_in_their_order(make: Make) -> None:
+    driver, binding = make()
+    first, second = launch_config(), launch_config()
+    first.function, second.function = "first", "second"
+    driver.launcher(first, second)(7)
+    assert [arguments[1] for arguments in binding.named("cuLaunchKernelEx")] == ["first", "second"]
+    assert [each.config.hStream for each in (first, second)] == [7, 7]
+    driver.launcher(second)(8)  # the stream belongs to the structure, not to whoever launches it
+    driver.launcher(first, second)(7)
+    assert second.config.hStream == 7
+
+
 def test_the_driver_is_asked_once_how_many_clusters_it_holds(make: Make) -> None:
     def asked(function: int, config: Any) -> tuple[Any, ...]:
         shape = config.attrs[0].value.clusterDim

@@ -75,8 +75,8 @@ def layer_artifacts(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -
 def fake(layer_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     made = Fake(layer_artifacts)
 
-    def launcher(prepared: Any) -> Any:
-        return lambda stream: made.driver.launches.append(((prepared.function, prepared.config), stream, bytes(prepared.keep[0])))  # type: ignore[arg-type]
+    def launcher(*prepared: Any) -> Any:
+        return lambda stream: made.driver.launches.extend(((each.function, each.config), stream, bytes(each.keep[0])) for each in prepared)
 
     monkeypatch.setattr(made.driver, "launcher", launcher)
     before = device.use_runtime(made.runtime)
@@ -296,11 +296,12 @@ def test_another_device_than_the_current_one_is_made_current_for_the_launches(fa
 def test_a_thread_without_a_context_gets_the_device_s(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = fake.driver.launches
 
-    def launcher(prepared: Any) -> Any:
+    def launcher(*prepared: Any) -> Any:
         def launch(stream: int) -> None:
-            if fake.driver.context is None:
-                raise DriverError("cuLaunchKernelEx: CUDA_ERROR_INVALID_CONTEXT", call="cuLaunchKernelEx", code=201)
-            launches.append(((prepared.function, prepared.config), stream, bytes(prepared.keep[0])))  # type: ignore[arg-type]
+            for each in prepared:
+                if fake.driver.context is None:
+                    raise DriverError("cuLaunchKernelEx: CUDA_ERROR_INVALID_CONTEXT", call="cuLaunchKernelEx", code=201)
+                launches.append(((each.function, each.config), stream, bytes(each.keep[0])))  # type: ignore[arg-type]
 
         return launch
 
@@ -381,7 +382,11 @@ def test_tensor_maps_are_encoded_once_an_address(blackwell_artifacts: Path, monk
             return struct.pack("<16Q", address, *range(15))
 
     driver, launched = Driver(((10, 0),)), []
-    monkeypatch.setattr(driver, "launcher", lambda prepared: lambda stream: launched.append((prepared.function.symbol, bytes(prepared.keep[0]))))
+
+    def launcher(*prepared: Any) -> Any:
+        return lambda stream: launched.extend((each.function.symbol, bytes(each.keep[0])) for each in prepared)
+
+    monkeypatch.setattr(driver, "launcher", launcher)
     runtime = device.Runtime(Loader(blackwell_artifacts, driver), lambda ordinal: 77, lambda: False, lambda: 0)  # type: ignore[arg-type]
     before = device.use_runtime(runtime)
     try:
@@ -512,6 +517,45 @@ def test_a_shortcut_is_not_taken_while_a_graph_is_captured_and_goes_with_its_ent
     fake.capturing = False
     fake.runtime.clear()
     assert not fake.runtime.shortcuts
+
+
+def test_nobody_asks_whether_the_default_stream_is_captured(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA refuses to capture it."""
+    asked: list[int] = []
+    monkeypatch.setattr(fake.runtime, "capturing", lambda: asked.append(fake.stream) or fake.capturing)
+    a = arguments()
+    for fake.stream in (0, 77):
+        for _ in range(2):
+            device.quantize_nvfp4(a[0], a[5][:1])
+            c, _ = device.fc1_swiglu(a[0], None, a[4], a[5], None, None, INTERMEDIATE, packing.LAYOUT, "bf16")
+            device.fc2_out(c, None, a[6], torch.ones(4, EXPERTS), EXPERTS, HIDDEN, packing.LAYOUT, "bf16", c=torch.empty_like(a[0]))
+            device.moe(*a)
+    assert len(fake.launches()) == 2 * 2 * 6
+    assert {*asked} == {77}
+
+
+def test_plain_outputs_share_one_tensor_for_the_scales_that_they_have_not(fake: Fake) -> None:
+    a = arguments()
+    plain = [device.fc1_swiglu(a[0], None, a[4], a[5], None, None, INTERMEDIATE, packing.LAYOUT, "bf16") for _ in range(3)]
+    assert [(scales.shape, scales.dtype) for _, scales in plain] == [((0, 0), torch.uint8)] * 3
+    assert plain[1][1] is plain[2][1]
+    assert len({c.data_ptr() for c, _ in plain}) == 3
+    given = device.quantize_nvfp4(a[0], one := torch.ones(1))
+    quantised = [device.fc1_swiglu(*given, a[4], a[5], None, one, INTERMEDIATE, packing.LAYOUT, "nvfp4") for _ in range(3)]
+    assert len({scales.data_ptr() for _, scales in quantised}) == 3
+
+
+def test_an_entry_that_was_closed_launches_nothing(fake: Fake) -> None:
+    a = arguments()
+    device.moe(*a)
+    (entry,) = fake.runtime.entries.values()
+    fake.launches()
+    fake.runtime.clear()
+    with pytest.raises(PlanError, match="is closed"):
+        entry.launch(entry._bound, 77)
+    with pytest.raises(PlanError, match="is closed"):
+        entry.plans[0].prepared  # noqa: B018
+    assert fake.launches() == []
 
 
 def test_a_shortcut_allocates_by_torch_empty_while_another_device_is_current(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
