@@ -346,10 +346,10 @@ _PASSES: Final = 8
 
 
 def _rehearse() -> None:
-    """Reads a set of one made-up variant from memory, and this file, when this module is imported: a first pass over this code takes twice as long as
-    a later one (pages of C code, lookups in the standard library, and the interpreter's own forms of what runs often), and is better spent in an
-    import than before a first kernel. So are the pages that a manifest is read into: an allocator that has given as much twice has it at hand (glibc
-    raises its threshold for mapped blocks by the first)."""
+    """Finds the root, and reads this file and a set of one made-up variant in memory, when this module is imported: a first pass over this code takes
+    twice as long as a later one (pages of C code, lookups in the standard library, and the interpreter's own forms of what runs often), and is better
+    spent in an import than before a first kernel. So are the pages that a manifest is read into: an allocator that has given as much twice has it at
+    hand (glibc raises its threshold for mapped blocks by the first)."""
     for _ in range(2):
         b"." * _READ  # not zeros, which would be pages that nobody has touched
     key, digest = "fc1.sm90a.t8x64.c1x1.bf16-bf16", "0" * 64
@@ -367,6 +367,7 @@ def _rehearse() -> None:
         with suppress(ArtifactError):  # this file need not lie on a disk
             read_file(__file__, LARGEST_CUBIN)
             read_file(__file__, LARGEST_CUBIN, 0)
+        _root(None)
         _serving(Index.from_bytes(index.encode(), "").sets, (9, 0))
         Manifest.from_bytes(manifest, "", full=False).variants[key]  # reading it is the point
 
