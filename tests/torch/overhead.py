@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "runtime")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 
-from fake_driver import FakeDriver  # noqa: E402
-from test_device import EXPERTS, HIDDEN, INTERMEDIATE, arguments  # noqa: E402
+from fake_driver import FakeDriver
+from fake_gpu import EXPERTS, HIDDEN, INTERMEDIATE, arguments
 
-from densemoe.runtime import packing  # noqa: E402
-from densemoe.runtime.bench_overhead import idle_op  # noqa: E402
-from densemoe.runtime.loader import Loader  # noqa: E402
-from densemoe.runtime.torch import device, ops  # noqa: E402
+from densemoe.runtime import packing
+from densemoe.runtime.bench_overhead import idle_op
+from densemoe.runtime.loader import Loader
+from densemoe.runtime.torch import device, ops
 
 
 class Idle(FakeDriver):
