@@ -5,16 +5,57 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
-__all__ = ["main"]
+__all__ = ["PARTS", "Parts", "main"]
 
 BATCHES: Final = 40
 LAUNCHES: Final = 200  # a batch: fewer than the device's queue holds, so that the host does not wait
 
+#: Parts of loading a kernel, in their order: short name → what it is.
+PARTS: Final = {
+    "open": "the driver opened and asked for the device's capability",
+    "read": "files read: index and manifest with the first kernel, the cubin",
+    "hash": "sha256 of them, but for the index",
+    "parse": "index, manifest and the kernel's entry parsed and checked",
+    "load": "cuLibraryLoadData",
+    "symbol": "cuLibraryGetKernel",
+    "parameters": "cuKernelGetParamInfo, once a parameter and once more",
+    "memory": "cuKernelSetAttribute: shared memory and carveout",
+    "rest": "everything else: Python, and taking these times",
+}
+
 
 def _microseconds(start: float) -> float:
     return (time.perf_counter() - start) * 1e6
+
+
+class Parts:
+    """Microseconds by part of what is done between two calls of ``take``."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, float] = {}
+
+    def watch(self, part: str, owner: Any, name: str) -> None:
+        """Times every call of ``owner.name``, a function of a module or a method of a class, as ``part`` from now on."""
+        function: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                self._taken[part] = self._taken.get(part, 0.0) + _microseconds(start)
+
+        setattr(owner, name, timed)
+
+    def take(self, whole: float) -> dict[str, float]:
+        """The parts of ``whole`` microseconds, ``rest`` among them, by the names of PARTS; 0 for what was not done."""
+        found = {part: self._taken.get(part, 0.0) for part in PARTS}
+        found["rest"] = whole - sum(found.values())
+        self._taken.clear()
+        return found
 
 
 def main(arguments: list[str]) -> int:
@@ -33,50 +74,39 @@ def main(arguments: list[str]) -> int:
     _, context = cuda.cuDevicePrimaryCtxRetain(cuda.cuDeviceGet(device)[1])
     cuda.cuCtxSetCurrent(context)
     figures: dict[str, Any] = {"context": _microseconds(start)}
+    from densemoe.runtime import loader as loading
+    from densemoe.runtime import manifest
     from densemoe.runtime.driver import Driver
-    from densemoe.runtime.loader import Loader
     from densemoe.runtime.problem import Problem
 
-    loads: list[float] = []
-    asked: list[float] = []  # what the driver's other calls take, a kernel
-
-    class Timed(Driver):
-        """Notes what ``cuLibraryLoadData`` takes, and what the driver is asked of a loaded kernel."""
-
-        def load(self, image: bytes, *, file: str, arch: str, ordinal: int) -> Any:
-            start = time.perf_counter()
-            library = super().load(image, file=file, arch=arch, ordinal=ordinal)
-            loads.append(_microseconds(start))
-            asked.append(0.0)
-            return library
-
-        def kernel(self, library: Any, symbol: str) -> Any:
-            start = time.perf_counter()
-            handle = super().kernel(library, symbol)
-            asked[-1] += _microseconds(start)
-            return handle
-
-        def parameters(self, kernel: Any) -> tuple[tuple[int, int], ...]:
-            start = time.perf_counter()
-            found = super().parameters(kernel)
-            asked[-1] += _microseconds(start)
-            return found
-
-        def prepare(self, kernel: Any, ordinal: int, dynamic_smem: int, carveout: int) -> None:
-            start = time.perf_counter()
-            super().prepare(kernel, ordinal, dynamic_smem, carveout)
-            asked[-1] += _microseconds(start)
+    parts = Parts()
+    for part, owner, names in (
+        ("open", Driver, ("__init__", "capability")),
+        ("read", loading, ("read_file",)),
+        ("hash", loading, ("_sha256",)),
+        ("parse", manifest.Index, ("from_bytes",)),
+        ("parse", manifest.Manifest, ("from_bytes",)),
+        ("parse", manifest._Entries, ("__getitem__",)),
+        ("load", Driver, ("load",)),
+        ("symbol", Driver, ("kernel",)),
+        ("parameters", Driver, ("parameters",)),
+        ("memory", Driver, ("prepare",)),
+    ):
+        for name in names:
+            parts.watch(part, owner, name)
 
     start = time.perf_counter()
-    loader = Loader(task["artifacts"], Timed())
+    loader = loading.Loader(task["artifacts"])
     loader.kernel(task["keys"][0], device)
     figures["first_kernel"] = _microseconds(start)
+    figures["first_parts"] = parts.take(figures["first_kernel"])
     later = figures["later_kernels"] = []
+    later_parts = figures["later_parts"] = []
     for key in task["keys"][1:]:
         start = time.perf_counter()
         loader.kernel(key, device)
         later.append(_microseconds(start))
-    figures["first_load"], figures["later_loads"], figures["later_asked"] = loads[0], loads[1:], asked[1:]
+        later_parts.append(parts.take(later[-1]))
     figures.update(_plan(loader, Problem("fc1", 1, 1, 256, 256, *task["dtypes"]), device))
     print(json.dumps(figures))
     return 0

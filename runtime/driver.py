@@ -44,7 +44,6 @@ if hasattr(os, "register_at_fork"):
 _PARAMETER_INFO_SINCE: Final = 12040
 _LIBRARIES_SINCE: Final = 12000
 _POINTER: Final = ctypes.c_void_p
-_PARAMETER_INFO: Final = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, ctypes.c_size_t, _POINTER, _POINTER)
 _LOAD_DATA: Final = ctypes.CFUNCTYPE(
     ctypes.c_int, _POINTER, ctypes.c_char_p, _POINTER, _POINTER, ctypes.c_uint, _POINTER, _POINTER, ctypes.c_uint
 )
@@ -57,12 +56,13 @@ class LaunchConfig:
         function: kernel handle.
         config: ``CUlaunchConfig``.
         arguments: address of the array of parameter addresses; ``keep`` holds the memory behind it.
+        stream: that ``config`` names; setting it costs more than comparing.
     """
 
-    __slots__ = ("arguments", "config", "function", "keep")
+    __slots__ = ("arguments", "config", "function", "keep", "stream")
 
     def __init__(self, function: Any, config: Any, arguments: int, keep: tuple[object, ...]) -> None:
-        self.function, self.config, self.arguments, self.keep = function, config, arguments, keep
+        self.function, self.config, self.arguments, self.keep, self.stream = function, config, arguments, keep, 0
 
 
 class Driver:
@@ -79,6 +79,7 @@ class Driver:
             raise DriverUnavailable(f"cuda-bindings is not installed ({error}): install densemoe with its requirements") from None
         self._cuda = driver
         self._resident: dict[tuple[object, ...], int] = {}
+        self._devices: dict[int, Any] = {}
         self.process = os.getpid()
         try:
             result = driver.cuInit(0)
@@ -87,8 +88,8 @@ class Driver:
         code = result[0]
         if int(code) != 0:
             raise DriverUnavailable(f"cuInit: {self._name(code)} ({int(code)}): {self._remedy(self._name(code))}", call="cuInit", code=int(code))
-        if self.version() >= _PARAMETER_INFO_SINCE:
-            self._parameter_info, self._load_data  # noqa: B018 - looked up here, and not while the first kernel loads
+        if self.version() >= _LIBRARIES_SINCE:
+            self._load_data  # noqa: B018 - looked up here, and not while the first kernel loads
 
     # ---- errors
 
@@ -122,6 +123,10 @@ class Driver:
 
     def version(self) -> int:
         """CUDA version that the driver supports: 13000 is 13.0."""
+        return self._version
+
+    @cached_property
+    def _version(self) -> int:
         return int(self._call("cuDriverGetVersion"))
 
     def device_count(self) -> int:
@@ -137,7 +142,10 @@ class Driver:
         return bytes(self._call("cuDeviceGetPCIBusId", 32, self._device(ordinal))).split(b"\0")[0].decode()
 
     def _device(self, ordinal: int) -> Any:
-        return self._call("cuDeviceGet", ordinal)
+        found = self._devices.get(ordinal)
+        if found is None:
+            found = self._devices[ordinal] = self._call("cuDeviceGet", ordinal)
+        return found
 
     def attribute(self, name: str, ordinal: int) -> int:
         """A ``CU_DEVICE_ATTRIBUTE_…`` of a device, by the part of its name after the prefix."""
@@ -178,7 +186,6 @@ class Driver:
             DriverTooOld: the driver does not know the format.
         """
         library = ctypes.c_void_p()
-        # as with cuKernelGetParamInfo: the binding's own first call of this costs five times as much
         code = self._load_data(ctypes.byref(library), image, None, None, 0, None, None, 0)
         if code == 0:
             return self._cuda.CUlibrary(library.value or 0)
@@ -206,35 +213,27 @@ class Driver:
 
     def parameters(self, kernel: Any) -> tuple[tuple[int, int], ...]:
         """(offset, size) of every parameter, in order. Needs a 12.4 driver."""
-        # a kernel has a dozen parameters: called through the binding this would be the longest part of loading it
-        query = self._parameter_info
-        handle, offset, size = int(kernel), ctypes.c_size_t(), ctypes.c_size_t()
-        at_offset, at_size = ctypes.byref(offset), ctypes.byref(size)
-        found: list[tuple[int, int]] = []
-        while (code := query(handle, len(found), at_offset, at_size)) == 0:
-            found.append((offset.value, size.value))
-        if code != self._cuda.CUresult.CUDA_ERROR_INVALID_VALUE:  # one past the last
-            raise self._error("cuKernelGetParamInfo", self._cuda.CUresult(code))
-        return tuple(found)
-
-    @cached_property
-    def _parameter_info(self) -> Callable[..., int]:
-        """``cuKernelGetParamInfo`` of the driver that cuda-bindings loaded, as a C function."""
         if self.version() < _PARAMETER_INFO_SINCE:
             raise DriverTooOld(
                 f"the driver supports CUDA {version_text(self.version())} and has no cuKernelGetParamInfo: a kernel's parameters cannot be compared"
                 " with the manifest's; update NVIDIA's driver to one for CUDA 12.4 or later"
             )
-        return self._function("cuKernelGetParamInfo", _PARAMETER_INFO_SINCE, _PARAMETER_INFO)
+        # a kernel has a dozen parameters: a third of the time that ctypes takes
+        query, success = self._cuda.cuKernelGetParamInfo, self._cuda.CUresult.CUDA_SUCCESS
+        found: list[tuple[int, int]] = []
+        code, offset, size = query(kernel, 0)
+        while code == success:
+            found.append((offset, size))
+            code, offset, size = query(kernel, len(found))
+        if code != self._cuda.CUresult.CUDA_ERROR_INVALID_VALUE:  # one past the last
+            raise self._error("cuKernelGetParamInfo", code)
+        return tuple(found)
 
     @cached_property
     def _load_data(self) -> Callable[..., int]:
-        """``cuLibraryLoadData``, likewise."""
-        return self._function("cuLibraryLoadData", _LIBRARIES_SINCE, _LOAD_DATA)
-
-    def _function(self, name: str, since: int, kind: Any) -> Callable[..., int]:
-        address, _ = self._call("cuGetProcAddress", name.encode(), since, 0)
-        function: Callable[..., int] = kind(int(address))
+        """``cuLibraryLoadData`` of the driver that cuda-bindings loaded, as a C function: the binding's own first call of it takes 0.1 ms."""
+        address, _ = self._call("cuGetProcAddress", b"cuLibraryLoadData", _LIBRARIES_SINCE, 0)
+        function: Callable[..., int] = _LOAD_DATA(int(address))
         return function
 
     def prepare(self, kernel: Any, ordinal: int, dynamic_smem: int, carveout: int) -> None:
@@ -298,23 +297,22 @@ class Driver:
         function = cuda.CUfunction(int(kernel))
         return LaunchConfig(function, config, ctypes.addressof(pointers), (memory, pointers, attributes, block_of_parameters))
 
-    def launcher(self, prepared: LaunchConfig) -> Callable[[int], None]:
-        """A function that launches ``prepared`` on a stream (0: the legacy default stream): one driver call, everything else done before."""
-        call, function, arguments, config = self._cuda.cuLaunchKernelEx, prepared.function, prepared.arguments, prepared.config
-        success = self._cuda.CUresult.CUDA_SUCCESS
-        current = 0  # the structure's stream; setting it costs more than comparing
+    def launcher(self, *prepared: LaunchConfig) -> Callable[[int], None]:
+        """A function that launches each of ``prepared`` in turn on a stream (0: the legacy default stream): one driver call a kernel, everything
+        else done before."""
+        call, success = self._cuda.cuLaunchKernelEx, self._cuda.CUresult.CUDA_SUCCESS
         forks, generation = _FORKS, len(_FORKS)
 
-        def launch(stream: int, kept: LaunchConfig = prepared) -> None:  # kept: the memory that `arguments` and `config` point to
-            nonlocal current
+        def launch(stream: int) -> None:
             if len(forks) != generation:
                 self.check_process()
-            if stream != current:
-                config.hStream = stream
-                current = stream
-            code = call(config, function, arguments, 0)[0]
-            if code is not success and code != success:
-                raise self._error("cuLaunchKernelEx", code)
+            for each in prepared:
+                if each.stream != stream:
+                    each.config.hStream = stream
+                    each.stream = stream
+                code = call(each.config, each.function, each.arguments, 0)[0]
+                if code is not success and code != success:
+                    raise self._error("cuLaunchKernelEx", code)
 
         return launch
 

@@ -12,6 +12,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from densemoe.runtime import driver as cuda_driver
 from densemoe.runtime.canonical import installed_file, read_file
-from densemoe.runtime.errors import AbiMismatch, ArchitectureMismatch, ArtifactCorrupt, ArtifactNotFound, DriverTooOld, SelectionError
-from densemoe.runtime.manifest import INDEX_NAME, LARGEST_CUBIN, LARGEST_MANIFEST, SCHEMA, Index, Manifest, ManifestVariant
+from densemoe.runtime.errors import AbiMismatch, ArchitectureMismatch, ArtifactCorrupt, ArtifactError, ArtifactNotFound, DriverTooOld, SelectionError
+from densemoe.runtime.manifest import INDEX_NAME, LARGEST_CUBIN, LARGEST_INDEX, LARGEST_MANIFEST, SCHEMA, Index, Manifest, ManifestVariant
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.select import Choice, load_table, select
 from densemoe.runtime.variant import Architecture, Variant, architecture, symbol_of
@@ -53,22 +54,27 @@ def artifact_root(path: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         ArtifactNotFound: the path does not exist, or the installed package carries no artifacts.
     """
-    return Path(_root(path))
+    given, said = _root(path)
+    if not os.path.isfile(os.path.join(given, INDEX_NAME)):
+        raise _no_artifacts(given, said)
+    return Path(given)
 
 
-def _root(path: str | os.PathLike[str] | None) -> str:
-    """The root's path as text: a cold start has no use for Path objects, which take longer to make than its index to read."""
+def _root(path: str | os.PathLike[str] | None) -> tuple[str, str]:
+    """The root's path and who named it. As text: a cold start has no use for Path objects, which take longer to make than its index to read; and
+    nobody looks whether the index is there, since it is read next."""
     if path is not None:
-        given, said = os.fspath(path), "the given path"
-    elif given := os.environ.get("DENSEMOE_ARTIFACTS", ""):
-        said = "DENSEMOE_ARTIFACTS"
-    else:
-        given, said = os.path.dirname(installed_file("built", INDEX_NAME)), "the installed package"
-    if not os.path.isfile(index := os.path.join(given, INDEX_NAME)):
-        raise ArtifactNotFound(
-            f"{said} has no artifacts: {index} does not exist. Run `densemoe build`, install a wheel with artifacts, or set DENSEMOE_ARTIFACTS"
-        )
-    return given
+        return os.fspath(path), "the given path"
+    if given := os.environ.get("DENSEMOE_ARTIFACTS", ""):
+        return given, "DENSEMOE_ARTIFACTS"
+    return os.path.dirname(installed_file("built", INDEX_NAME)), "the installed package"
+
+
+def _no_artifacts(root: str, said: str) -> ArtifactNotFound:
+    return ArtifactNotFound(
+        f"{said} has no artifacts: {os.path.join(root, INDEX_NAME)} does not exist. Run `densemoe build`, install a wheel with artifacts, or set"
+        " DENSEMOE_ARTIFACTS"
+    )
 
 
 class ArtifactSet:
@@ -81,15 +87,16 @@ class ArtifactSet:
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self._extensible = path is None and not os.environ.get("DENSEMOE_ARTIFACTS")
         self._addons: tuple[ArtifactSet, ...] | None = None
+        root, said = _root(path)
         try:
-            root = _root(path)
+            data = read_file(os.path.join(root, INDEX_NAME), LARGEST_INDEX)
         except ArtifactNotFound:
             if not self.addons:
-                raise
+                raise _no_artifacts(root, said) from None
             root = str(self.addons[0].root)
+            data = read_file(os.path.join(root, INDEX_NAME), LARGEST_INDEX)
         self._prefix = os.path.join(root, "")
-        index = f"{self._prefix}{INDEX_NAME}"
-        self.index = Index.from_bytes(read_file(index, LARGEST_MANIFEST), index)
+        self.index = Index.from_bytes(data, f"{self._prefix}{INDEX_NAME}")
         self._manifests: dict[str, Manifest] = {}
         self._lock = threading.Lock()
 
@@ -332,9 +339,19 @@ class Loader:
         return Plan(self.driver, loaded.entry, loaded.handle, problem, tensors, device, workspace, {**choice.settings, **(settings or {})})
 
 
+#: Bytes that reading a manifest and a cubin takes, rounded up.
+_READ: Final = 1 << 19
+#: Passes after which the interpreter has its own forms of the code that is rehearsed.
+_PASSES: Final = 8
+
+
 def _rehearse() -> None:
-    """Reads a set of one made-up variant from memory, once, when this module is imported: a first pass over this code takes twice as long as a
-    second one (pages of C code, lookups in the standard library), and is better spent in an import than before a first kernel."""
+    """Finds the root, and reads this file and a set of one made-up variant in memory, when this module is imported: a first pass over this code takes
+    twice as long as a later one (pages of C code, lookups in the standard library, and the interpreter's own forms of what runs often), and is better
+    spent in an import than before a first kernel. So are the pages that a manifest is read into: an allocator that has given as much twice has it at
+    hand (glibc raises its threshold for mapped blocks by the first)."""
+    for _ in range(2):
+        b"." * _READ  # not zeros, which would be pages that nobody has touched
     key, digest = "fc1.sm90a.t8x64.c1x1.bf16-bf16", "0" * 64
     entry = (
         f'{{"arch_kind":"exact","audit":{{}},"dynamic_smem":0,"file":"{key}.cubin","kernel":"","layout":"","parameter_bytes":0,'
@@ -346,8 +363,13 @@ def _rehearse() -> None:
         f'"toolchain":{{\n"ptxas":""\n}},\n"variants":{{\n"{key}":{entry}\n}}\n}}\n'
     ).encode()
     index = f'{{"schema":{SCHEMA},"sets":[{{"arch":"sm_90a","manifest":"sm_90a/manifest.json","sha256":"{_sha256(manifest)}","variants":1}}]}}'
-    _serving(Index.from_bytes(index.encode(), "").sets, (9, 0))
-    Manifest.from_bytes(manifest, "", full=False).variants[key]  # reading it is the point
+    for _ in range(_PASSES):
+        with suppress(ArtifactError):  # this file need not lie on a disk
+            read_file(__file__, LARGEST_CUBIN)
+            read_file(__file__, LARGEST_CUBIN, 0)
+        _root(None)
+        _serving(Index.from_bytes(index.encode(), "").sets, (9, 0))
+        Manifest.from_bytes(manifest, "", full=False).variants[key]  # reading it is the point
 
 
 _rehearse()

@@ -219,6 +219,17 @@ class Plan:
         """Key of the variant that this Plan launches."""
         return self.entry.key
 
+    @property
+    def prepared(self) -> LaunchConfig:
+        """What the driver is given: for callers that launch several Plans at once.
+
+        Raises:
+            PlanError: the Plan is closed, or M = 0.
+        """
+        if self._prepared is None:
+            raise PlanError(f"the Plan of {self.key} is closed, or launches nothing: make a new one")
+        return self._prepared
+
     def _place_weights(self) -> None:
         """Addresses of the parts of the packed weights."""
         for role, offset in weight_parts(self.entry.layout, self.problem).items():

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from densemoe.runtime.cold import PARTS
 from densemoe.runtime.driver import version_text
 from densemoe.runtime.errors import ArtifactError, DensemoeError
 from densemoe.runtime.first_layer import ABSENT
@@ -123,13 +124,23 @@ def _measure(artifacts: str | None, device: int, processes: int, bytecode: str) 
     def medians(name: str) -> list[float]:
         return [statistics.median(run[name]) for run in runs]
 
+    def first_parts() -> list[dict[str, Any]]:
+        return [_row(f"  of it {what}", (run["first_parts"][part] for run in runs), MICRO) for part, what in PARTS.items()]
+
+    def later_parts() -> list[dict[str, Any]]:
+        found = []
+        for part, what in PARTS.items():
+            values = [statistics.median(each[part] for each in run["later_parts"]) for run in runs]
+            if any(values):
+                found.append(_row(f"  of it {what}", values, MICRO, 50.0 if part == "load" else None))
+        return found
+
     rows += [
         _row("cuda-bindings, cuInit and a context: before densemoe", each("context", 1e3), MILLI),
         _row("first kernel once a context exists, opening the artifact set included", each("first_kernel"), MICRO, 1000.0),
-        _row("  of it cuLibraryLoadData, the process's first", each("first_load"), MICRO),
+        *first_parts(),
         _row("a later kernel, with hash and ABI check", medians("later_kernels"), MICRO, 150.0),
-        _row("  of it cuLibraryLoadData", medians("later_loads"), MICRO, 50.0),
-        _row("  of it the driver's answers: symbol, parameters, shared memory", medians("later_asked"), MICRO),
+        *later_parts(),
         _row("the first Plan, with the selection's table", each("plan"), MICRO),
         _row("its first launch", each("first_launch"), MICRO),
         _row("launch of a prepared Plan from Python", medians("launches"), MICRO, 4.0),

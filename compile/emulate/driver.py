@@ -182,15 +182,16 @@ class EmulatedDriver:
         """A launch to be made; ``block_of_parameters`` is read at every launch."""
         return LaunchConfig(kernel, (grid, block, cluster, dynamic_smem), 0, (block_of_parameters,))
 
-    def launcher(self, prepared: LaunchConfig) -> Callable[[int], None]:
-        """A function that runs ``prepared`` to its end; it raises EmulatorError where the kernel has a fault."""
-        cubin, ptx = prepared.function
-        grid, block, cluster, dynamic_smem = prepared.config
-        (parameters,) = prepared.keep
+    def launcher(self, *prepared: LaunchConfig) -> Callable[[int], None]:
+        """A function that runs each of ``prepared`` to its end, in turn; it raises EmulatorError where a kernel has a fault."""
 
         def launch(stream: int) -> None:
-            given = Launch(cubin.symbol, grid, block, cluster, dynamic_smem, bytes(parameters))  # type: ignore[call-overload]
-            self.reports.append(run(ptx, given, self._memory, self.schedule, sm_count=self._sm_count))
+            for each in prepared:
+                cubin, ptx = each.function
+                grid, block, cluster, dynamic_smem = each.config
+                (parameters,) = each.keep
+                given = Launch(cubin.symbol, grid, block, cluster, dynamic_smem, bytes(parameters))  # type: ignore[call-overload]
+                self.reports.append(run(ptx, given, self._memory, self.schedule, sm_count=self._sm_count))
 
         return launch
 

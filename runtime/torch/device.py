@@ -86,7 +86,7 @@ def moe(
         "moe", stream, w1_pointer, w2_pointer, x.numel(), given, hidden, intermediate, layout, c_dtype, first_expert, elsewhere
     )  # fmt: skip
     short = rt.shortcuts.get(short_key)
-    if short is not None and short.check(*like) and not rt.capturing():
+    if short is not None and short.check(*like) and not (stream and rt.capturing()):
         entry, here = short.entry, rt.current_device() == short.ordinal
         c = short.output() if here else short.output_elsewhere()
         scratch = (short.second() if here else short.second_elsewhere()) if entry.scratch else None
@@ -186,7 +186,7 @@ def _moe(
         None if output_multiplier is None else signature(output_multiplier),
         None if alpha_max is None else signature(alpha_max),
     )  # fmt: skip
-    entry = None if rt.capturing() else rt.entries.get(key)
+    entry = None if stream and rt.capturing() else rt.entries.get(key)
     if entry is None:
         tensors = (x, x_scales, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, alpha_max)
         entry = _entry(rt, key, max(ordinal, 0), stream, tensors, c, (hidden, intermediate, layout, c_dtype, first_expert, elsewhere))

@@ -100,25 +100,25 @@ class Entry:
 
     def __init__(self, runtime: Runtime, owner: Owner, plans: tuple[Plan, ...], sources: Sequence[Source], scratch: int = 0) -> None:
         self.plans, self.sources, self.scratch, self.used = plans, tuple(sources), scratch, runtime.made
-        self.launches = tuple(plan.launch for plan in plans)
         self.key: Any = None
         self._runtime, self.ordinal = runtime, owner[1]
         self._lock = runtime.lock(owner)
-        self._alignments = tuple(each.alignment for each in sources)
+        self._launch = runtime.loader.driver.launcher(*[plan.prepared for plan in plans]) if plans else None
         self._bound: tuple[int, ...] = (-1,) * len(self.sources)
         self._nowhere = self._bound
         words = [plan.words() for plan in plans]
-        #: (parameter block as 64-bit words, index, offset) by source
-        self._slots: list[list[tuple[memoryview, int, int]]] = [[] for _ in sources]
-        #: (Plan, role, offset) by source, of Plans whose addresses stand in tensor maps
-        self._encoded: list[list[tuple[Plan, str, int]]] = [[] for _ in sources]
-        for position, each in enumerate(self.sources):
-            for launch, role, offset in each.uses if plans else ():
+        #: (source's position, its alignment, parameter block as 64-bit words, index, offset) of each word that holds an address
+        self._slots: list[tuple[int, int, memoryview, int, int]] = []
+        #: (source's position, its alignment, Plan, role, offset) of each address that stands in tensor maps
+        self._encoded: list[tuple[int, int, Plan, str, int]] = []
+        for position, source in enumerate(self.sources):
+            for launch, role, offset in source.uses if plans else ():
                 found = words[launch]
                 if found is None:
-                    self._encoded[position].append((plans[launch], role, offset))
+                    self._encoded.append((position, source.alignment, plans[launch], role, offset))
                 else:
-                    self._slots[position] += [(found[0], index, offset + inner) for index, inner in found[1].get(role, ())]
+                    places = found[1].get(role, ())
+                    self._slots += [(position, source.alignment, found[0], index, offset + inner) for index, inner in places]
 
     def launch(self, pointers: tuple[int, ...], stream: int, here: bool | None = None) -> None:
         """Launches every Plan on ``stream``, pointed to ``pointers``: an address for each source, 0 for an absent one.
@@ -130,38 +130,44 @@ class Entry:
             ProblemError: an address is not aligned; nothing was launched.
         """
         self.used = self._runtime.made
-        if not self.launches:
+        launch, lock = self._launch, self._lock
+        if launch is None:
             return
-        with self._lock:
+        lock.acquire()  # in half the time of `with`
+        try:
             if pointers != self._bound:
                 self._point(pointers)
             if self._runtime.current_device() == self.ordinal if here is None else here:
                 try:
-                    for launch in self.launches:
-                        launch(stream)
+                    launch(stream)
                 except DriverError as error:
                     if error.code != _INVALID_CONTEXT:
                         raise
-                    self._launch_guarded(stream)  # the thread had no context, so the first launch failed
+                    self._launch_guarded(launch, stream)  # the thread had no context, so the first launch failed
             else:
-                self._launch_guarded(stream)
+                self._launch_guarded(launch, stream)
+        finally:
+            lock.release()
 
-    def _launch_guarded(self, stream: int) -> None:
+    def _launch_guarded(self, launch: Callable[[int], None], stream: int) -> None:
         with self._runtime.on_device(self.ordinal):
-            for launch in self.launches:
-                launch(stream)
+            launch(stream)
 
     def _point(self, pointers: tuple[int, ...]) -> None:
         before, self._bound = self._bound, self._nowhere  # until everything is written
-        again: dict[Plan, dict[str, int]] = {}
-        for position, pointer in enumerate(pointers):
+        for position, alignment, block, index, offset in self._slots:
+            pointer = pointers[position]
             if pointer != before[position]:
-                if pointer % self._alignments[position]:
+                if pointer % alignment:
                     check_aligned(self.sources[position], pointer)
-                for block, index, offset in self._slots[position]:
-                    block[index] = pointer + offset
-                for plan, role, offset in self._encoded[position]:
-                    again.setdefault(plan, {})[role] = pointer + offset
+                block[index] = pointer + offset
+        again: dict[Plan, dict[str, int]] = {}
+        for position, alignment, plan, role, offset in self._encoded:
+            pointer = pointers[position]
+            if pointer != before[position]:
+                if pointer % alignment:
+                    check_aligned(self.sources[position], pointer)
+                again.setdefault(plan, {})[role] = pointer + offset
         for plan, addresses in again.items():
             plan.rebind(addresses)
         self._bound = pointers
@@ -175,9 +181,10 @@ class Entry:
                 raise ProblemError(f"{self.sources[output].name} (output) overlaps {source.name}: give each memory of its own")
 
     def close(self) -> None:
-        """Closes the Plans."""
+        """Closes the Plans; a launch that follows raises their PlanError."""
         for plan in self.plans:
             plan.close()
+            self._launch = plan.launch
 
 
 class Shortcut:
@@ -191,15 +198,17 @@ class Shortcut:
 
     __slots__ = ("check", "entry", "ordinal", "output", "output_elsewhere", "second", "second_elsewhere")
 
-    def __init__(self, check: Callable[..., bool], entry: Entry, output: partial[Tensor], second: partial[Tensor]) -> None:
+    def __init__(self, check: Callable[..., bool], entry: Entry, output: Callable[[], Tensor], second: Callable[[], Tensor]) -> None:
         self.check, self.entry, self.ordinal = check, entry, entry.ordinal
         self.output, self.output_elsewhere = _allocation(output), output
         self.second, self.second_elsewhere = _allocation(second), second
 
 
-def _allocation(make: partial[Tensor]) -> Callable[[], Tensor]:
+def _allocation(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """``make``, a prepared ``torch.empty`` of a shape, by the function that compiled code of torch allocates with, on the current device: less of the
-    host's time. ``make`` itself where this torch lacks it or it gives something else."""
+    host's time. ``make`` itself where this torch lacks it or it gives something else, or where it is another function."""
+    if not isinstance(make, partial):
+        return make
     device, dtype = make.keywords["device"], make.keywords["dtype"]
     allocate = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
     if device.type != "cuda" or allocate is None:
@@ -232,7 +241,8 @@ class Runtime:
     Args:
         loader: made on first use where absent.
         stream: current stream of a device as an address.
-        capturing: whether that stream is being captured.
+        capturing: whether that stream is being captured. Nobody asks it of stream 0, the legacy default one, which CUDA does not capture: the answer
+            takes torch three calls of the driver.
         current_device: of this thread.
         guard: makes a device current, a context manager.
     """
@@ -299,7 +309,7 @@ class Runtime:
             make: is told whose workspaces the entry uses.
         """
         with self._lock, self.on_device(ordinal):
-            if self.capturing():
+            if stream and self.capturing():
                 capture = self.loader.driver.capture_id(stream)
                 found = self._captured.get((capture, key))
                 if found is None:
@@ -314,16 +324,18 @@ class Runtime:
                 found.key = key
             return found
 
-    def shorten(self, key: Any, entry: Entry, tensors: Sequence[Tensor | None], output: partial[Tensor], second: partial[Tensor]) -> None:
+    def shorten(
+        self, key: Any, entry: Entry, tensors: Sequence[Tensor], output: Callable[[], Tensor], second: Callable[[], Tensor]
+    ) -> None:
         """Lets calls with ``key`` and tensors like these find ``entry``, unless it is a capture's or has been dropped.
 
         Args:
             key: everything but the tensors that decides what is launched, which optional tensors there are included.
-            output, second: ``torch.empty`` of what the call makes, with its shape as integers, its dtype and its device.
+            output, second: make what the call gives: ``torch.empty`` with its shape as integers, its dtype and its device, or any other function.
         """
-        check = _guards([each for each in tensors if each is not None])
+        check = _guards(tensors)
         with self._lock:
-            if check is not None and not self.capturing() and self.entries.get(entry.key) is entry:
+            if check is not None and self.entries.get(entry.key) is entry:
                 if len(self.shortcuts) >= KEPT_ENTRIES:
                     self.shortcuts.clear()
                 self.shortcuts[key] = Shortcut(check, entry, output, second)

@@ -133,7 +133,7 @@ quantize_nvfp4: Final = torch.ops.densemoe.quantize_nvfp4
 
 #: ``fc1_swiglu(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, layout, c_dtype) -> (c, c_scales)``: a bf16 ``[M, H]``, or codes
 #: ``[M, H/2]`` with a_scales; alpha f32 ``[E]``; alpha_post f32 ``[M, E]`` or None; output_multiplier f32 ``[1]`` exactly for ``nvfp4``;
-#: c ``[M, E·I]`` (codes ``[M, E·I/2]``), c_scales empty for plain outputs.
+#: c ``[M, E·I]`` (codes ``[M, E·I/2]``), c_scales empty for plain outputs (on a GPU one tensor for many calls).
 fc1_swiglu: Final = torch.ops.densemoe.fc1_swiglu
 
 #: ``fc2(a, a_scales, b, alpha, experts, hidden, layout, c_dtype) -> c``: a bf16 ``[M, E·I]``, or codes with a_scales; alpha f32 ``[M, E]`` or

@@ -7,7 +7,7 @@ These functions are what a call costs beyond its launch, so they are written out
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Final
 
@@ -67,7 +67,7 @@ def quantize_nvfp4(x: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
     stream = rt.stream(x.get_device())
     short_key = ("quantize", stream, x.numel(), x.dtype)
     short = rt.shortcuts.get(short_key)
-    if short is not None and short.check(x, multiplier) and not rt.capturing():
+    if short is not None and short.check(x, multiplier) and not (stream and rt.capturing()):
         here = rt.current_device() == short.ordinal
         codes, scales = (short.output(), short.second()) if here else (short.output_elsewhere(), short.second_elsewhere())
         short.entry.launch((x.data_ptr(), multiplier.data_ptr(), codes.data_ptr(), scales.data_ptr()), stream, here)
@@ -99,7 +99,7 @@ def _quantize(x: Tensor, multiplier: Tensor, codes: Tensor, scales: Tensor, own:
         multiplier.shape, multiplier.dtype, multiplier.is_contiguous(), multiplier.get_device(),
     )  # fmt: skip
     pointers = (x.data_ptr(), multiplier.data_ptr(), codes.data_ptr(), scales.data_ptr())
-    entry = None if rt.capturing() else rt.entries.get(key)
+    entry = None if stream and rt.capturing() else rt.entries.get(key)
     if entry is None:
         problem = Problem("quantize", int(x.shape[0]), 0, int(x.shape[1]), 0, check_quantize(x, multiplier), "nvfp4")
         entry = _entry(rt, key, ordinal, stream, Launch(problem), _QUANTIZE, pointers)
@@ -120,6 +120,12 @@ def check_given(name: str, target: Tensor, dtype: Any, shape: tuple[int, ...], b
 
 
 # ---- fc1_swiglu
+
+
+def _always(tensor: Tensor) -> Callable[[], Tensor]:
+    """Gives one tensor to every call: plain outputs have no scales, and an empty tensor takes as long to make as any other."""
+    return lambda: tensor
+
 
 _FC1_BF16: Final = ("a", "-", "b", "alpha", "alpha_post", "output_multiplier")
 _FC1_NVFP4: Final = ("a.codes", "a.scales", "b", "alpha", "alpha_post", "output_multiplier")
@@ -144,7 +150,7 @@ def fc1_swiglu(
     short_key = ("fc1", stream, b_pointer, a.numel(), given, intermediate, layout, c_dtype)
     short = rt.shortcuts.get(short_key)
     tensors = (a, b, alpha) if plain else tuple([each for each in (a, b, alpha, a_scales, alpha_post, output_multiplier) if each is not None])
-    if short is not None and short.check(*tensors) and not rt.capturing():
+    if short is not None and short.check(*tensors) and not (stream and rt.capturing()):
         here = rt.current_device() == short.ordinal
         c, c_scales = (short.output(), short.second()) if here else (short.output_elsewhere(), short.second_elsewhere())
         pointers = (
@@ -162,11 +168,13 @@ def fc1_swiglu(
     device = a.device
     try:
         m, n = a.shape[0], alpha.shape[0] * intermediate
+        make_scales: Callable[[], Tensor]
         if c_dtype == "nvfp4":
             make_c = partial(_empty, m, n // 2, dtype=_U8, device=device)
             make_scales = partial(_empty, (m + 127) // 128 * 128, n // GROUP, dtype=_U8, device=device)
         else:
-            make_c, make_scales = partial(_empty, m, n, dtype=C_DTYPES[c_dtype], device=device), partial(_empty, 0, 0, dtype=_U8, device=device)
+            make_c = partial(_empty, m, n, dtype=C_DTYPES[c_dtype], device=device)
+            make_scales = _always(_empty(0, 0, dtype=_U8, device=device))
         c, c_scales = make_c(), make_scales()
     except (IndexError, KeyError, RuntimeError):  # what the checks refuse, or no memory
         fc1_problem(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, c_dtype)
@@ -228,7 +236,7 @@ def _fc1(
         c.data_ptr(),
         c_scales.data_ptr() if quantised else 0,
     )
-    entry = None if rt.capturing() else rt.entries.get(key)
+    entry = None if stream and rt.capturing() else rt.entries.get(key)
     if entry is None:
         problem = fc1_problem(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, c_dtype)
         roles = (*(_FC1_BF16 if a_scales is None else _FC1_NVFP4), *(("c.codes", "c.scales") if quantised else ("c", "-")))
@@ -253,7 +261,8 @@ def fc2(a: Tensor, a_scales: Tensor | None, b: Tensor, alpha: Tensor, experts: i
     stream = rt.stream(a.get_device())
     short_key = ("fc2", stream, b_pointer, a.numel(), a_scales is None, experts, hidden, layout, c_dtype)
     short = rt.shortcuts.get(short_key)
-    if short is not None and (short.check(a, b, alpha) if a_scales is None else short.check(a, b, alpha, a_scales)) and not rt.capturing():
+    tensors = (a, b, alpha) if a_scales is None else (a, b, alpha, a_scales)
+    if short is not None and short.check(*tensors) and not (stream and rt.capturing()):
         here = rt.current_device() == short.ordinal
         c = short.output() if here else short.output_elsewhere()
         scales = 0 if a_scales is None else a_scales.data_ptr()
@@ -266,7 +275,7 @@ def fc2(a: Tensor, a_scales: Tensor | None, b: Tensor, alpha: Tensor, experts: i
         fc2_problem(a, a_scales, b, alpha, experts, hidden, c_dtype)
         raise
     entry = _fc2(a, a_scales, b, alpha, experts, hidden, layout, c_dtype, c)
-    rt.shorten(short_key, entry, (a, b, alpha, a_scales), make, make)
+    rt.shorten(short_key, entry, tensors, make, make)
     return c
 
 
@@ -288,7 +297,7 @@ def _fc2(
         None if a_scales is None else signature(a_scales),
     )  # fmt: skip
     pointers = (a.data_ptr(), 0 if a_scales is None else a_scales.data_ptr(), b_pointer, alpha.data_ptr(), c.data_ptr())
-    entry = None if rt.capturing() else rt.entries.get(key)
+    entry = None if stream and rt.capturing() else rt.entries.get(key)
     if entry is None:
         problem = fc2_problem(a, a_scales, b, alpha, experts, hidden, c_dtype)
         roles = ("a", "-", "b", "alpha", "c") if a_scales is None else ("a.codes", "a.scales", "b", "alpha", "c")

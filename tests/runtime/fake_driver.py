@@ -81,8 +81,8 @@ class FakeDriver:
     ) -> LaunchConfig:
         return LaunchConfig(kernel, (grid, block, cluster, smem, programmatic), 0, (parameters,))
 
-    def launcher(self, prepared: LaunchConfig) -> Callable[[int], None]:
-        return lambda stream: self.launches.append((prepared.config, stream, bytes(prepared.keep[0])))  # type: ignore[call-overload]
+    def launcher(self, *prepared: LaunchConfig) -> Callable[[int], None]:
+        return lambda stream: self.launches.extend((each.config, stream, bytes(each.keep[0])) for each in prepared)  # type: ignore[call-overload]
 
     def allocate(self, nbytes: int) -> int:
         pointer = self.next_pointer

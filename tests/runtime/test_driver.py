@@ -221,19 +221,22 @@ def test_parameters_end_where_the_driver_says_so(make: Make, end: Result) -> Non
     """One past the last is an invalid value; anything else is a failure, not an end."""
     layout = ((0, 8), (8, 8), (16, 4))
 
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t))
-    def query(kernel: int, index: int, offset: Any, size: Any) -> int:
-        if index == len(layout):
-            return int(end)
-        offset[0], size[0] = layout[index]
-        return 0
-
-    driver, _ = make(cuGetProcAddress=lambda *arguments: (OK, ctypes.cast(query, ctypes.c_void_p).value, 0))
+    driver, binding = make(cuKernelGetParamInfo=lambda kernel, index: (OK, *layout[index]) if index < len(layout) else (end, None, None))
     if end is Result.CUDA_ERROR_INVALID_VALUE:
         assert driver.parameters(1) == layout
     else:
         with pytest.raises(DriverError, match="cuKernelGetParamInfo: CUDA_ERROR_INVALID_CONTEXT"):
             driver.parameters(1)
+    assert binding.named("cuKernelGetParamInfo") == [(1, index) for index in range(4)]
+
+
+def test_what_does_not_change_is_asked_once(make: Make) -> None:
+    """The driver's version and a device's handle: each question is part of what a first kernel takes."""
+    driver, binding = make()
+    for _ in range(3):
+        assert (driver.version(), driver.capability(0), driver.sm_count(1)) == (13000, (9, 0), 132)
+    assert binding.named("cuDriverGetVersion") == [()]
+    assert binding.named("cuDeviceGet") == [(0,), (1,)]
 
 
 # ---- launching, contexts, memory
@@ -253,6 +256,18 @@ def test_a_launch_is_one_call_on_the_stream_that_is_given(make: Make) -> None:
         streams.append(prepared.config.hStream)
     assert streams == [0, 7, 7, 0]
     assert len(binding.named("cuLaunchKernelEx")) == 4
+
+
+def test_launches_that_belong_together_are_one_call_each_in_their_order(make: Make) -> None:
+    driver, binding = make()
+    first, second = launch_config(), launch_config()
+    first.function, second.function = "first", "second"
+    driver.launcher(first, second)(7)
+    assert [arguments[1] for arguments in binding.named("cuLaunchKernelEx")] == ["first", "second"]
+    assert [each.config.hStream for each in (first, second)] == [7, 7]
+    driver.launcher(second)(8)  # the stream belongs to the structure, not to whoever launches it
+    driver.launcher(first, second)(7)
+    assert second.config.hStream == 7
 
 
 def test_the_driver_is_asked_once_how_many_clusters_it_holds(make: Make) -> None:

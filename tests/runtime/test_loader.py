@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from fake_driver import FakeDriver
 
+from densemoe.runtime import loader as loading
 from densemoe.runtime.errors import (
     AbiMismatch,
     ArchitectureMismatch,
@@ -44,6 +45,12 @@ def tensors(driver: FakeDriver, problem: Problem = PROBLEM) -> dict[str, Any]:
 def open_with(root: Path, **driver: Any) -> tuple[Loader, FakeDriver]:
     fake = FakeDriver(**driver)
     return Loader(root, fake), fake  # type: ignore[arg-type]
+
+
+def test_what_is_rehearsed_at_import_needs_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the package is imported from an archive."""
+    monkeypatch.setattr(loading, "__file__", "/no such folder/loader.py")
+    loading._rehearse()
 
 
 # ---- roots

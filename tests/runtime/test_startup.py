@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from densemoe.runtime import startup
+from densemoe.runtime import cold, startup
+from densemoe.runtime.cold import PARTS, Parts
 from densemoe.runtime.errors import DensemoeError
 
 BARS = {100.0: "import densemoe.runtime", 1000.0: "first kernel", 150.0: "a later kernel", 50.0: "cuLibraryLoadData", 4.0: "launch of a"}
@@ -48,8 +49,13 @@ def test_each_bar_has_its_own_figure(artifacts: Path, stub_driver: Path) -> None
         (row,) = [each for each in rows if each["bar"] == bar and each["what"].strip().removeprefix("of it ").startswith(said)]
         assert 0 < row["least"] <= row["median"] <= row["most"]
         assert (row["values"], row["met"]) == (7, row["median"] <= bar)
-    first, load = (next(row for row in rows if row["what"].strip().startswith(name)) for name in ("first kernel", "of it cuLibraryLoadData, the"))
-    assert load["median"] < first["median"]
+    names = [row["what"] for row in rows]
+    for whole, parts in (("first kernel", list(PARTS.values())), ("a later kernel", [what for part, what in PARTS.items() if part != "open"])):
+        place = next(i for i, name in enumerate(names) if name.startswith(whole))
+        split = rows[place + 1 : place + 1 + len(parts)]
+        assert [row["what"] for row in split] == [f"  of it {what}" for what in parts]
+        assert all(0 < row["least"] < rows[place]["median"] for row in split)
+        assert rows[place]["median"] / 2 < sum(row["median"] for row in split) < rows[place]["median"] * 2
     assert any(row["what"].startswith("beside it: compiling") for row in rows)
     (alone,) = [row for row in rows if row["what"] == "process start to first layer result, runtime alone"]
     assert alone["values"] == 7
@@ -57,6 +63,29 @@ def test_each_bar_has_its_own_figure(artifacts: Path, stub_driver: Path) -> None
     assert set(found["absent"]) == {"process start to first layer result, with torch", "process start to first layer result, Humming"}
     assert "humming-kernels is not installed" in found["absent"]["process start to first layer result, Humming"]
     assert found["against"] == []
+
+
+def test_parts_are_summed_and_what_is_left_is_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(cold.time, "perf_counter", lambda: now[0])
+
+    class Reader:
+        def read(self, seconds: float, *, fail: bool = False) -> float:
+            now[0] += seconds
+            if fail:
+                raise OSError
+            return seconds
+
+    parts = Parts()
+    parts.watch("read", Reader, "read")
+    reader = Reader()
+    assert reader.read(1e-6) == 1e-6
+    with pytest.raises(OSError):  # noqa: PT011 - what it says does not matter
+        reader.read(2e-6, fail=True)
+    found = parts.take(10.0)
+    assert list(found) == list(PARTS)
+    assert (found["read"], found["rest"], found["load"]) == (pytest.approx(3.0), pytest.approx(7.0), 0.0)
+    assert parts.take(1.0) == {**dict.fromkeys(PARTS, 0.0), "rest": 1.0}
 
 
 def test_the_table_says_the_same(artifacts: Path, stub_driver: Path) -> None:

@@ -2,111 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_driver import FakeDriver
+from fake_gpu import EXPERTS, HIDDEN, INTERMEDIATE, Fake, arguments, workspaces
 
 from densemoe.runtime import packing
 from densemoe.runtime.errors import DriverError, PlanError, ProblemError
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.torch import device, launching
-
-EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 4, 128, 64, 2
-
-
-class Fake:
-    """A Runtime over the fake driver; ``stream``, ``capturing`` and ``device`` may be changed."""
-
-    def __init__(self, root: Path) -> None:
-        self.driver, self.stream, self.capturing, self.device = FakeDriver(), 77, False, 0
-        self.loader = Loader(root, self.driver)  # type: ignore[arg-type]
-        self.runtime = device.Runtime(self.loader, lambda ordinal: self.stream, lambda: self.capturing, lambda: self.device, self.guard)
-        self.guarded: list[int] = []
-
-    @contextmanager
-    def guard(self, ordinal: int) -> Iterator[None]:
-        self.guarded.append(ordinal)
-        before, self.device = self.device, ordinal
-        yield
-        self.device = before
-
-    def launches(self) -> list[tuple[str, int, dict[str, int]]]:
-        """(op, stream, addresses by role) of every launch since the last call."""
-        found = []
-        by_symbol = {entry.symbol: entry for entry in self.loader.manifest(0).variants.values()}
-        for config, stream, block in self.driver.launches:
-            kernel, _ = config if len(config) == 2 else (config[0], config[1:])
-            entry = by_symbol[getattr(kernel, "symbol", "")] if hasattr(kernel, "symbol") else None
-            assert entry is not None
-            recipe = entry.recipe
-            pointers = {
-                each.value: struct.unpack_from("<Q", block, offset)[0]
-                for each, (offset, _) in zip(recipe.parameters, recipe.offsets(), strict=True)
-                if each.kind == "pointer"
-            }
-            found.append((entry.key.split(".")[0], stream, pointers))
-        self.driver.launches.clear()
-        return found
-
-
-@pytest.fixture(scope="module")
-def layer_artifacts(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quick profile, and what layers of 24 tokens take besides."""
-    from densemoe.compile import build, matrix
-
-    root = tmp_path_factory.mktemp("layer") / "root"
-    shutil.copytree(artifacts, root)
-    for pattern in ("route.sm90a.*", "grouped*.t16x64.c1x1.bf16-bf16", "groupedfc1.*.t16x64.c1x1.nvfp4-nvfp4", "groupedfc2.*.t16x64.c1x1.nvfp4-bf16",
-                    "fc1.sm90a.t32x64.c1x1.nvfp4-nvfp4", "fc2.sm90a.t32x64.c1x1.nvfp4-bf16"):  # fmt: skip
-        assert not build.build(matrix.load(), root, key_filter=pattern).failures
-    return root
-
-
-@pytest.fixture
-def fake(layer_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    made = Fake(layer_artifacts)
-
-    def launcher(prepared: Any) -> Any:
-        return lambda stream: made.driver.launches.append(((prepared.function, prepared.config), stream, bytes(prepared.keep[0])))  # type: ignore[arg-type]
-
-    monkeypatch.setattr(made.driver, "launcher", launcher)
-    before = device.use_runtime(made.runtime)
-    yield made
-    device.use_runtime(before)
-
-
-def arguments(m: int = 4, *, quantise: bool = False, fused: bool = False, layout: str = packing.LAYOUT, ids: Any = torch.int32) -> list[Any]:
-    one = torch.ones(1)
-    sizes = [packing.packed_bytes(op, EXPERTS, HIDDEN, INTERMEDIATE) for op in ("fc1", "fc2")]
-    w1, w2 = (torch.zeros(size + 128, dtype=torch.uint8) for size in sizes)
-    # torch aligns to 64 on a CPU, weights need 128
-    w1, w2 = (w[-w.data_ptr() % 128 :][:size] for w, size in zip((w1, w2), sizes, strict=True))
-    return [
-        torch.zeros(m, HIDDEN, dtype=torch.bfloat16),
-        None,
-        torch.zeros(m, TOP_K, dtype=ids),
-        torch.ones(m, TOP_K),
-        w1,
-        torch.ones(EXPERTS),
-        w2,
-        torch.ones(EXPERTS),
-        one if quantise else None,
-        one.clone() if quantise else None,
-        one.clone() if fused else None,
-        HIDDEN,
-        INTERMEDIATE,
-        layout,
-        "bf16",
-    ]
 
 
 def test_a_bf16_layer_is_three_launches_that_hand_memory_on(fake: Fake) -> None:
@@ -182,11 +91,6 @@ def test_a_second_call_makes_nothing_and_uses_the_new_tensors(fake: Fake) -> Non
     prepare, fc1, fc2 = fake.launches()
     assert (prepare[2]["ids"], fc1[2]["a"], fc2[2]["c"]) == (a[2].data_ptr(), a[0].data_ptr(), out.data_ptr())
     assert (fake.driver.loads, fake.driver.memory) == (loaded, allocated)
-
-
-def workspaces(launch: tuple[str, int, dict[str, int]]) -> dict[str, int]:
-    """A launch's workspaces by role."""
-    return {role: value for role, value in launch[2].items() if role.startswith("workspace")}
 
 
 def shared(launch: tuple[str, int, dict[str, int]]) -> dict[str, int]:
@@ -296,11 +200,12 @@ def test_another_device_than_the_current_one_is_made_current_for_the_launches(fa
 def test_a_thread_without_a_context_gets_the_device_s(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = fake.driver.launches
 
-    def launcher(prepared: Any) -> Any:
+    def launcher(*prepared: Any) -> Any:
         def launch(stream: int) -> None:
-            if fake.driver.context is None:
-                raise DriverError("cuLaunchKernelEx: CUDA_ERROR_INVALID_CONTEXT", call="cuLaunchKernelEx", code=201)
-            launches.append(((prepared.function, prepared.config), stream, bytes(prepared.keep[0])))  # type: ignore[arg-type]
+            for each in prepared:
+                if fake.driver.context is None:
+                    raise DriverError("cuLaunchKernelEx: CUDA_ERROR_INVALID_CONTEXT", call="cuLaunchKernelEx", code=201)
+                launches.append(((each.function, each.config), stream, bytes(each.keep[0])))  # type: ignore[arg-type]
 
         return launch
 
@@ -381,7 +286,11 @@ def test_tensor_maps_are_encoded_once_an_address(blackwell_artifacts: Path, monk
             return struct.pack("<16Q", address, *range(15))
 
     driver, launched = Driver(((10, 0),)), []
-    monkeypatch.setattr(driver, "launcher", lambda prepared: lambda stream: launched.append((prepared.function.symbol, bytes(prepared.keep[0]))))
+
+    def launcher(*prepared: Any) -> Any:
+        return lambda stream: launched.extend((each.function.symbol, bytes(each.keep[0])) for each in prepared)
+
+    monkeypatch.setattr(driver, "launcher", launcher)
     runtime = device.Runtime(Loader(blackwell_artifacts, driver), lambda ordinal: 77, lambda: False, lambda: 0)  # type: ignore[arg-type]
     before = device.use_runtime(runtime)
     try:
@@ -440,109 +349,3 @@ def test_single_ops_launch_one_kernel_each(fake: Fake) -> None:
         assert fake.launches() == []
         device.moe_out(y, *a[1:], c=overlapping["c"])
         assert len(fake.launches()) == 3
-
-
-def test_a_shortcut_leads_only_tensors_like_the_first_call_s(fake: Fake) -> None:
-    """What was changed in place since, under the same address, is checked as on a first call."""
-    a = arguments()
-    device.moe(*a)
-    assert len(fake.runtime.shortcuts) == 1
-    fake.launches()
-    device.moe(*a)
-    assert len(fake.launches()) == 3
-    for position, change in ((3, lambda t: t.t_()), (0, lambda t: t.resize_(8, HIDDEN // 2)), (5, lambda t: t.resize_(EXPERTS - 1))):
-        bad = list(a)
-        bad[position] = a[position].clone()
-        device.moe(*bad)
-        fake.launches()
-        change(bad[position])
-        with pytest.raises(ProblemError):
-            device.moe(*bad)
-        assert not fake.launches()
-    other = [*a[:2], a[2].to(torch.int64), *a[3:]]
-    device.moe(*other)
-    assert len(fake.runtime.entries) == 2
-    assert len(fake.launches()) == 3
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_shortcut_hands_over_every_tensor(fake: Fake, fused: bool) -> None:
-    a = arguments(quantise=True, fused=fused)
-    device.moe(*a)
-    first = fake.launches()
-    device.moe(*a)
-    assert len(fake.runtime.shortcuts) == 1
-    moved = [each.clone() if i in (0, 2, 3, 5, 7, 8, 9, 10) and each is not None else each for i, each in enumerate(a)]
-    fake.launches()
-    kept = device.moe(*moved)
-    quantise, prepare, fc1, fc2 = fake.launches()
-    assert [quantise[0], prepare[0], fc1[0], fc2[0]] == [each[0] for each in first]
-    assert (quantise[2]["a"], quantise[2]["output_multiplier"]) == (moved[0].data_ptr(), moved[8].data_ptr())
-    assert (prepare[2]["ids"], prepare[2]["router"], prepare[2]["w2_alpha"]) == tuple(moved[i].data_ptr() for i in (2, 3, 7))
-    assert (fc1[2]["alpha"], fc1[2]["output_multiplier"], fc2[2]["c"]) == (moved[5].data_ptr(), moved[9].data_ptr(), kept.data_ptr())
-    if fused:
-        assert prepare[2]["alpha_divisor"] == fc2[2]["alpha"] == moved[10].data_ptr()
-
-
-def test_single_ops_by_their_shortcuts(fake: Fake) -> None:
-    a = arguments()
-    for _ in range(2):
-        codes, scales = device.quantize_nvfp4(a[0], a[5][:1])
-        c, _ = device.fc1_swiglu(a[0], None, a[4], a[5], None, None, INTERMEDIATE, packing.LAYOUT, "bf16")
-        alpha = torch.ones(4, EXPERTS)
-        out = device.fc2(c, None, a[6], alpha, EXPERTS, HIDDEN, packing.LAYOUT, "bf16")
-        quantise, fc1, fc2 = fake.launches()
-        assert [quantise[2][role] for role in ("a", "c.codes", "c.scales")] == [each.data_ptr() for each in (a[0], codes, scales)]
-        assert [fc1[2][role] for role in ("a", "b", "alpha", "c")] == [each.data_ptr() for each in (a[0], a[4], a[5], c)]
-        assert [fc2[2][role] for role in ("a", "b", "alpha", "c")] == [each.data_ptr() for each in (c, a[6], alpha, out)]
-        assert len(fake.runtime.shortcuts) == 3
-    with pytest.raises(ProblemError, match="contiguous"):
-        device.fc2(c, None, a[6], torch.ones(EXPERTS, 4).t(), EXPERTS, HIDDEN, packing.LAYOUT, "bf16")
-    assert not fake.launches()
-
-
-def test_a_shortcut_is_not_taken_while_a_graph_is_captured_and_goes_with_its_entry(fake: Fake) -> None:
-    a = arguments()
-    device.moe(*a)
-    (eager,) = [each for each in fake.launches() if each[0] == "fc2"]
-    fake.capturing = True
-    device.moe(*a)
-    (captured,) = [each for each in fake.launches() if each[0] == "fc2"]
-    assert not {*workspaces(eager).values()} & {*workspaces(captured).values()}
-    fake.capturing = False
-    fake.runtime.clear()
-    assert not fake.runtime.shortcuts
-
-
-def test_a_shortcut_allocates_by_torch_empty_while_another_device_is_current(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    used = []
-
-    def allocation(make: Any) -> Any:
-        return lambda: (used.append(make), make())[1]
-
-    monkeypatch.setattr(launching, "_allocation", allocation)
-    a = arguments()
-    for _ in range(2):
-        device.moe(*a)
-    assert len(used) == 1
-    fake.launches()
-    fake.device = 1
-    c = device.moe(*a)
-    assert (len(used), fake.guarded[-1], fake.device) == (1, 0, 1)
-    assert fake.launches()[-1][2]["c"] == c.data_ptr()
-
-
-def test_the_function_of_compiled_code_allocates_on_gpus_alone() -> None:
-    make = partial(torch.empty, 2, 3, dtype=torch.uint8, device=torch.device("cpu"))
-    assert launching._allocation(make) is make
-
-
-def test_without_a_comparison_of_torch_s_or_with_a_tensor_given_twice_the_full_key_decides(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    a = arguments()
-    a[7] = a[5]
-    device.moe(*a)
-    monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
-    device.moe(*arguments())
-    assert not fake.runtime.shortcuts
-    device.moe(*a)
-    assert len(fake.launches()) == 9

@@ -1,0 +1,39 @@
+"""Fixtures of several modules: the ops on a driver that exists only in Python."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_gpu import Fake
+
+from densemoe.runtime.torch import device
+
+
+@pytest.fixture(scope="session")
+def layer_artifacts(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quick profile, and what layers of 24 tokens take besides."""
+    from densemoe.compile import build, matrix
+
+    root = tmp_path_factory.mktemp("layer") / "root"
+    shutil.copytree(artifacts, root)
+    for pattern in ("route.sm90a.*", "grouped*.t16x64.c1x1.bf16-bf16", "groupedfc1.*.t16x64.c1x1.nvfp4-nvfp4", "groupedfc2.*.t16x64.c1x1.nvfp4-bf16",
+                    "fc1.sm90a.t32x64.c1x1.nvfp4-nvfp4", "fc2.sm90a.t32x64.c1x1.nvfp4-bf16"):  # fmt: skip
+        assert not build.build(matrix.load(), root, key_filter=pattern).failures
+    return root
+
+
+@pytest.fixture
+def fake(layer_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    made = Fake(layer_artifacts)
+
+    def launcher(*prepared: Any) -> Any:
+        return lambda stream: made.driver.launches.extend(((each.function, each.config), stream, bytes(each.keep[0])) for each in prepared)
+
+    monkeypatch.setattr(made.driver, "launcher", launcher)
+    before = device.use_runtime(made.runtime)
+    yield made
+    device.use_runtime(before)
