@@ -191,7 +191,7 @@ def test_a_cubin_is_read(compiled: toolchain.Compiled) -> None:
     assert facts.sm == 90
     assert facts.symbol == Variant.parse(KEYS[0]).symbol
     assert facts.stack == 0
-    assert facts.parameter_bytes == 120  # twelve pointers, six words
+    assert facts.parameter_bytes == 112  # eleven pointers, six words
     assert facts.parameters == kernels.load("sm90_fc1").recipe(Variant.parse(KEYS[0])).offsets()
     assert facts.ptxas == toolchain.PINNED_PTXAS
 
