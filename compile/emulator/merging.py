@@ -62,7 +62,7 @@ def merge_gangs(gangs: list[Gang], block: int) -> Gang | None:
         pending = [
             (place, np.concatenate([each.frames[i].pending[j][1] for each in gangs])) for j, (place, _) in enumerate(frame.pending)
         ]
-        merged.frames.append(Frame(frame.join, np.concatenate([each.frames[i].mask for each in gangs]), pending))
+        merged.frames.append(Frame(frame.join, np.concatenate([each.frames[i].mask for each in gangs]), pending, frame.skipped))
     if any(each.local_data is not None for each in gangs):
         parts = [each.local() for each in gangs]
         merged.local_data = np.concatenate([data for data, _ in parts])
