@@ -120,13 +120,19 @@ class Operand:
 
     Args:
         slot: of the CTA.
-        granules: numbers of them in its window.
+        granules: numbers of them in its window, in any shape.
         window: bytes of a CTA's shared window.
+
+    Attributes:
+        index: of its granules among those of all windows, in that shape.
+        rows: the same in one dimension.
+        starts: of its marks.
     """
 
-    __slots__ = ("pages", "rows", "starts")
+    __slots__ = ("index", "pages", "rows", "starts")
 
     def __init__(self, slot: int, granules: Any, window: int) -> None:
-        self.starts = granules * 4 + slot * (window // GRANULE)
-        self.rows = self.starts // 4
+        self.index = granules + slot * (window // 16)
+        self.rows = self.index.reshape(-1)
+        self.starts = self.rows * 4
         self.pages = slice(int(self.starts.min()) // PAGE, int(self.starts.max()) // PAGE + 1)

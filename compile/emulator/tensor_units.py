@@ -18,7 +18,7 @@ from densemoe.compile.emulator import tcgen05
 from densemoe.compile.emulator.asynchronous import AsyncOperation, Copies
 from densemoe.compile.emulator.gang import Gang
 from densemoe.compile.emulator.memory import PARAMETER_WINDOW, RANK_SHIFT
-from densemoe.compile.emulator.smem_descriptor import SmemDescriptor, decode_sm100, operand_granules
+from densemoe.compile.emulator.smem_descriptor import decode_sm100, operand_granules
 from densemoe.compile.emulator.spans import Operand
 from densemoe.compile.emulator.synchronisation import CtaBarrier
 from densemoe.compile.emulator.tensor_map import TensorMap
@@ -26,10 +26,10 @@ from densemoe.compile.emulator.tensor_memory import (
     COLUMNS,
     AccumulatorLayout,
     CopyShape,
-    copy_to_tensor_memory,
     load_registers,
     split_address,
     store_registers,
+    write_rows,
 )
 from densemoe.compile.emulator.tile import Tile
 from densemoe.compile.emulator.warps import LANES, Condition, Groups, Warp
@@ -394,16 +394,17 @@ class TensorUnits(Copies):
         state.last = operation
         self.submit(operation)
 
-    def check_operand(self, slot: int, bits: int, rows: int, k_bytes: int, element_bytes: int, operation: AsyncOperation) -> None:
-        """Raises where an operand's bytes were never written, or are raced for."""
+    def check_operand(self, slot: int, bits: int, rows: int, k_bytes: int, element_bytes: int, operation: AsyncOperation) -> Operand:
+        """Where an operand lies; raises where its bytes were never written, or are raced for."""
         key = (slot, bits, rows, k_bytes, element_bytes)
         operand = self.checked_operands.get(key)
         if operand is None:  # bytes stay written, so an operand is looked at once
-            flat = operand_granules(decode_sm100(bits), rows, k_bytes, element_bytes).reshape(-1)
-            self.check_granules(slot, flat)
-            operand = self.checked_operands[key] = Operand(slot, flat, self.shared.stride)
+            granules = operand_granules(decode_sm100(bits), rows, k_bytes, element_bytes)
+            self.check_granules(slot, granules.reshape(-1))
+            operand = self.checked_operands[key] = Operand(slot, granules, self.shared.stride)
         if self.races is not None:
             self.races.async_operand(operation, operand)
+        return operand
 
     def check_granules(self, slot: int, flat: Any) -> None:
         """Raises where 16-byte granules of a window were never written."""
@@ -422,14 +423,13 @@ class TensorUnits(Copies):
             ctas = self._pair(warp.cta, group)
 
             def action(operation: AsyncOperation, ctas: list[Any] = ctas, where: int = where, bits: int = bits) -> None:
-                source: SmemDescriptor = decode_sm100(bits)
                 lane, column = split_address(where)
                 width = shape.row_bytes // 4
                 for cta in ctas:
                     state = self._state(cta)
                     state.check_columns(column, width, "tcgen05.cp")
-                    self.check_operand(cta.slot, bits, shape.rows, shape.row_bytes, 0, operation)
-                    copy_to_tensor_memory(state.words, where, self.shared.window(cta.slot), source, shape)
+                    operand = self.check_operand(cta.slot, bits, shape.rows, shape.row_bytes, 0, operation)
+                    write_rows(state.words, where, self.shared.granules.take(operand.index).view(np.uint32), shape)
                     if shape.row_of_lane is not None:
                         state.write_whole(column, width)
                     else:
@@ -483,7 +483,9 @@ class TensorUnits(Copies):
         bits, rows, form = (job.a, descriptor.a_rows, descriptor.a_format) if name == "a" else (job.b, descriptor.b_rows, descriptor.b_format)
         transposed = descriptor.transpose_a if name == "a" else descriptor.transpose_b
         element = tcgen05.element_bytes(form) if transposed else 0
-        self.check_operand(cta.slot, bits, rows, 32, element, operation)
+        operand = self.check_operand(cta.slot, bits, rows, 32, element, operation)
+        if not element:
+            return self.shared.granules.take(operand.index).view(np.uint8)
         return tcgen05.operand_bytes(self.shared.window(cta.slot), bits, descriptor, name)
 
     def _scales(self, operation: AsyncOperation, cta: Any, job: _Product) -> tuple[Any, Any]:
