@@ -226,7 +226,7 @@ class Gang:
                 way = version.run(self, self.registers)
                 if way == WAIT:
                     return "wait"
-                executed[version] = executed.get(version, 0) + len(self.warps)
+                executed[version] += len(self.warps)
                 if way == DIVERGED:
                     state = self._diverge(version.block, version)
                 else:
@@ -340,7 +340,9 @@ class Gang:
                 continue
             self.frames.pop()
             left += 1
-            if some(frame.mask):
+            if frame.mask is _all_of(self.lanes):
+                self.mask, target = None, frame.join
+            elif some(frame.mask):
                 self.mask = None if every(frame.mask) else frame.mask
                 target = frame.join
             else:

@@ -37,6 +37,7 @@ __all__ = ["Clock", "Races", "lane_numbers", "level"]
 
 _ASYNC_UNITS: Final = 64  # asynchronous operations told apart at a time; older ones share a unit
 _SEVERAL: Final = 32  # in place of a lane: several wrote together
+_FORKED: Final = np.array([0, 1, 4])  # of what a warp knows: what an operation that it issues knows
 _QUARTER: Final = 32  # lanes of tensor memory in a granule
 _LANES: Final = 128
 _COLUMNS: Final = 512
@@ -332,9 +333,7 @@ class Races:
         self.ticks[number] += 1
         unit, tick = self.cluster_warps + number, self.ticks[number]
         own = self.parts[row]
-        parts = np.empty((3, self.units), np.int32)
-        parts[:2] = own[:2]
-        parts[2] = own[4]
+        parts = own.take(_FORKED, axis=0)
         parts[2, warp.unit] = own[0, warp.unit]
         parts[:, unit] = tick
         clock = Clock(parts, unit, tick, self._wide(row))
@@ -512,7 +511,7 @@ class Races:
             at = int(bad.argmax())
             self._report(places[at], rows[at], int(marks.write_unit[places[at]]), "writes" if write else "reads", "wrote")
         if write:
-            ticks = marks.read_tick[:, places]
+            ticks = marks.read_tick.take(places, axis=1)
             for reader in np.flatnonzero(ticks.any(axis=1)).tolist() if np.count_nonzero(ticks) else ():
                 bad = self.order[rows, marks.read_unit[reader][places]] < ticks[reader]
                 if some(bad):

@@ -18,8 +18,7 @@ from densemoe.compile.emulator import tcgen05
 from densemoe.compile.emulator.asynchronous import AsyncOperation, Copies
 from densemoe.compile.emulator.gang import Gang
 from densemoe.compile.emulator.memory import PARAMETER_WINDOW, RANK_SHIFT
-from densemoe.compile.emulator.smem_descriptor import decode_sm100, operand_granules
-from densemoe.compile.emulator.spans import Operand
+from densemoe.compile.emulator.spans import Operand, operand_of
 from densemoe.compile.emulator.synchronisation import CtaBarrier
 from densemoe.compile.emulator.tensor_map import TensorMap
 from densemoe.compile.emulator.tensor_memory import (
@@ -40,7 +39,6 @@ __all__ = ["TensorMemoryState", "TensorUnits"]
 _WARPGROUP = 4
 _LANES = 128  # of tensor memory
 _OFFSET = (1 << RANK_SHIFT) - 1
-_WRITTEN = np.uint64(0xFFFFFFFFFFFFFFFF)
 _MAP_BYTES = 128
 _MAP_FIELDS = 64  # of these bytes carry fields
 
@@ -399,22 +397,22 @@ class TensorUnits(Copies):
         key = (slot, bits, rows, k_bytes, element_bytes)
         operand = self.checked_operands.get(key)
         if operand is None:  # bytes stay written, so an operand is looked at once
-            granules = operand_granules(decode_sm100(bits), rows, k_bytes, element_bytes)
-            self.check_granules(slot, granules.reshape(-1))
-            operand = self.checked_operands[key] = Operand(slot, granules, self.shared.stride)
+            operand = operand_of(self.shared.stride, *key)
+            self.check_granules(slot, operand.own)
+            self.checked_operands[key] = operand
         if self.races is not None:
             self.races.async_operand(operation, operand)
         return operand
 
     def check_granules(self, slot: int, flat: Any) -> None:
         """Raises where 16-byte granules of a window were never written."""
-        written = self.shared.written_window(slot).view(np.uint64).reshape(-1, 2)
+        written = self.shared.written_window(slot).view(np.complex128)
         highest = int(flat.max())
-        if highest >= written.shape[0]:
+        if highest >= written.size:
             raise EmulatorError(f"a matrix descriptor reaches shared address {16 * highest:#x}, outside of shared memory")
-        good = written.take(flat, axis=0) == _WRITTEN
-        if not good.all():
-            bad = int(flat[~good.all(axis=1)][0]) * 16
+        found = written.take(flat)
+        if found.tobytes() != b"\xff" * (16 * flat.size):
+            bad = int(flat[(found.view(np.uint8).reshape(-1, 16) != 0xFF).any(axis=1)][0]) * 16
             raise EmulatorError(f"shared memory at {bad:#x} is read before it was written")
 
     def tmem_copy(self, g: Gang, mask: Any, address: Any, descriptor: Any, shape: CopyShape, group: int) -> None:
