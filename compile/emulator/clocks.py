@@ -94,8 +94,8 @@ class Marks:
         found = self._elements.get(words)
         if found is None:
             found = self._elements[words] = Marks.__new__(Marks)
-            found.write_unit, found.write_tick = (each.reshape(-1, words) for each in (self.write_unit, self.write_tick))
-            found.read_unit, found.read_tick = (each.reshape(READERS, -1, words) for each in (self.read_unit, self.read_tick))
+            found.write_unit, found.write_tick = self.write_unit.reshape(-1, words), self.write_tick.reshape(-1, words)
+            found.read_unit, found.read_tick = self.read_unit.reshape(READERS, -1, words), self.read_tick.reshape(READERS, -1, words)
         return found
 
     def unordered_write(self, where: Any, known: Any) -> Any:
