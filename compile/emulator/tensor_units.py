@@ -10,7 +10,7 @@ multiprocessor, and would wait for each other's columns, are not modelled).
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -501,34 +501,35 @@ class TensorUnits(Copies):
             tcgen05.read_scales(state.words, job.scale_b, descriptor.n, length, descriptor.b_scale_id),
         )
 
+    def _rows_of_a(self, operation: AsyncOperation, cta: Any, job: _Product) -> Any:
+        if not job.a_in_tmem:
+            return self._operand(operation, cta, job, "a")
+        state, (_, column) = self._state(cta), split_address(job.a)
+        state.check_columns(column, 8, "tcgen05.mma (A)")
+        data = tcgen05.operand_in_tensor_memory(state.words, job.a, job.descriptor)
+        state.check_written(slice(0, 128), column, 8, "tcgen05.mma (A)")
+        return data
+
     def _multiply(self, operation: AsyncOperation, job: _Product, ctas: list[Any]) -> None:
         descriptor = job.descriptor
         kind = descriptor.kind
         scales = [self._scales(operation, cta, job) for cta in ctas] if job.scaled else []
         exact = bool(scales) and all(tcgen05.exact_in_float32(*each, descriptor) for each in scales)
         dtype: Any = np.float32 if exact else np.float64
-        pieces = [self._operand(operation, cta, job, "b") for cta in ctas]
-        b = tcgen05.decode_operand(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), descriptor.b_format, kind, dtype)
+        b = tcgen05.decode_operand(_joined([self._operand(operation, cta, job, "b") for cta in ctas]), descriptor.b_format, kind, dtype)
+        a = tcgen05.decode_operand(_joined([self._rows_of_a(operation, cta, job) for cta in ctas]), descriptor.a_format, kind, dtype)
         own_b, scaled_by = b, b""
+        if scales:
+            a = tcgen05.scale_operand(a, _joined([each for each, _ in scales]), descriptor.scale_format)
         _, column = split_address(job.d)
-        width = descriptor.layout.columns(descriptor.n)
+        width, rows = descriptor.layout.columns(descriptor.n), len(a) // len(ctas)
         for number, cta in enumerate(ctas):
             state = self._state(cta)
             disabled = None if job.disabled is None else job.disabled[_LANES * number : _LANES * (number + 1)]
             state.check_columns(column, width, "tcgen05.mma (D)")
-            if job.a_in_tmem:
-                _, a_column = split_address(job.a)
-                state.check_columns(a_column, 8, "tcgen05.mma (A)")
-                data = tcgen05.operand_in_tensor_memory(state.words, job.a, descriptor)
-                state.check_written(slice(0, 128), a_column, 8, "tcgen05.mma (A)")
-            else:
-                data = self._operand(operation, cta, job, "a")
-            a = tcgen05.decode_operand(data, descriptor.a_format, kind, dtype)
-            if scales:
-                row_scales, column_scales = scales[number]
-                a = tcgen05.scale_operand(a, row_scales, descriptor.scale_format)
-                if scaled_by != (by := column_scales.tobytes()):  # the CTAs of a pair have the same
-                    own_b, scaled_by = tcgen05.scale_operand(b, column_scales, descriptor.scale_format), by
+            if scales and scaled_by != (by := scales[number][1].tobytes()):  # the CTAs of a pair have the same
+                own_b, scaled_by = tcgen05.scale_operand(b, scales[number][1], descriptor.scale_format), by
+            own_a = a[rows * number : rows * (number + 1)]
             lanes = _lanes_of(descriptor.layout)
             whole = lanes.size == _LANES
             if job.add and whole:
@@ -537,7 +538,7 @@ class TensorUnits(Copies):
                 raise EmulatorError("tcgen05.mma adds to tensor memory that was never written")
             if self.races is not None:
                 self.races.tensor_async(operation, cta, column, width, True)
-            tcgen05.accumulate(state.words, job.d, descriptor, a, own_b, job.add, job.scale_input_d, disabled)
+            tcgen05.accumulate(state.words, job.d, descriptor, own_a, own_b, job.add, job.scale_input_d, disabled)
             if whole and disabled is None:
                 state.write_whole(column, width)
             elif disabled is None:
@@ -570,30 +571,26 @@ class TensorUnits(Copies):
                 self.races.tensor_order(g.warps[w], what)
 
 
-class _Product:
+class _Product(NamedTuple):
     """Operands of one ``tcgen05.mma``."""
 
-    __slots__ = ("a", "a_in_tmem", "add", "b", "d", "descriptor", "disabled", "scale_a", "scale_b", "scale_input_d", "scaled", "vector")
+    d: int
+    a: int
+    a_in_tmem: bool
+    b: int
+    descriptor: tcgen05.InstructionDescriptor
+    add: bool
+    scaled: bool
+    scale_a: int
+    scale_b: int
+    vector: str
+    disabled: Any
+    scale_input_d: int
 
-    def __init__(
-        self,
-        d: int,
-        a: int,
-        a_in_tmem: bool,
-        b: int,
-        descriptor: tcgen05.InstructionDescriptor,
-        add: bool,
-        scaled: bool,
-        scale_a: int,
-        scale_b: int,
-        vector: str,
-        disabled: Any,
-        scale_input_d: int,
-    ) -> None:
-        self.d, self.a, self.a_in_tmem, self.b = d, a, a_in_tmem, b
-        self.descriptor, self.add, self.scaled = descriptor, add, scaled
-        self.scale_a, self.scale_b, self.vector = scale_a, scale_b, vector
-        self.disabled, self.scale_input_d = disabled, scale_input_d
+
+def _joined(pieces: list[Any]) -> Any:
+    """Rows of all CTAs."""
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 @lru_cache(maxsize=64)

@@ -92,7 +92,7 @@ class Warp:
         return f"CTA {self.cta.ctaid} warp {self.index}"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Frame:
     """An open divergence inside of warps.
 
