@@ -87,6 +87,16 @@ class Marks:
         self.write_tick = np.zeros(shape, np.int32)
         self.read_unit = np.zeros((READERS, *shape), np.int16)
         self.read_tick = np.zeros((READERS, *shape), np.int32)
+        self._elements: dict[int, Marks] = {}
+
+    def elements(self, words: int) -> Marks:
+        """The same marks, of one dimension, in elements of several granules each: ``[elements, words]``."""
+        found = self._elements.get(words)
+        if found is None:
+            found = self._elements[words] = Marks.__new__(Marks)
+            found.write_unit, found.write_tick = self.write_unit.reshape(-1, words), self.write_tick.reshape(-1, words)
+            found.read_unit, found.read_tick = self.read_unit.reshape(READERS, -1, words), self.read_tick.reshape(READERS, -1, words)
+        return found
 
     def unordered_write(self, where: Any, known: Any) -> Any:
         """Which of the granules `where` had a last write that is not known."""

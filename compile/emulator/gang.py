@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densemoe.compile.emulator.clocks import ALL_LANES
-from densemoe.compile.emulator.control_flow import EXIT
+from densemoe.compile.emulator.control_flow import EXIT, Block
 from densemoe.compile.emulator.emitter import Key
 from densemoe.compile.emulator.masks import Mask, every, some
 from densemoe.compile.emulator.translation import DIVERGED, WAIT, Program, Version
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Gang"]
 
 #: Warps of a gang, and how often they part at a branch, from which on it costs less to let them go on apart.
-_FEW, _OFTEN = 2, 8
+_FEW, _OFTEN = 2, 2
 
 
 @cache
@@ -174,7 +174,7 @@ class Gang:
 
     def active_lanes(self, mask: Mask | None) -> Any:
         """Indices of active lanes."""
-        return range(self.lanes) if mask is None else np.flatnonzero(mask).tolist()
+        return range(self.lanes) if mask is None else mask.nonzero()[0].tolist()
 
     def lane_bits(self, mask: Mask | None, w: int) -> int:
         """Active lanes of a warp, a bit each."""
@@ -226,9 +226,9 @@ class Gang:
                 way = version.run(self, self.registers)
                 if way == WAIT:
                     return "wait"
-                executed[version] = executed.get(version, 0) + len(self.warps)
+                executed[version] += len(self.warps)
                 if way == DIVERGED:
-                    state = self._diverge(version)
+                    state = self._diverge(version.block, version)
                 else:
                     target = version.block.taken if way == 0 else version.block.next
                     assert target is not None
@@ -313,7 +313,7 @@ class Gang:
 
     def _enter(self, target: int, version: Version | None, way: int) -> str:
         """Goes to a block; at a join it goes on with other lanes or waits for other warps."""
-        direct = True
+        direct, left = True, 0
         while True:
             if self.meetings and target == self.meetings[-1].join and len(self.frames) == self.meetings[-1].depth and target != EXIT:
                 meeting = self.meetings.pop()
@@ -333,25 +333,35 @@ class Gang:
                         frame.mask = frame.mask & ~mask
             elif not (self.frames and target == self.frames[-1].join):
                 break
-            direct = False
             frame = self.frames[-1]
+            direct = direct and frame.skipped and target != EXIT
             if frame.pending:
                 target, self.mask = frame.pending.pop()
                 continue
             self.frames.pop()
-            if some(frame.mask):
+            left += 1
+            if frame.mask is _all_of(self.lanes):
+                self.mask, target = None, frame.join
+            elif some(frame.mask):
                 self.mask = None if every(frame.mask) else frame.mask
                 target = frame.join
             else:
                 self.mask = frame.mask
                 target = EXIT
-        if direct and version is not None and not self.defined:
+        if not direct or version is None or self.defined:
+            self.stand(target)
+            return ""
+        # nothing else ran since `version`, so what it left is what the next block finds
+        behind = (way, left, self.mask is not None)
+        found = version.behind.get(behind)
+        if found is None:
             live = set(self.program.live_in(target))
             kinds = tuple((name, kind) for name, kind in version.kinds.items() if name in live)
-            self.version = self.program.version(Key(target, self.mask is not None, self.single_warp, self.single_cta, kinds))
-            version.links[way] = self.version
-        else:
-            self.stand(target)
+            found = self.program.version(Key(target, self.mask is not None, self.single_warp, self.single_cta, kinds))
+            version.behind[behind] = found
+            if not left:
+                version.links[way] = found
+        self.version = found
         return ""
 
     def resume(self) -> str:
@@ -359,12 +369,16 @@ class Gang:
         self.lingering = False
         return self._enter(self.target, None, 0)
 
-    def _diverge(self, version: Version) -> str:
-        """Acts on a branch that lanes take differently."""
+    def _diverge(self, block: Block, version: Version | None) -> str:
+        """Acts on the branch at a block's end that lanes take differently.
+
+        Args:
+            block: that ends with it.
+            version: that this gang ran; None for a part of the gang that did, whose registers may be of other kinds.
+        """
         taken = self.branch
         everything = _all_of(self.lanes) if self.mask is None else self.mask
         other = everything & ~taken
-        block = version.block
         assert block.taken is not None
         assert block.next is not None
         if not self.single_warp:
@@ -375,19 +389,25 @@ class Gang:
             if sum(1 for group in groups if group.size) > 1:
                 first = next(i for i, group in enumerate(groups) if group.size)
                 groups[first] = np.sort(np.concatenate([groups[first], idle]))
-                return self._part(version, groups)
+                return self._part(block, groups)
         if block.taken == block.join and block.next not in (block.join, EXIT):  # lanes that skip the next block wait behind it at once
-            self.frames.append(Frame(block.join, everything, []))
+            self.frames.append(Frame(block.join, everything, [], True))
             self.mask = other
-            self.stand(block.next)
+            if version is None or self.defined:
+                self.stand(block.next)
+                return ""
+            link = version.links.get(DIVERGED)
+            if link is None:
+                self.stand(block.next)
+                link = version.links[DIVERGED] = self.version
+            self.version = link
             return ""
         self.frames.append(Frame(block.join, everything, [(block.next, other)]))
         self.mask = taken
         return self._enter(block.taken, None, 0)
 
-    def _part(self, version: Version, groups: list[NDArray[np.intp]]) -> str:
-        """Becomes several gangs; this one ends."""
-        block = version.block
+    def _part(self, block: Block, groups: list[NDArray[np.intp]]) -> str:
+        """Becomes several gangs behind a block; this one ends."""
         parts = []
         branch = self.branch
         for which, group in enumerate(groups):
@@ -399,9 +419,9 @@ class Gang:
         apart = len(self.warps) <= _FEW and times > _OFTEN
         self._meet(EXIT if apart else block.join, [part for _, part in parts])
         for which, part in parts:
-            part.version = version
+            part.version = self.version
             if which == 2:
-                state = part._diverge(version)
+                state = part._diverge(block, None)
             else:
                 target = block.taken if which == 0 else block.next
                 assert target is not None
@@ -448,7 +468,8 @@ class Gang:
             wide = (rows[:, None] * LANES + np.arange(LANES)).reshape(-1)
             part.local_data, part.local_written = self.local_data[wide], self.local_written[wide]
         part.frames = [
-            Frame(frame.join, lanes(frame.mask), [(block, lanes(mask)) for block, mask in frame.pending]) for frame in self.frames
+            Frame(frame.join, lanes(frame.mask), [(block, lanes(mask)) for block, mask in frame.pending], frame.skipped)
+            for frame in self.frames
         ]
         part.meetings = list(self.meetings)
         part.priority = self.priority

@@ -8,7 +8,7 @@ Gangs and asynchronous operations are what a schedule chooses from. A gang runs 
 from __future__ import annotations
 
 import random
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -145,7 +145,7 @@ class Machine(WatchedAccesses, Synchronisation, WarpgroupUnits, TensorMapUpdates
         # warps that read a quarter of tensor memory each do the same: in three of four random runs they go together until they part
         self.quarters = any(each.opcode.startswith("tcgen05.ld") for each in program.kernel.instructions) and schedule.seed % 4 != 0
         self.merging = self.together or self.warpgroups or self.quarters
-        self.executed: dict[Version, int] = {}
+        self.executed: dict[Version, int] = defaultdict(int)
         self.moved: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.products: Counter[str] = Counter()

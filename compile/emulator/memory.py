@@ -302,6 +302,8 @@ class SharedMemory:
         self.ctas = ctas
         self.data = np.zeros(ctas * self.stride, np.uint8)
         self.written = np.zeros(ctas * self.stride, np.uint8)
+        #: the data in pieces of 16 bytes
+        self.granules = self.data.view(np.complex128)
         self._views: dict[tuple[int, int, bool], Array] = {}
 
     def window(self, slot: int) -> Array:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from densemoe.compile.emulator.gang import Gang
-from densemoe.compile.emulator.warps import Frame
+from densemoe.compile.emulator.masks import every
+from densemoe.compile.emulator.warps import LANES, Frame
 
 __all__ = ["merge_gangs"]
 
@@ -23,13 +24,25 @@ def merge_gangs(gangs: list[Gang], block: int) -> Gang | None:
             return None
         if each.meetings != first.meetings:
             return None
-    merged = Gang(first.run, first.program, [warp for each in gangs for warp in each.warps], [])
-
-    ranges: list[slice] = []
+    warps = [warp for each in gangs for warp in each.warps]
+    order = sorted(range(len(warps)), key=lambda i: (warps[i].cta.slot, warps[i].index))
+    merged = Gang(first.run, first.program, [warps[i] for i in order], [])
+    ranks = [0] * len(warps)
+    for rank, i in enumerate(order):
+        ranks[i] = rank
+    ranges: list[Any] = []  # of each gang's warps in the merged one
+    at = 0
     for each in gangs:
-        start = ranges[-1].stop if ranges else 0
-        ranges.append(slice(start, start + each.lanes))
-    lanes = ranges[-1].stop
+        own = ranks[at : at + len(each.warps)]
+        at += len(own)
+        ranges.append(slice(own[0], own[-1] + 1) if own == list(range(own[0], own[-1] + 1)) else np.array(own))
+
+    def join(values: list[Any], dtype: Any, *shape: int) -> Any:
+        """What each gang has, of a value or one of each lane, for all lanes."""
+        together = np.empty((len(warps), LANES, *shape), dtype)
+        for where, value in zip(ranges, values, strict=True):
+            together[where] = value.reshape(-1, LANES, *shape) if isinstance(value, np.ndarray) else value
+        return together.reshape(-1, *shape)
 
     registers: list[Any] = [None] * len(first.registers)
     places = [block]
@@ -43,30 +56,19 @@ def merge_gangs(gangs: list[Gang], block: int) -> Gang | None:
         if not any(isinstance(value, np.ndarray) for value in values) and values.count(values[0]) == len(values):
             registers[number] = values[0]
             continue
-        together = np.empty(lanes, _CONTAINER[bits[number]])
-        missing = False
-        for where, value in zip(ranges, values, strict=True):
-            missing = missing or value is None
-            together[where] = 0 if value is None else value
-        registers[number] = together
+        missing = any(value is None for value in values)
+        registers[number] = join([0 if value is None else value for value in values], _CONTAINER[bits[number]])
         if missing or (some_defined and any(number in each.defined for each in gangs)):
-            masks = [
-                each.defined.get(number, np.full(each.lanes, value is not None, np.bool_)) for value, each in zip(values, gangs, strict=True)
-            ]
-            merged.defined[number] = np.concatenate(masks)
+            masks = [each.defined.get(number, value is not None) for value, each in zip(values, gangs, strict=True)]
+            merged.defined[number] = join(masks, np.bool_)
     merged.registers = registers
-    masks = [np.ones(each.lanes, np.bool_) if each.mask is None else each.mask for each in gangs]
-    mask = np.concatenate(masks)
-    merged.mask = None if mask.all() else mask
+    mask = join([True if each.mask is None else each.mask for each in gangs], np.bool_)
+    merged.mask = None if every(mask) else mask
     for i, frame in enumerate(first.frames):
-        pending = [
-            (place, np.concatenate([each.frames[i].pending[j][1] for each in gangs])) for j, (place, _) in enumerate(frame.pending)
-        ]
-        merged.frames.append(Frame(frame.join, np.concatenate([each.frames[i].mask for each in gangs]), pending))
+        pending = [(place, join([each.frames[i].pending[j][1] for each in gangs], np.bool_)) for j, (place, _) in enumerate(frame.pending)]
+        merged.frames.append(Frame(frame.join, join([each.frames[i].mask for each in gangs], np.bool_), pending, frame.skipped))
     if any(each.local_data is not None for each in gangs):
         parts = [each.local() for each in gangs]
-        merged.local_data = np.concatenate([data for data, _ in parts])
-        merged.local_written = np.concatenate([written for _, written in parts])
+        merged.local_data, merged.local_written = (join(list(each), each[0].dtype, each[0].shape[1]) for each in zip(*parts, strict=True))
     merged.meetings = list(first.meetings)
-    order = sorted(range(len(merged.warps)), key=lambda i: (merged.warps[i].cta.slot, merged.warps[i].index))
-    return merged if order == list(range(len(order))) else merged.take(order, (block,))
+    return merged

@@ -37,6 +37,7 @@ __all__ = ["Clock", "Races", "lane_numbers", "level"]
 
 _ASYNC_UNITS: Final = 64  # asynchronous operations told apart at a time; older ones share a unit
 _SEVERAL: Final = 32  # in place of a lane: several wrote together
+_FORKED: Final = np.array([0, 1, 4])  # of what a warp knows: what an operation that it issues knows
 _QUARTER: Final = 32  # lanes of tensor memory in a granule
 _LANES: Final = 128
 _COLUMNS: Final = 512
@@ -247,11 +248,12 @@ class Races:
         self.guarded[first : first + 2] = live
         self.guarded_pages[first // PAGE] |= live
 
-    def _refuse_guarded(self, places: Any, pages: Any) -> None:
+    def _refuse_guarded(self, places: Any, pages: Any, words: int = 1) -> None:
         if some(self.guarded_pages[pages]):
-            hit = self.guarded[places]
+            hit = self.guarded.reshape(-1, words)[places]
             if some(hit):
-                place = self._place(places, int(hit.argmax()))
+                at, word = divmod(int(hit.argmax()), words)
+                place = self._place(places, at) * words + word
                 raise EmulatorError(f"shared memory at {self._offset(place):#x} is an mbarrier: mbarrier operations alone may touch it")
 
     def init_fence(self, warp: Warp) -> None:
@@ -332,9 +334,7 @@ class Races:
         self.ticks[number] += 1
         unit, tick = self.cluster_warps + number, self.ticks[number]
         own = self.parts[row]
-        parts = np.empty((3, self.units), np.int32)
-        parts[:2] = own[:2]
-        parts[2] = own[4]
+        parts = own.take(_FORKED, axis=0)
         parts[2, warp.unit] = own[0, warp.unit]
         parts[:, unit] = tick
         clock = Clock(parts, unit, tick, self._wide(row))
@@ -493,43 +493,39 @@ class Races:
             places, rows = index, self.rows(g, picked)
             if write:
                 lanes = lane_numbers(g, picked)
-        if nbytes >= GRANULE:
-            words = nbytes // GRANULE
-            if words > 1:
-                places = (places[:, None] * words + np.arange(words)).reshape(-1)
-                rows = np.repeat(rows, words)
-                lanes = lanes if isinstance(lanes, int) else np.repeat(lanes, words)
-        else:
+        words = max(nbytes // GRANULE, 1)  # of an element, which lies in one page
+        if nbytes < GRANULE:
             places = places * nbytes // GRANULE
-        marks = self.shared
-        pages = places // PAGE
-        self._refuse_guarded(places, pages)
+        marks = self.shared.elements(words)
+        pages = places * words // PAGE
+        self._refuse_guarded(places, pages, words)
         if not every(self.generic_pages[pages]):
             self._accessed(pages)
-        units = self.own[rows]
-        bad = self.order[rows, marks.write_unit[places]] < marks.write_tick[places]
+        row, units = rows[:, None], self.own[rows]
+        bad = self.order[row, marks.write_unit.take(places, axis=0)] < marks.write_tick.take(places, axis=0)
         if some(bad):
-            at = int(bad.argmax())
-            self._report(places[at], rows[at], int(marks.write_unit[places[at]]), "writes" if write else "reads", "wrote")
+            self._report(places, rows, bad, marks.write_unit, "writes" if write else "reads", "wrote")
+        now = self.order[rows, units]
         if write:
-            ticks = marks.read_tick[:, places]
-            for reader in np.flatnonzero(ticks.any(axis=1)).tolist() if np.count_nonzero(ticks) else ():
-                bad = self.order[rows, marks.read_unit[reader][places]] < ticks[reader]
+            ticks = marks.read_tick.take(places, axis=1)
+            for reader in np.flatnonzero(ticks.any(axis=(1, 2))).tolist() if np.count_nonzero(ticks) else ():
+                bad = self.order[row, marks.read_unit[reader].take(places, axis=0)] < ticks[reader]
                 if some(bad):
-                    at = int(bad.argmax())
-                    self._report(places[at], rows[at], int(marks.read_unit[reader][places[at]]), "overwrites", "may still read")
-            marks.wrote(places, units, self.order[rows, units])
-            self.write_lane[places] = lanes
-            self.last_write[rows] = self.order[rows, units]
+                    self._report(places, rows, bad, marks.read_unit[reader], "overwrites", "may still read")
+            marks.wrote(places, units[:, None], now[:, None])
+            self.write_lane.reshape(-1, words)[places] = lanes if isinstance(lanes, int) else lanes[:, None]
+            self.last_write[rows] = now
         else:
             slots = units % READERS
-            marks.read_unit[slots, places] = units
-            marks.read_tick[slots, places] = self.order[rows, units]
+            marks.read_unit[slots, places] = units[:, None]
+            marks.read_tick[slots, places] = now[:, None]
 
-    def _report(self, place: Any, row: Any, unit: int, verb: str, other: str) -> None:
+    def _report(self, places: Any, rows: Any, bad: Any, units: Any, verb: str, other: str) -> None:
+        lane, word = divmod(int(bad.argmax()), bad.shape[1])
+        place = int(places[lane])
         raise EmulatorError(
-            f"race: warp {int(self.own[row])} of the cluster {verb} shared memory at {self._offset(int(place)):#x} that {self._name(unit)} {other}, "
-            "without synchronisation between"
+            f"race: warp {int(self.own[rows[lane]])} of the cluster {verb} shared memory at {self._offset(place * bad.shape[1] + word):#x} that "
+            f"{self._name(int(units[place, word]))} {other}, without synchronisation between"
         )
 
     def plain_shared(self, warp: Warp, address: int, nbytes: int) -> None:

@@ -6,11 +6,13 @@ of thousands. Where an access does not fit, the ranges it meets are dissolved: t
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Final
 
 from densemoe.compile.emulator.clocks import Marks, Vector
+from densemoe.compile.emulator.smem_descriptor import decode_sm100, operand_granules
 
-__all__ = ["GRANULE", "PAGE", "Operand", "Span", "Spans", "dissolve_columns"]
+__all__ = ["GRANULE", "PAGE", "Operand", "Span", "Spans", "dissolve_columns", "operand_of"]
 
 GRANULE: Final = 4  # bytes of shared memory that a mark stands for
 PAGE: Final = 256  # granules of a page that remembers whether lanes accessed it, and of a cell of spans
@@ -120,13 +122,31 @@ class Operand:
 
     Args:
         slot: of the CTA.
-        granules: numbers of them in its window.
+        granules: numbers of them in its window, in any shape.
         window: bytes of a CTA's shared window.
+
+    Attributes:
+        own: of its granules, in one dimension.
+        index: of them among those of all windows, in that shape.
+        rows: the same in one dimension.
+        starts: of its marks.
     """
 
-    __slots__ = ("pages", "rows", "starts")
+    __slots__ = ("index", "own", "pages", "rows", "starts")
 
     def __init__(self, slot: int, granules: Any, window: int) -> None:
-        self.starts = granules * 4 + slot * (window // GRANULE)
-        self.rows = self.starts // 4
+        self.own = granules.reshape(-1)
+        self.index = granules + slot * (window // 16)
+        self.rows = self.index.reshape(-1)
+        self.starts = self.rows * 4
         self.pages = slice(int(self.starts.min()) // PAGE, int(self.starts.max()) // PAGE + 1)
+
+
+@lru_cache(maxsize=1024)  # launches of one kernel have the same
+def operand_of(window: int, slot: int, bits: int, rows: int, k_bytes: int, element_bytes: int) -> Operand:
+    """The operand of a ``tcgen05`` descriptor, as `operand_granules`.
+
+    Raises:
+        EmulatorError: as `decode_sm100` and `operand_granules`.
+    """
+    return Operand(slot, operand_granules(decode_sm100(bits), rows, k_bytes, element_bytes), window)

@@ -30,6 +30,7 @@ __all__ = [
     "register_map",
     "split_address",
     "store_registers",
+    "write_rows",
 ]
 
 TensorMemory = NDArray[np.uint32]
@@ -241,11 +242,19 @@ def copy_to_tensor_memory(
     Raises:
         EmulatorError: outside of shared or tensor memory.
     """
+    write_rows(memory, address, gather_operand(shared, descriptor, shape.rows, shape.row_bytes).view(np.uint32), shape)
+
+
+def write_rows(memory: TensorMemory, address: int, data: TensorMemory, shape: CopyShape) -> None:
+    """The rows of a ``tcgen05.cp``, uint32 ``[rows, words]``, to the lanes of its shape.
+
+    Raises:
+        EmulatorError: outside of tensor memory.
+    """
     lane, column = split_address(address)
     words = shape.row_bytes // 4
     if (lane and (shape.row_of_lane is not None or lane + int(shape.lanes.max()) >= LANES)) or column + words > COLUMNS:
         raise EmulatorError(f"tcgen05.cp to lane {lane}, column {column} reaches beyond lane {LANES - 1} or column {COLUMNS - 1}")
-    data = gather_operand(shared, descriptor, shape.rows, shape.row_bytes).view(np.uint32)
     if shape.in_turn:
         memory.reshape(-1, shape.rows, COLUMNS)[:, :, column : column + words] = data
     elif shape.row_of_lane is not None:

@@ -10,7 +10,7 @@ multiprocessor, and would wait for each other's columns, are not modelled).
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,18 +18,17 @@ from densemoe.compile.emulator import tcgen05
 from densemoe.compile.emulator.asynchronous import AsyncOperation, Copies
 from densemoe.compile.emulator.gang import Gang
 from densemoe.compile.emulator.memory import PARAMETER_WINDOW, RANK_SHIFT
-from densemoe.compile.emulator.smem_descriptor import SmemDescriptor, decode_sm100, operand_granules
-from densemoe.compile.emulator.spans import Operand
+from densemoe.compile.emulator.spans import Operand, operand_of
 from densemoe.compile.emulator.synchronisation import CtaBarrier
 from densemoe.compile.emulator.tensor_map import TensorMap
 from densemoe.compile.emulator.tensor_memory import (
     COLUMNS,
     AccumulatorLayout,
     CopyShape,
-    copy_to_tensor_memory,
     load_registers,
     split_address,
     store_registers,
+    write_rows,
 )
 from densemoe.compile.emulator.tile import Tile
 from densemoe.compile.emulator.warps import LANES, Condition, Groups, Warp
@@ -40,7 +39,6 @@ __all__ = ["TensorMemoryState", "TensorUnits"]
 _WARPGROUP = 4
 _LANES = 128  # of tensor memory
 _OFFSET = (1 << RANK_SHIFT) - 1
-_WRITTEN = np.uint64(0xFFFFFFFFFFFFFFFF)
 _MAP_BYTES = 128
 _MAP_FIELDS = 64  # of these bytes carry fields
 
@@ -394,26 +392,27 @@ class TensorUnits(Copies):
         state.last = operation
         self.submit(operation)
 
-    def check_operand(self, slot: int, bits: int, rows: int, k_bytes: int, element_bytes: int, operation: AsyncOperation) -> None:
-        """Raises where an operand's bytes were never written, or are raced for."""
+    def check_operand(self, slot: int, bits: int, rows: int, k_bytes: int, element_bytes: int, operation: AsyncOperation) -> Operand:
+        """Where an operand lies; raises where its bytes were never written, or are raced for."""
         key = (slot, bits, rows, k_bytes, element_bytes)
         operand = self.checked_operands.get(key)
         if operand is None:  # bytes stay written, so an operand is looked at once
-            flat = operand_granules(decode_sm100(bits), rows, k_bytes, element_bytes).reshape(-1)
-            self.check_granules(slot, flat)
-            operand = self.checked_operands[key] = Operand(slot, flat, self.shared.stride)
+            operand = operand_of(self.shared.stride, *key)
+            self.check_granules(slot, operand.own)
+            self.checked_operands[key] = operand
         if self.races is not None:
             self.races.async_operand(operation, operand)
+        return operand
 
     def check_granules(self, slot: int, flat: Any) -> None:
         """Raises where 16-byte granules of a window were never written."""
-        written = self.shared.written_window(slot).view(np.uint64).reshape(-1, 2)
+        written = self.shared.written_window(slot).view(np.complex128)
         highest = int(flat.max())
-        if highest >= written.shape[0]:
+        if highest >= written.size:
             raise EmulatorError(f"a matrix descriptor reaches shared address {16 * highest:#x}, outside of shared memory")
-        good = written.take(flat, axis=0) == _WRITTEN
-        if not good.all():
-            bad = int(flat[~good.all(axis=1)][0]) * 16
+        found = written.take(flat)
+        if found.tobytes() != b"\xff" * (16 * flat.size):
+            bad = int(flat[(found.view(np.uint8).reshape(-1, 16) != 0xFF).any(axis=1)][0]) * 16
             raise EmulatorError(f"shared memory at {bad:#x} is read before it was written")
 
     def tmem_copy(self, g: Gang, mask: Any, address: Any, descriptor: Any, shape: CopyShape, group: int) -> None:
@@ -422,14 +421,13 @@ class TensorUnits(Copies):
             ctas = self._pair(warp.cta, group)
 
             def action(operation: AsyncOperation, ctas: list[Any] = ctas, where: int = where, bits: int = bits) -> None:
-                source: SmemDescriptor = decode_sm100(bits)
                 lane, column = split_address(where)
                 width = shape.row_bytes // 4
                 for cta in ctas:
                     state = self._state(cta)
                     state.check_columns(column, width, "tcgen05.cp")
-                    self.check_operand(cta.slot, bits, shape.rows, shape.row_bytes, 0, operation)
-                    copy_to_tensor_memory(state.words, where, self.shared.window(cta.slot), source, shape)
+                    operand = self.check_operand(cta.slot, bits, shape.rows, shape.row_bytes, 0, operation)
+                    write_rows(state.words, where, self.shared.granules.take(operand.index).view(np.uint32), shape)
                     if shape.row_of_lane is not None:
                         state.write_whole(column, width)
                     else:
@@ -483,7 +481,9 @@ class TensorUnits(Copies):
         bits, rows, form = (job.a, descriptor.a_rows, descriptor.a_format) if name == "a" else (job.b, descriptor.b_rows, descriptor.b_format)
         transposed = descriptor.transpose_a if name == "a" else descriptor.transpose_b
         element = tcgen05.element_bytes(form) if transposed else 0
-        self.check_operand(cta.slot, bits, rows, 32, element, operation)
+        operand = self.check_operand(cta.slot, bits, rows, 32, element, operation)
+        if not element:
+            return self.shared.granules.take(operand.index).view(np.uint8)
         return tcgen05.operand_bytes(self.shared.window(cta.slot), bits, descriptor, name)
 
     def _scales(self, operation: AsyncOperation, cta: Any, job: _Product) -> tuple[Any, Any]:
@@ -501,34 +501,35 @@ class TensorUnits(Copies):
             tcgen05.read_scales(state.words, job.scale_b, descriptor.n, length, descriptor.b_scale_id),
         )
 
+    def _rows_of_a(self, operation: AsyncOperation, cta: Any, job: _Product) -> Any:
+        if not job.a_in_tmem:
+            return self._operand(operation, cta, job, "a")
+        state, (_, column) = self._state(cta), split_address(job.a)
+        state.check_columns(column, 8, "tcgen05.mma (A)")
+        data = tcgen05.operand_in_tensor_memory(state.words, job.a, job.descriptor)
+        state.check_written(slice(0, 128), column, 8, "tcgen05.mma (A)")
+        return data
+
     def _multiply(self, operation: AsyncOperation, job: _Product, ctas: list[Any]) -> None:
         descriptor = job.descriptor
         kind = descriptor.kind
         scales = [self._scales(operation, cta, job) for cta in ctas] if job.scaled else []
         exact = bool(scales) and all(tcgen05.exact_in_float32(*each, descriptor) for each in scales)
         dtype: Any = np.float32 if exact else np.float64
-        pieces = [self._operand(operation, cta, job, "b") for cta in ctas]
-        b = tcgen05.decode_operand(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), descriptor.b_format, kind, dtype)
+        b = tcgen05.decode_operand(_joined([self._operand(operation, cta, job, "b") for cta in ctas]), descriptor.b_format, kind, dtype)
+        a = tcgen05.decode_operand(_joined([self._rows_of_a(operation, cta, job) for cta in ctas]), descriptor.a_format, kind, dtype)
         own_b, scaled_by = b, b""
+        if scales:
+            a = tcgen05.scale_operand(a, _joined([each for each, _ in scales]), descriptor.scale_format)
         _, column = split_address(job.d)
-        width = descriptor.layout.columns(descriptor.n)
+        width, rows = descriptor.layout.columns(descriptor.n), len(a) // len(ctas)
         for number, cta in enumerate(ctas):
             state = self._state(cta)
             disabled = None if job.disabled is None else job.disabled[_LANES * number : _LANES * (number + 1)]
             state.check_columns(column, width, "tcgen05.mma (D)")
-            if job.a_in_tmem:
-                _, a_column = split_address(job.a)
-                state.check_columns(a_column, 8, "tcgen05.mma (A)")
-                data = tcgen05.operand_in_tensor_memory(state.words, job.a, descriptor)
-                state.check_written(slice(0, 128), a_column, 8, "tcgen05.mma (A)")
-            else:
-                data = self._operand(operation, cta, job, "a")
-            a = tcgen05.decode_operand(data, descriptor.a_format, kind, dtype)
-            if scales:
-                row_scales, column_scales = scales[number]
-                a = tcgen05.scale_operand(a, row_scales, descriptor.scale_format)
-                if scaled_by != (by := column_scales.tobytes()):  # the CTAs of a pair have the same
-                    own_b, scaled_by = tcgen05.scale_operand(b, column_scales, descriptor.scale_format), by
+            if scales and scaled_by != (by := scales[number][1].tobytes()):  # the CTAs of a pair have the same
+                own_b, scaled_by = tcgen05.scale_operand(b, scales[number][1], descriptor.scale_format), by
+            own_a = a[rows * number : rows * (number + 1)]
             lanes = _lanes_of(descriptor.layout)
             whole = lanes.size == _LANES
             if job.add and whole:
@@ -537,7 +538,7 @@ class TensorUnits(Copies):
                 raise EmulatorError("tcgen05.mma adds to tensor memory that was never written")
             if self.races is not None:
                 self.races.tensor_async(operation, cta, column, width, True)
-            tcgen05.accumulate(state.words, job.d, descriptor, a, own_b, job.add, job.scale_input_d, disabled)
+            tcgen05.accumulate(state.words, job.d, descriptor, own_a, own_b, job.add, job.scale_input_d, disabled)
             if whole and disabled is None:
                 state.write_whole(column, width)
             elif disabled is None:
@@ -570,30 +571,26 @@ class TensorUnits(Copies):
                 self.races.tensor_order(g.warps[w], what)
 
 
-class _Product:
+class _Product(NamedTuple):
     """Operands of one ``tcgen05.mma``."""
 
-    __slots__ = ("a", "a_in_tmem", "add", "b", "d", "descriptor", "disabled", "scale_a", "scale_b", "scale_input_d", "scaled", "vector")
+    d: int
+    a: int
+    a_in_tmem: bool
+    b: int
+    descriptor: tcgen05.InstructionDescriptor
+    add: bool
+    scaled: bool
+    scale_a: int
+    scale_b: int
+    vector: str
+    disabled: Any
+    scale_input_d: int
 
-    def __init__(
-        self,
-        d: int,
-        a: int,
-        a_in_tmem: bool,
-        b: int,
-        descriptor: tcgen05.InstructionDescriptor,
-        add: bool,
-        scaled: bool,
-        scale_a: int,
-        scale_b: int,
-        vector: str,
-        disabled: Any,
-        scale_input_d: int,
-    ) -> None:
-        self.d, self.a, self.a_in_tmem, self.b = d, a, a_in_tmem, b
-        self.descriptor, self.add, self.scaled = descriptor, add, scaled
-        self.scale_a, self.scale_b, self.vector = scale_a, scale_b, vector
-        self.disabled, self.scale_input_d = disabled, scale_input_d
+
+def _joined(pieces: list[Any]) -> Any:
+    """Rows of all CTAs."""
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 @lru_cache(maxsize=64)

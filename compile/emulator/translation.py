@@ -117,7 +117,8 @@ class Version:
         lines: PTX line of each line of the generated source.
         kinds: kinds of the registers live behind the block.
         counts: instructions by opcode family, for the counters.
-        links: successor versions by (way out, masked, single warp, single CTA), filled as they are met.
+        links: successor versions by way out, where no divergence ends on the way, filled as they are met.
+        behind: successor versions by (way out, divergences that end on the way, masked), the same.
     """
 
     key: Key
@@ -128,7 +129,8 @@ class Version:
     counts: tuple[tuple[str, int], ...]
     source: str
     executed: int = 0
-    links: dict[Any, Version] = field(default_factory=dict)
+    links: dict[int, Version] = field(default_factory=dict)
+    behind: dict[tuple[int, int, bool], Version] = field(default_factory=dict)
 
 
 class Program:

@@ -92,7 +92,7 @@ class Warp:
         return f"CTA {self.cta.ctaid} warp {self.index}"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Frame:
     """An open divergence inside of warps.
 
@@ -100,11 +100,13 @@ class Frame:
         join: block at which the lanes meet again.
         mask: lanes that go on there.
         pending: ways not taken yet: (block, lanes).
+        skipped: the other lanes skip a block, and have nothing to run before they meet.
     """
 
     join: int
     mask: Mask
     pending: list[tuple[int, Mask]]
+    skipped: bool = False
 
 
 @dataclass(eq=False)

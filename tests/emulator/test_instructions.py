@@ -378,6 +378,21 @@ def test_divergence_runs_both_ways_and_loops_as_often_as_each_lane_asks() -> Non
     check(text, [a], 32, lambda n: 0 if n == 0 else n * (n + 1) // 2 + (1000 if n & 1 else 100))
 
 
+@pytest.mark.parametrize("rounds", [((0, 1, 2, 3), (1,), (1, 2), (2,)), ((0, 1, 2, 3), (1, 2), (1,), (2, 3))], ids=str)
+def test_parts_of_a_gang_skip_a_block_with_registers_of_their_own(rounds: tuple[tuple[int, ...], ...]) -> None:
+    """In each round the even lanes of these warps, and all of the last one, add their warp's number, an int in a part of one warp."""
+    threads, text = 128, f"""  // {rounds}
+        shr.u32 %r6, %t0, 5; mov.b32 %r20, 0; mov.b32 %r5, 0;
+    LOOP: shr.u32 %r7, %r0, %r5; and.b32 %r7, %r7, 1; setp.eq.u32 %p1, %r7, 0; @%p1 bra SKIP;
+        max.s32 %r8, %r6, -1; add.u32 %r20, %r20, %r8;
+    SKIP: add.u32 %r5, %r5, 1; setp.lt.u32 %p2, %r5, {len(rounds)}; @%p2 bra LOOP;
+    """
+    lane = np.arange(threads, dtype=np.uint32)
+    adds = np.array([np.isin(lane // 32, warps) & (lane % 2 == 0) | (lane // 32 == 3) for warps in rounds], np.uint32)
+    codes = (adds << np.arange(len(rounds), dtype=np.uint32)[:, None]).sum(axis=0, dtype=np.uint32)
+    np.testing.assert_array_equal(lanes(text, [codes], [32], threads=threads)[0], adds.sum(axis=0) * (lane // 32))
+
+
 def test_lanes_that_return_early_leave_the_others_running() -> None:
     a = np.arange(64, dtype=np.uint32)
     text = """

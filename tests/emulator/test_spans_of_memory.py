@@ -105,6 +105,37 @@ def test_the_same_accesses_are_races() -> None:
     assert any(number < 0 for (number, _), _ in found)
 
 
+def test_wide_elements_are_checked_and_marked_as_their_granules() -> None:
+    """Lanes that access 8 or 16 bytes, and the same lanes access them 4 bytes each."""
+    texts = set()
+    for seed in range(40):
+        draw, both = random.Random(seed), (races(True), races(True))
+        for _ in range(30):
+            words, write, known = draw.choice([2, 4]), draw.random() < 0.5, draw.random() < 0.6
+            chosen = draw.sample(range(CTAS * WARPS), 2)
+            picked = np.array(sorted(draw.sample(range(64), draw.randrange(1, 64))))
+            index = np.array(draw.sample(range(500), picked.size))
+            granules = (index[:, None] * words + np.arange(words)).reshape(-1)
+            found = []
+            for made, arguments in zip(both, ((index, picked, 4 * words), (granules, picked.repeat(words), 4)), strict=True):
+                warps = [made.warps[i] for i in chosen]  # type: ignore[attr-defined]
+                if known:
+                    made.order[:] = made.order.max(axis=0)
+                try:
+                    made.generic(SimpleNamespace(warps=warps, lanes=64, race_rows=None), *arguments, write)  # type: ignore[arg-type]
+                    found.append("")
+                except EmulatorError as error:
+                    found.append(str(error))
+                for warp in warps:
+                    made._tick(warp)
+            assert found[0] == found[1]
+            texts.add(found[0].split(" shared")[0].rpartition(" ")[2])
+            for name in ("write_unit", "write_tick", "read_unit", "read_tick"):
+                np.testing.assert_array_equal(getattr(both[0].shared, name), getattr(both[1].shared, name))
+            np.testing.assert_array_equal(both[0].write_lane, both[1].write_lane)
+    assert texts == {"", "reads", "writes", "overwrites"}
+
+
 def test_stages_of_a_ring_are_never_marked_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """What spans are for: after the first round a ring's accesses are compared span by span."""
     made = races(True)
