@@ -44,6 +44,9 @@ if hasattr(os, "register_at_fork"):
 _PARAMETER_INFO_SINCE: Final = 12040
 _LIBRARIES_SINCE: Final = 12000
 _POINTER: Final = ctypes.c_void_p
+_UNIFIED_SINCE: Final = 4000
+_DEVICE_ORDINAL: Final = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+_POINTER_ATTRIBUTE: Final = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, ctypes.c_int, ctypes.c_uint64)
 _LOAD_DATA: Final = ctypes.CFUNCTYPE(
     ctypes.c_int, _POINTER, ctypes.c_char_p, _POINTER, _POINTER, ctypes.c_uint, _POINTER, _POINTER, ctypes.c_uint
 )
@@ -232,8 +235,16 @@ class Driver:
     @cached_property
     def _load_data(self) -> Callable[..., int]:
         """``cuLibraryLoadData`` of the driver that cuda-bindings loaded, as a C function: the binding's own first call of it takes 0.1 ms."""
-        address, _ = self._call("cuGetProcAddress", b"cuLibraryLoadData", _LIBRARIES_SINCE, 0)
-        function: Callable[..., int] = _LOAD_DATA(int(address))
+        return self._function("cuLibraryLoadData", _LIBRARIES_SINCE, _LOAD_DATA)
+
+    @cached_property
+    def _pointer_attribute(self) -> Callable[..., int]:
+        """``cuPointerGetAttribute``, likewise: the binding (13.3.1) gives ordinal 0 for memory of every device."""
+        return self._function("cuPointerGetAttribute", _UNIFIED_SINCE, _POINTER_ATTRIBUTE)
+
+    def _function(self, name: str, since: int, kind: Any) -> Callable[..., int]:
+        address, _ = self._call("cuGetProcAddress", name.encode(), since, 0)
+        function: Callable[..., int] = kind(int(address))
         return function
 
     def prepare(self, kernel: Any, ordinal: int, dynamic_smem: int, carveout: int) -> None:
@@ -366,9 +377,9 @@ class Driver:
 
     def pointer_device(self, pointer: int) -> int | None:
         """Ordinal of the device that owns an address, None where it is no device memory."""
-        attribute = self._cuda.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-        result = self._cuda.cuPointerGetAttribute(attribute, pointer)
-        return int(result[1]) if int(result[0]) == 0 else None
+        ordinal = ctypes.c_int()
+        code = self._pointer_attribute(ctypes.byref(ordinal), _DEVICE_ORDINAL, pointer)
+        return ordinal.value if code == 0 else None
 
     # ---- streams, events, graphs
 
