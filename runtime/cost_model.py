@@ -1,13 +1,14 @@
 """A launch's time by formula, for shapes that no table was measured at. Standard library only; ``tune_fit`` finds the coefficients.
 
-    T = launch + max(stream · W, decode · P · q) + move · A                                                                (microseconds)
+    T = launch + max(stream · W, decode · P · q) + move · A + token · M                                                    (microseconds)
 
     W   megabytes of packed weights that are read from memory, once: of the experts that are computed
     P   megabytes that are decoded and multiplied: W times the passes, one for each tile_m tokens (of an expert, where they are gathered)
     q   what the last wave leaves idle: ⌈tiles / slots⌉ · slots / tiles, slots = slots_per_sm · SMs; 1 for slots_per_sm 0: work is cut evenly
     A   megabytes of activations read and outputs written
+    M   tokens: of what a few CTAs do for each of them at the end, as where the last one converts what all have added
 
-``launch``, ``stream``, ``decode`` and ``move`` are a kernel class's own: one op, tile, cluster, activation dtype, options and settings. The maximum
+``launch``, ``stream``, ``decode``, ``move`` and ``token`` are a kernel class's own: one op, tile, cluster, activation dtype, options and settings. The maximum
 is the overlap of reading and computing in a pipelined kernel. Everything is a pure function of the problem and the table.
 """
 
@@ -79,6 +80,7 @@ class Coefficients:
         stream, decode, move: µs a megabyte.
         slots_per_sm: tiles that an SM works on at once; 0: no waves.
         gathered: with a list: an expert's own tokens fill its tiles, instead of all of M.
+        token: µs a token.
     """
 
     launch: float
@@ -87,6 +89,7 @@ class Coefficients:
     move: float
     slots_per_sm: int = 0
     gathered: bool = False
+    token: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -160,4 +163,5 @@ def predict(problem: Problem, kernel: KernelClass, coefficients: Coefficients, s
     """Microseconds of a launch."""
     work = work_of(problem, kernel.tile, gathered=coefficients.gathered, top_k=top_k)
     idle = waves(work.tiles, coefficients.slots_per_sm * sm_count)
-    return coefficients.launch + max(coefficients.stream * work.weights, coefficients.decode * work.decoded * idle) + coefficients.move * work.moved
+    body = max(coefficients.stream * work.weights, coefficients.decode * work.decoded * idle)
+    return coefficients.launch + body + coefficients.move * work.moved + coefficients.token * problem.m

@@ -31,7 +31,7 @@ SMALL_LIMIT: Final = 128
 LARGE_STEP: Final = 128
 SCHEMA: Final = 1
 LARGEST_TABLE: Final = 16 << 20  # bytes; a table of some hundred shapes is a thousandth of it
-_COEFFICIENTS: Final = ("launch", "stream", "decode", "move", "slots_per_sm", "gathered")
+_COEFFICIENTS: Final = ("launch", "stream", "decode", "move", "slots_per_sm", "gathered", "token")
 
 
 def bucket(m: int) -> int:

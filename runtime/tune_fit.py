@@ -1,7 +1,7 @@
 """Coefficients of ``cost_model`` from measurements, and what choosing by them costs on shapes that they have not seen. Needs numpy.
 
-For fixed (decode / stream, slots, gathered) the formula is linear in launch, stream and move: least squares of relative errors with no negative
-coefficient, exact by trying which of the three are 0. The fixed ones are tried on a grid. The best fit wins; the simplest of equals.
+For fixed (decode / stream, slots, gathered) the formula is linear in launch, stream, move and token: least squares of relative errors with no
+negative coefficient, exact by trying which of the four are 0. The fixed ones are tried on a grid. The best fit wins; the simplest of equals.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Fit", "Regret", "class_of", "fit", "fit_class", "held_out_regret", "
 #: decode / stream: from decoding that is hidden behind reading to decoding that takes thirty times as long as reading.
 RATIOS: Final = tuple(float(each) for each in np.geomspace(0.05, 30, 49))
 SLOTS: Final = (0, 1, 2, 3, 4, 8, 12, 16)
-LEAST_POINTS: Final = 4  # as many as there are coefficients
+LEAST_POINTS: Final = 5  # as many as there are coefficients
 RIDGE: Final = 1e-12  # of unit columns: where two of them are the same
 BETTER: Final = 0.98  # a more complicated form must lower the squared error by this factor
 
@@ -79,7 +79,7 @@ def class_of(measured: Measurement) -> KernelClass:
 
 
 def _least_squares(columns: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Of each of some systems ``[systems, points, 3]``: (coefficients not negative that bring ``columns @ x`` nearest to 1, squared error)."""
+    """Of each of some systems ``[systems, points, 4]``: (coefficients not negative that bring ``columns @ x`` nearest to 1, squared error)."""
     systems, points, count = columns.shape
     size = np.sqrt((columns**2).sum(axis=1, keepdims=True))
     scaled = columns / np.where(size > 0, size, 1)  # unit columns: the normal equations stay well conditioned
@@ -105,6 +105,7 @@ def fit_class(kernel: KernelClass, measured: Sequence[Measurement], sm_count: in
         return None
     times = np.array([each.sample.microseconds for each in points if each.sample is not None])
     problems = [(each.case.problem(), each.case.shape.top_k) for each in points]
+    tokens = np.array([float(problem.m) for problem, _ in problems])
     ratios = np.array(RATIOS)[:, None]
     best: tuple[float, Coefficients] | None = None
     for gathered in (False, True) if kernel.active else (False,):
@@ -113,12 +114,12 @@ def fit_class(kernel: KernelClass, measured: Sequence[Measurement], sm_count: in
         for slots in SLOTS:
             idle = np.array([waves(each.tiles, slots * sm_count) for each in works])
             body = np.maximum(weights, ratios * (decoded * idle))
-            columns = np.stack([np.ones_like(body), body, np.broadcast_to(moved, body.shape)], axis=2) / times[:, None]
+            columns = np.stack([np.ones_like(body), body, *(np.broadcast_to(each, body.shape) for each in (moved, tokens))], axis=2) / times[:, None]
             found, errors = _least_squares(columns)
             at = int(np.argmin(errors))
             if best is None or errors[at] < best[0] * BETTER:
-                launch, stream, move = (float(each) for each in found[at])
-                best = float(errors[at]), Coefficients(launch, stream, stream * RATIOS[at], move, slots, gathered)
+                launch, stream, move, token = (float(each) for each in found[at])
+                best = float(errors[at]), Coefficients(launch, stream, stream * RATIOS[at], move, slots, gathered, token)
     assert best is not None
     coefficients = best[1]
     predicted = [predict(problem, kernel, coefficients, sm_count, top_k) for problem, top_k in problems]

@@ -175,14 +175,25 @@ def test_a_fit_finds_the_coefficients_that_made_the_times() -> None:
         assert own.coefficients.launch == pytest.approx(true.launch, rel=0.2)
 
 
+def test_a_fit_finds_what_each_token_costs() -> None:
+    true = replace(TRUE[8], token=0.05)
+    kernel = KernelClass.of(Variant.parse(key_of("fc2", 8)), {}, False)
+    cases = [Case("fc2", shape, m, "bf16", "bf16", False) for shape in parse_shapes(MODELS) for m in TUNE_TOKENS]
+    own = fit_class(kernel, [measured(case, 8, predict(case.problem(), kernel, true, SMS, case.shape.top_k)) for case in cases], SMS)
+    assert own is not None
+    assert own.worst < 0.03, own
+    assert own.coefficients.token == pytest.approx(0.05, rel=0.2)
+
+
 def test_a_fit_has_no_negative_coefficient_and_needs_points() -> None:
     few = [each for each in synthetic() if each.case.m <= 16 and ".t8x" in each.candidate.key and each.case.op == "fc1"]
     kernel = KernelClass.of(Variant.parse(key_of("fc1", 8)), {}, False)
-    assert fit_class(kernel, few[:3], SMS) is None
+    assert fit_class(kernel, few[:4], SMS) is None
     falling = [measured(each.case, 8, 100 / each.case.m) for each in few]
     found = fit_class(kernel, falling, SMS)
     assert found is not None
-    assert min(found.coefficients.launch, found.coefficients.stream, found.coefficients.decode, found.coefficients.move) >= 0
+    own = found.coefficients
+    assert min(own.launch, own.stream, own.decode, own.move, own.token) >= 0
 
 
 def test_what_failed_is_not_fitted_or_chosen() -> None:
