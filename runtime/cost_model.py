@@ -8,8 +8,8 @@
     A   megabytes of activations read and outputs written
     M   tokens: of what a few CTAs do for each of them at the end, as where the last one converts what all have added
 
-``launch``, ``stream``, ``decode``, ``move`` and ``token`` are a kernel class's own: one op, tile, cluster, activation dtype, options and settings. The maximum
-is the overlap of reading and computing in a pipelined kernel. Everything is a pure function of the problem and the table.
+``launch``, ``stream``, ``decode``, ``move`` and ``token`` are a kernel class's own: one op, tile, cluster, activation dtype, options and settings.
+The maximum is the overlap of reading and computing in a pipelined kernel. Everything is a pure function of the problem and the table.
 """
 
 from __future__ import annotations
