@@ -86,7 +86,7 @@ def test_a_nan_is_no_empty_slot_and_stays_in_its_row(schedule: str) -> None:
 
 
 def test_a_part_that_never_comes_is_waited_for_and_reported() -> None:
-    with pytest.raises(EmulatorError, match="livelock|deadlock"):
+    with pytest.raises(EmulatorError, match=r"livelock|deadlock"):
         Launches(edited(lambda number: number < 2)).run(Launches().a)
 
 
