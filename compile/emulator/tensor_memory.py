@@ -15,7 +15,6 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from densemoe.compile.emulator.smem_descriptor import SmemDescriptor, gather_operand
 from densemoe.runtime.errors import EmulatorError
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "CopyShape",
     "accumulator_layout",
     "copy_shape",
-    "copy_to_tensor_memory",
     "load_registers",
     "register_map",
     "split_address",
@@ -227,26 +225,14 @@ def copy_shape(shape: str, multicast: str = "") -> CopyShape:
     return CopyShape(lanes.shape[0], row_bytes, lanes.astype(np.intp), row_of_lane, in_turn)
 
 
-def copy_to_tensor_memory(
-    memory: TensorMemory, address: int, shared: NDArray[np.uint8], descriptor: SmemDescriptor, shape: CopyShape
-) -> None:
+def write_rows(memory: TensorMemory, address: int, data: TensorMemory, shape: CopyShape) -> None:
     """``tcgen05.cp`` of one CTA (with ``.cta_group::2`` each CTA copies its own shared memory, at the same offsets).
 
     Args:
         memory: uint32 ``[128, 512]``, the destination.
         address: tensor memory address.
-        shared: the CTA's shared window (uint8, index = shared address).
-        descriptor: of the rows in shared memory, K-major.
+        data: the rows that the descriptor names in shared memory, K-major, uint32 ``[rows, words]``.
         shape: from `copy_shape`.
-
-    Raises:
-        EmulatorError: outside of shared or tensor memory.
-    """
-    write_rows(memory, address, gather_operand(shared, descriptor, shape.rows, shape.row_bytes).view(np.uint32), shape)
-
-
-def write_rows(memory: TensorMemory, address: int, data: TensorMemory, shape: CopyShape) -> None:
-    """The rows of a ``tcgen05.cp``, uint32 ``[rows, words]``, to the lanes of its shape.
 
     Raises:
         EmulatorError: outside of tensor memory.

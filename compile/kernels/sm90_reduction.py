@@ -264,24 +264,34 @@ def add_slots(config: cutlass.Constexpr, sums, live, slots, worker, count, turn,
     for index in cutlass.range_constexpr(rows_of_warp(config)):
         addresses = [slot_address(config, slots, worker + i, turn, index, lane) for i in range(BATCH)]
         valid = [live[index] & Int32(i < count) for i in range(BATCH)]
-        words = get_slots(addresses, valid)
-        while not all_there(words):
-            words = get_slots(addresses, valid)
+        planes = [address + plane * common.CHUNK_BYTES for address in addresses for plane in range(PLANES)]
+        words = words_when_there(planes, [each for each in valid for _ in range(PLANES)])
         row = sums[index * ROW : (index + 1) * ROW]
         for i in cutlass.range_constexpr(BATCH):
-            row = add(row, [inverted(word, Float32) for word in words[i * ROW : (i + 1) * ROW]])
-            for plane in range(PLANES):
-                put_slot_words_if(addresses[i] + plane * common.CHUNK_BYTES, valid[i], [Uint32(0)] * OUTPUTS)
+            row = add_words(row, words[i * ROW : (i + 1) * ROW])
+            for plane in planes[i * PLANES : (i + 1) * PLANES]:
+                put_slot_words_if(plane, valid[i], [Uint32(0)] * OUTPUTS)
         sums = sums[: index * ROW] + row + sums[(index + 1) * ROW :]
     return sums
 
 
-def get_slots(addresses: list[Any], valid: list[Any]) -> list[Any]:
-    """The words of a lane's row in several slots, ``ROW`` each."""
-    words: list[Any] = []
-    for address, each in zip(addresses, valid, strict=True):
-        words += get_slot_words_if(address, each) + get_slot_words_if(address + common.CHUNK_BYTES, each)
+@cute.jit
+def words_when_there(addresses, valid):
+    """The words of slots at some addresses, four each, once none of any lane is missing."""
+    words = get_words(addresses, valid)
+    while not all_there(words):
+        words = get_words(addresses, valid)
     return words
+
+
+def get_words(addresses: list[Any], valid: list[Any]) -> list[Any]:
+    """The words of slots at some addresses, four each, missing ones among them."""
+    return [word for address, each in zip(addresses, valid, strict=True) for word in get_slot_words_if(address, each)]
+
+
+def add_words(sums: list[Any], words: list[Any]) -> list[Any]:
+    """``sums`` with those that a slot's words stand for added."""
+    return add(sums, [inverted(word, Float32) for word in words])
 
 
 def all_there(words: list[Any]) -> Any:

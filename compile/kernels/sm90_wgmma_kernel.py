@@ -445,19 +445,12 @@ def add_slot(config: cutlass.Constexpr, sums, address):
     vectors, batch = config.accumulators // VECTOR, SLOT_BATCH[config.shape.warpgroups]
     for first in cutlass.range_constexpr(0, vectors, batch):
         addresses = [vector_address(config, address, index) for index in range(first, min(first + batch, vectors))]
-        words = slot_words(addresses)
-        while not reduction.all_there(words):
-            words = slot_words(addresses)
+        words = reduction.words_when_there(addresses, [Int32(1)] * len(addresses))
         begin, end = first * VECTOR, first * VECTOR + len(words)
-        sums = sums[:begin] + reduction.add(sums[begin:end], [reduction.inverted(word, Float32) for word in words]) + sums[end:]
+        sums = sums[:begin] + reduction.add_words(sums[begin:end], words) + sums[end:]
         for each in addresses:
             reduction.put_slot_words_if(each, Int32(1), [Uint32(0)] * VECTOR)
     return sums
-
-
-def slot_words(addresses: list[Any]) -> list[Any]:
-    """The words of some vectors of a slot."""
-    return [word for address in addresses for word in reduction.get_slot_words_if(address, Int32(1))]
 
 
 # ---- FC2: sums over tiles

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from densemoe.compile.emulator import tcgen05, tensor_memory
-from densemoe.compile.emulator.smem_descriptor import SmemDescriptor
+from densemoe.compile.emulator.smem_descriptor import SmemDescriptor, gather_operand
 from densemoe.compile.emulator.tcgen05 import InstructionDescriptor
 from densemoe.compile.emulator.tensor_map import Swizzle
 from densemoe.runtime.errors import EmulatorError
@@ -127,9 +127,10 @@ def test_cp_writes_each_row_to_its_lanes(shape: str, multicast: str, destination
     shared = rng.integers(0, 256, SHARED).astype(np.uint8)
     copy = tensor_memory.copy_shape(shape, multicast)
     descriptor = SmemDescriptor(2048, 2048, 256)
+    given = gather_operand(shared, descriptor, copy.rows, copy.row_bytes).view(np.uint32)
     memory, column = fresh(), 37
     before = memory.copy()
-    tensor_memory.copy_to_tensor_memory(memory, column, shared, descriptor, copy)
+    tensor_memory.write_rows(memory, column, given, copy)
     rows, bits = (int(n) for n in shape.removesuffix("b").split("x"))
     touched = np.zeros((128, 512), np.bool_)
     for row in range(rows):
@@ -142,7 +143,7 @@ def test_cp_writes_each_row_to_its_lanes(shape: str, multicast: str, destination
     np.testing.assert_array_equal(memory[~touched], before[~touched])
     for address in (512 - bits // 32 + 1, 112 << 16):
         with pytest.raises(EmulatorError, match="reaches beyond"):
-            tensor_memory.copy_to_tensor_memory(memory, address, shared, descriptor, copy)
+            tensor_memory.write_rows(memory, address, given, copy)
 
 
 def test_other_copies_are_errors() -> None:
