@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from densemoe.compile.emulate.cases import Case
-from densemoe.compile.emulator.device import EARLY, launch_recipe
+from densemoe.compile.emulator.device import early_roles, launch_recipe
 from densemoe.compile.emulator.execution import Report as Run
 from densemoe.runtime import bounds, data, packing, reference
 from densemoe.runtime.errors import DensemoeError
@@ -158,7 +158,7 @@ def run_case(variant: Variant, layout: str, ptx: str, recipe: Recipe, case: Case
     workspaces: dict[str, npt.NDArray[np.uint8]] = {}
     outputs: Arrays = {}
     # the setting says that the list was complete before the launch before began
-    early = (*EARLY, "active_experts", "tiles") if dict(case.settings).get("early_list") else EARLY
+    early = early_roles(variant.op, variant.arch, dict(case.settings))
     run = Run()
     for _ in range(case.launches):
         outputs = {role: poisoned(role, spec.shape, spec.dtype) for role, spec in specs.items() if spec.output}

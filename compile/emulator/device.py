@@ -18,12 +18,14 @@ from densemoe.compile.emulator.tensor_map import DataType, L2Promotion, Swizzle,
 from densemoe.runtime.plan import PackedLaunch, pack
 from densemoe.runtime.recipe import Recipe, evaluate
 
-__all__ = ["EARLY", "SM_COUNT", "encode_tensor_map", "launch_of", "launch_recipe"]
+__all__ = ["EARLY", "SM_COUNT", "early_roles", "encode_tensor_map", "launch_of", "launch_recipe"]
 
 #: multiprocessors of the device that is emulated; few, so that small problems give every CTA several tiles
 SM_COUNT = 4
 #: Weights: they are there before the first launch.
 EARLY: Final = ("b", "b.codes", "b.scales")
+#: What ``prepare`` and ``route`` write: the setting ``early_list`` says that it was complete before the launch before the kernel's began.
+_LISTS: Final = ("active_experts", "tiles", "rows", "row_alpha")
 _TYPES = {
     "u8": DataType.UINT8,
     "u16": DataType.UINT16,
@@ -34,6 +36,13 @@ _TYPES = {
 }
 _SWIZZLES = {"none": Swizzle.NONE, "32B": Swizzle.BYTES_32, "64B": Swizzle.BYTES_64, "128B": Swizzle.BYTES_128}
 _PROMOTIONS = {"none": L2Promotion.NONE, "64B": L2Promotion.BYTES_64, "128B": L2Promotion.BYTES_128, "256B": L2Promotion.BYTES_256}
+
+
+def early_roles(op: str, architecture: str, settings: Mapping[str, int]) -> tuple[str, ...]:
+    """Roles that a kernel may read before ``griddepcontrol.wait`` under the given settings; ``prepare``'s alphas are part of its list on sm_90a."""
+    if not settings.get("early_list"):
+        return EARLY
+    return (*EARLY, *_LISTS, *(("alpha",) if (op, architecture) == ("fc2", "sm_90a") else ()))
 
 
 def encode_tensor_map(

@@ -169,6 +169,13 @@ def shuffle_from(value: Any, lane: Any) -> Any:
     )
 
 
+def differs_from_zero(value: Any) -> Any:
+    """1 where a float32 is not 0, NaN included."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.neu.f32 p, {$r0}, 0f00000000; selp.b32 {$w0}, 1, 0, p; }", write_only_types=[Int32], read_only_args=[value]
+    )
+
+
 def store_shared(address: Any, word: Any) -> None:
     """Four bytes to shared memory."""
     pr.inline_ptx_hl("st.shared.b32 [{$r0}], {$r1};", read_only_args=[address, word])

@@ -3,14 +3,17 @@
 A unit is 64 columns x ``tile_m`` tokens; its reduction runs over every K 128 of every expert. All units' reductions are laid end to end and cut into
 equal spans, one a CTA (stream-K): H is short and E·I very long, so whole units would leave most of the machine idle.
 
-    per unit:  each of the CTA's four warps takes a quarter of the unit's blocks in the span:  ring ─ wait ─ decode ─ mma.sync ─ refill
-                   until an expert ends:  sum += alpha[token, e] · accumulators
+    per unit:  the CTA's four warps take its blocks in the span in turn:  ring ─ wait ─ decode ─ mma.sync ─ refill
+                   sum += alpha[token, e] · accumulators of the block
                sums over warps (shared memory), and over CTAs where a unit lies in several spans (slots; the CTA whose span ends in it goes on)
                convert ─ store
 
-One accumulation per expert, scaled once. A term whose alpha is exactly 0 is selected away, not multiplied. Sums have one order (sm90_reduction):
-a launch gives the same bits every time. Slots are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
+An expert has few blocks (two of DeepSeek-V3's at TP 8), so a warp meets another with almost every block. What a block needs is therefore fetched
+blocks ahead, over the borders of experts and units: three ahead its expert, two its weights and alphas, one its activations, of the tokens alone
+whose alpha is not 0. A term whose alpha is exactly 0 is thus not read at all. Sums have one order (sm90_reduction): a launch gives the same bits
+every time. Slots are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
 
+Run-time setting ``early_list``: the list of active experts and alpha were complete before the launch that precedes this one began.
 ``active_experts`` null means every expert; ``[count, expert, expert, …]`` cuts the spans from listed experts' K blocks alone. An empty list still
 gives zeros: the spans are then those of one expert whose scale is taken as 0.
 """
@@ -41,6 +44,8 @@ WEIGHT_LAYOUT = common.WEIGHT_LAYOUT
 RESIDENT_CTAS = {8: 4, 16: 2, 32: 2}
 PREFETCH_UP_TO = 16  # largest tile_m whose activations are loaded one superblock ahead
 SMALLEST_SPAN = 2 * common.WARPS  # K 128 blocks of a CTA
+LOOKED_UP = 3  # blocks of a warp whose experts are known before their use
+UNROLL = 2  # steps of the main loop
 OUTPUTS = 8  # consecutive output columns that one lane holds of a token
 
 
@@ -50,20 +55,19 @@ def wait(barrier, phase):
         pass
 
 
-def add_scaled(sums: list[Any], accumulators: list[Any], config: common.Config, scales: list[Any]) -> list[Any]:
-    """sums + scale · accumulators per token, fused, with scale 0 selected away."""
+def add_scaled(config: common.Config, sums: list[Any], accumulators: list[Any], scales: list[Any], t: Any) -> list[Any]:
+    """sums + scale · accumulators per token, fused; a token whose scale is 0 has accumulators of 0 (``activations_of``).
+
+    Args:
+        scales: of ``alphas_of``: lane 4j holds that of token j of a token block.
+    """
     result = []
+    of_pairs = [[common.shuffle_from(scale, (t * 2 + pair) * 4) for pair in range(2)] for scale in scales]
     for index, (total, accumulator) in enumerate(zip(sums, accumulators, strict=True)):
-        block = index // (common.M16_BLOCKS * common.ACCUMULATORS)
-        scale = scales[2 * block + index % 2]
+        scale = of_pairs[index // (common.M16_BLOCKS * common.ACCUMULATORS)][index % 2]
         value = multiply(accumulator, Float32(config.product_scale))
         result.append(
-            pr.inline_ptx_hl(
-                "{ .reg .pred z; .reg .f32 s; setp.eq.f32 z, {$r0}, 0f00000000; fma.rn.f32 s, {$r0}, {$r1}, {$r2};"
-                " selp.f32 {$w0}, {$r2}, s, z; }",
-                write_only_types=[Float32],
-                read_only_args=[scale, value, total],
-            )
+            pr.inline_ptx_hl("fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[scale, value, total])
         )
     return result
 
@@ -95,25 +99,27 @@ def load_workspace_if(address: Any, valid: Any) -> list[Any]:
 
 
 @cute.jit
-def next_part(rest, unit, inside, length, warp):
-    """The warp's blocks in the next unit that has some, of the ``rest`` blocks of a span that go on at block ``inside`` of ``unit``.
+def advanced(unit, row_block, first_token, place, k, steps, count, k_blocks, token_tiles, tile_m: cutlass.Constexpr):
+    """A block of the span moved on by what ``steps`` says: (units, places, K blocks) of the warps' stride.
 
     Returns:
-        rest, unit and inside behind it; the unit, and the warp's first block in it and number of blocks, 0 where none are left.
+        unit, its row block and first token, the place of the expert in the list of ``count``, and the expert's K block.
     """
-    of = unit
-    at = Int32(0)
-    blocks = Int32(0)
-    while (blocks == 0) & (rest > 0):
-        run = min(rest, length - inside)
-        begin = warp * run // common.WARPS
-        blocks = (warp + 1) * run // common.WARPS - begin
-        at = inside + begin
-        of = unit
-        rest -= run
+    before = unit
+    step_units, step_places, step_k = steps
+    k += step_k
+    place += step_places
+    unit += step_units
+    if k >= k_blocks:
+        k -= k_blocks
+        place += 1
+    if place >= count:
+        place -= count
         unit += 1
-        inside = Int32(0)
-    return rest, unit, inside, of, at, blocks
+    if unit != before:
+        row_block = Int32(Uint32(unit) // Uint32(token_tiles))
+        first_token = (unit - row_block * token_tiles) * tile_m
+    return unit, row_block, first_token, place, k
 
 
 @cute.kernel
@@ -132,7 +138,7 @@ def fc2_kernel(
     alpha_stride_m: Int32,
     alpha_stride_e: Int32,
     token_tiles: Int32,
-    waits_first: Int32,
+    early_list: Int32,
     config: cutlass.Constexpr,
 ):
     tid, _, _ = cute.arch.thread_idx()
@@ -148,137 +154,117 @@ def fc2_kernel(
     k_blocks = Int32((Uint32(intermediate) + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K)  # of one expert
     row_blocks = Int32(Uint32(hidden) // common.SUPERBLOCK_ROWS)
     listed = Int32(active_experts.toint() != 0)
-    if waits_first != 0:
+    if (listed & (early_list ^ 1)) != 0:
         pr.griddepcontrol("wait")  # the list may come from the launch before
     pr.griddepcontrol("launch_dependents")
-    count_listed = common.load_global_s32_or(active_experts, listed, experts)
-    none = Int32(count_listed == 0)
-    listed = listed & (none ^ 1)
-    length = (count_listed + none) * k_blocks  # blocks of a unit: those of the visited experts
+    count = common.load_global_s32_or(active_experts, listed, experts)
+    some = Int32(count != 0)
+    listed = listed & some
+    count += some ^ 1
+    length = count * k_blocks  # blocks of a unit: those of the visited experts
 
     all_rings, all_barriers = common.shared_memory(config)
     ring = all_rings.subview(warp * (stages * superblock))
     barriers = all_barriers.subview(warp * stages)
     partials = reduction.shared_partials(config)
+    if lane == 0:
+        for i in cutlass.range_constexpr(stages):
+            pr.mbarrier_init(barriers.subview(i), 1)
+        pr.fence_mbarrier_init()
+    cute.arch.sync_warp()
 
     # the CTA's span of all units' blocks, laid end to end
     span = reduction.span_of(Uint32(worker), Uint32(ctas), Uint32(row_blocks) * Uint32(token_tiles), Uint32(length), SMALLEST_SPAN)
     unit, inside, remaining = (Int32(each) for each in span[:3])
     quotient, longer = span[3:]
 
-    # what the warp's ring fetches next
-    fetch_rest, fetch_unit, fetch_inside, fetch_of, fetch_at, to_fetch = next_part(remaining, unit, inside, length, warp)
-    fetch_place = fetch_at // k_blocks
-    fetch_k = fetch_at - fetch_place * k_blocks
-    exists = Int32(to_fetch > 0)
-    next_source = weights_of(b, active_experts, listed & exists, fetch_place, fetch_of // token_tiles, row_blocks, k_blocks)
-    next_source = next_source + Int64(fetch_k) * superblock
-
-    if lane == 0:
-        for i in cutlass.range_constexpr(stages):
-            pr.mbarrier_init(barriers.subview(i), 1)
-        pr.fence_mbarrier_init()
-    cute.arch.sync_warp()
+    # every fourth block of it is this warp's; three of them are looked up before their use: the one ahead of the others says where to go on
+    steps = tuple(Int32(each) for each in divided(Uint32(common.WARPS), Uint32(length), Uint32(k_blocks)))
+    ahead_unit, ahead_place, ahead_k = (Int32(each) for each in divided(Uint32(inside + warp), Uint32(length), Uint32(k_blocks)))
+    ahead_unit += unit
+    ahead_row = Int32(Uint32(ahead_unit) // Uint32(token_tiles))
+    ahead_token = (ahead_unit - ahead_row * token_tiles) * config.tile_m
+    to_find = (remaining + (common.WARPS - 1 - warp)) // common.WARPS
+    found = []
+    for i in cutlass.range_constexpr(LOOKED_UP):
+        exists = Int32(to_find > i)
+        expert = common.listed_expert(active_experts, listed & exists, ahead_place)
+        found.append([exists, expert, ahead_row, ahead_token, ahead_k])
+        ahead_unit, ahead_row, ahead_token, ahead_place, ahead_k = advanced(
+            ahead_unit, ahead_row, ahead_token, ahead_place, ahead_k, steps, count, k_blocks, token_tiles, config.tile_m
+        )
+    to_find -= LOOKED_UP
     for i in cutlass.range_constexpr(stages):
-        if to_fetch > 0:
-            if lane == 0:
-                common.start_copy(ring, barriers, i, next_source)
-            to_fetch -= 1
-            next_source = next_source + superblock
-            fetch_k += 1
-            if (fetch_k == k_blocks) | (to_fetch == 0):
-                fetch_place += 1
-                fetch_k = Int32(0)
-                if to_fetch == 0:
-                    fetch_rest, fetch_unit, fetch_inside, fetch_of, fetch_at, to_fetch = next_part(
-                        fetch_rest, fetch_unit, fetch_inside, length, warp
-                    )
-                    fetch_place = fetch_at // k_blocks
-                    fetch_k = fetch_at - fetch_place * k_blocks
-                exists = Int32(to_fetch > 0)
-                next_source = weights_of(b, active_experts, listed & exists, fetch_place, fetch_of // token_tiles, row_blocks, k_blocks)
-                next_source = next_source + Int64(fetch_k) * superblock
+        fetch(config, ring, barriers, i, b, found[i], row_blocks, k_blocks, lane)
 
-    pr.griddepcontrol("wait")  # weights do not depend on the launch before; activations and alpha do
+    if early_list == 0:
+        pr.griddepcontrol("wait")  # weights do not depend on the launch before; activations and alpha do
+    scales = alphas_of(config, alpha, found[0], some, alpha_stride_m, alpha_stride_e, tokens_total, g)
+    scales_after = scales
+    if cutlass.const_expr(config.prefetch):
+        scales_after = alphas_of(config, alpha, found[1], some, alpha_stride_m, alpha_stride_e, tokens_total, g)
+    if early_list != 0:
+        pr.griddepcontrol("wait")
+    a_columns = experts * intermediate
+    now, after, behind = found
+    halves: Any = []
+    if cutlass.const_expr(config.prefetch):
+        halves = activations_of(config, a, a_scales, now, scales, intermediate, a_columns, g, t)
 
     stage = Int32(0)
     phase = Int32(0)
+    done = Int32(0)  # blocks of the span that lie behind, modulo 4
     side = Int32(0)  # which buffer of partial sums is next
-    a_columns = experts * intermediate
-    count = config.token_blocks * common.M16_BLOCKS * common.ACCUMULATORS
     rows_of_warp = reduction.rows_of_warp(config)
     finishing = reduction.finishing_warps(config)
     while remaining > 0:
-        # ---- the part of one unit that lies in this span, and of it this warp's quarter
+        # ---- the part of one unit that lies in this span, and of it this warp's blocks
         run = min(remaining, length - inside)
         remaining -= run
-        begin = warp * run // common.WARPS
-        part = (warp + 1) * run // common.WARPS - begin
-        place = (inside + begin) // k_blocks
-        k = inside + begin - place * k_blocks
-        row_block = unit // token_tiles
+        skip = (warp - done) & (common.WARPS - 1)
+        left = (run + (common.WARPS - 1 - skip)) // common.WARPS
+        done = (done + run) & (common.WARPS - 1)
+        row_block = Int32(Uint32(unit) // Uint32(token_tiles))
         first_token = (unit - row_block * token_tiles) * config.tile_m
-        tokens, exist = common.lane_tokens(config, first_token, g, tokens_total)
-        sums = common.zero_accumulators(count)
-        while part > 0:
-            # ---- the part of one expert
-            steps = min(part, k_blocks - k)
-            part -= steps
-            accumulators = common.zero_accumulators(count)
-            expert = common.listed_expert(active_experts, listed, place)
-            base = expert * intermediate
-            scales = []
-            for block in cutlass.range_constexpr(config.token_blocks):
-                for pair in cutlass.range_constexpr(2):
-                    token = first_token + (block * common.MMA_TOKENS + t * 2 + pair)
-                    at = Int64(token) * Int64(alpha_stride_m) + Int64(expert) * Int64(alpha_stride_e)
-                    scales.append(common.load_global_f32_if(alpha + at * 4, Int32(token < tokens_total) & (none ^ 1)))
-            if cutlass.const_expr(config.prefetch):
-                ahead = common.load_superblock_activations(config, a, a_scales, tokens, exist, k, base, intermediate, a_columns, t)
-            for step in cutlass.range(steps, unroll=1):
-                if cutlass.const_expr(config.prefetch):
-                    loaded = ahead
-                    ahead = common.load_superblock_activations(
-                        config, a, a_scales, tokens, exist, k + step + 1, base, intermediate, a_columns, t
+        sums = common.zero_accumulators(config.token_blocks * common.M16_BLOCKS * common.ACCUMULATORS)
+        while left > 0:
+            for copy in cutlass.range_constexpr(unroll(config)):  # loaded activations need not move from one set of registers to the other
+                if left > 0:
+                    left -= 1
+                    # ---- three blocks ahead the expert, two ahead its alphas, one ahead its activations
+                    exists = Int32(to_find > 0)
+                    to_find -= 1
+                    beyond = [exists, common.listed_expert(active_experts, listed & exists, ahead_place), ahead_row, ahead_token, ahead_k]
+                    ahead_unit, ahead_row, ahead_token, ahead_place, ahead_k = advanced(
+                        ahead_unit, ahead_row, ahead_token, ahead_place, ahead_k, steps, count, k_blocks, token_tiles, config.tile_m
                     )
-                else:
-                    loaded = common.load_superblock_activations(
-                        config, a, a_scales, tokens, exist, k + step, base, intermediate, a_columns, t
+                    scales_behind = alphas_of(
+                        config, alpha, behind if config.prefetch else after, some, alpha_stride_m, alpha_stride_e, tokens_total, g
                     )
-                wait(barriers.subview(stage), phase)
-                accumulators = common.multiply_superblock(
-                    config, accumulators, ring.subview(stage * superblock + lane * 16).data_ptr(), loaded
-                )
-                cute.arch.sync_warp()  # every lane has read the stage
-                if to_fetch > 0:
-                    if lane == 0:
-                        common.start_copy(ring, barriers, stage, next_source)
-                    to_fetch -= 1
-                    next_source = next_source + superblock
-                    fetch_k += 1
-                    if (fetch_k == k_blocks) | (to_fetch == 0):
-                        fetch_place += 1
-                        fetch_k = Int32(0)
-                        if to_fetch == 0:
-                            fetch_rest, fetch_unit, fetch_inside, fetch_of, fetch_at, to_fetch = next_part(
-                                fetch_rest, fetch_unit, fetch_inside, length, warp
-                            )
-                            fetch_place = fetch_at // k_blocks
-                            fetch_k = fetch_at - fetch_place * k_blocks
-                        exists = Int32(to_fetch > 0)
-                        next_source = weights_of(
-                            b, active_experts, listed & exists, fetch_place, fetch_of // token_tiles, row_blocks, k_blocks
-                        )
-                        next_source = next_source + Int64(fetch_k) * superblock
-                stage += 1
-                if stage == stages:
-                    stage = Int32(0)
-                    phase = phase ^ 1
-            sums = add_scaled(sums, accumulators, config, scales)
-            k += steps
-            if k == k_blocks:
-                k = Int32(0)
-                place += 1
+                    loaded = halves
+                    if cutlass.const_expr(config.prefetch):
+                        halves = activations_of(config, a, a_scales, after, scales_after, intermediate, a_columns, g, t)
+                    else:
+                        loaded = activations_of(config, a, a_scales, now, scales, intermediate, a_columns, g, t)
+                    wait(barriers.subview(stage), phase)
+                    accumulators = common.zero_accumulators(config.token_blocks * common.M16_BLOCKS * common.ACCUMULATORS)
+                    accumulators = common.multiply_superblock(
+                        config, accumulators, ring.subview(stage * superblock + lane * 16).data_ptr(), loaded
+                    )
+                    cute.arch.sync_warp()  # every lane has read the stage
+                    fetch(config, ring, barriers, stage, b, behind if stages == 2 else beyond, row_blocks, k_blocks, lane)
+                    sums = add_scaled(config, sums, accumulators, scales, t)
+                    stage += 1
+                    if stage == stages:
+                        stage = Int32(0)
+                        phase = phase ^ 1
+                    now = after
+                    after = behind
+                    behind = beyond
+                    scales = scales_after if config.prefetch else scales_behind
+                    scales_after = scales_behind
+                elif cutlass.const_expr(copy > 0):
+                    halves = common.moved(halves)  # here, where few units end, and not before the branch
 
         # ---- over the warps, and over the CTAs that share the unit
         buffer = partials + side * reduction.partial_bytes(config)
@@ -306,10 +292,58 @@ def fc2_kernel(
         unit += 1
 
 
-def weights_of(b: Any, active_experts: Any, listed: Any, place: Any, row_block: Any, row_blocks: Any, k_blocks: Any) -> Any:
-    """Address of the first superblock of a row block of the expert at a place of the list."""
-    expert = common.listed_expert(active_experts, listed, place)
-    return b + (Int64(expert) * Int64(row_blocks) + Int64(row_block)) * Int64(k_blocks) * common.SUPERBLOCK_BYTES
+def unroll(config: common.Config) -> int:
+    """Steps of the main loop: two sets of activations take turns where there are two."""
+    return UNROLL if config.prefetch else 1
+
+
+def divided(blocks: Any, length: Any, k_blocks: Any) -> tuple[Any, Any, Any]:
+    """A number of blocks as whole units of ``length``, whole experts of ``k_blocks`` of the rest, and what is left; unsigned."""
+    units = blocks // length
+    rest = blocks - units * length
+    places = rest // k_blocks
+    return units, places, rest - places * k_blocks
+
+
+def fetch(config: common.Config, ring: Any, barriers: Any, stage: Any, b: Any, block: list[Any], row_blocks: Any, k_blocks: Any, lane: Any) -> None:
+    """One lane starts the copy of a block's superblock, where the block exists.
+
+    Args:
+        block: [exists, expert, row block, first token, K block of the expert].
+    """
+    exists, expert, row_block, _, k = block
+    start_copy_if(exists & Int32(lane == 0), config, ring, barriers, stage, b, (expert, row_block, k), (row_blocks, k_blocks))
+
+
+@cute.jit
+def start_copy_if(valid, config: cutlass.Constexpr, ring, barriers, stage, b, place, sizes):
+    """The superblock of (expert, row block, K block) to ``stage``, where ``valid`` is not 0."""
+    if valid != 0:
+        expert, row_block, k = place
+        row_blocks, k_blocks = sizes
+        index = (Int64(expert) * Int64(row_blocks) + Int64(row_block)) * Int64(k_blocks) + Int64(k)
+        common.start_copy(ring, barriers, stage, b + index * common.SUPERBLOCK_BYTES)
+
+
+def alphas_of(
+    config: common.Config, alpha: Any, block: list[Any], some: Any, stride_m: Any, stride_e: Any, tokens_total: Any, g: Any
+) -> list[Any]:
+    """The scales of a block's expert for the tokens whose activations a lane loads, one a token block; 0 where there is no such token or block."""
+    exists, expert, _, first_token, _ = block
+    tokens, inside = common.lane_tokens(config, first_token, g, tokens_total)
+    at = [Int64(token) * Int64(stride_m) + Int64(expert) * Int64(stride_e) for token in tokens]
+    return [common.load_global_f32_if(alpha + each * 4, live & exists & some) for each, live in zip(at, inside, strict=True)]
+
+
+def activations_of(
+    config: common.Config, a: Any, a_scales: Any, block: list[Any], scales: list[Any], intermediate: Any, a_columns: Any, g: Any, t: Any
+) -> list[list[list[Any]]]:
+    """A lane's activations of a block; zeros, and nothing is read, where the token's scale is 0."""
+    _, expert, _, first_token, k = block
+    tokens, _ = common.lane_tokens(config, first_token, g, first_token)
+    sources = common.lane_sources(config, a, a_scales, tokens, expert * intermediate, a_columns, t)
+    valid = [common.differs_from_zero(each) for each in scales]
+    return [common.load_half(config, sources, valid, k, half, intermediate) for half in range(common.K64_HALVES)]
 
 
 @cute.jit
@@ -334,7 +368,6 @@ def fc2_host(
     stream: cuda.CUstream,
 ):
     fc2_kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
-    listed = Int32(active_experts.toint() != 0)
     token_tiles = (tokens_total + (config.tile_m - 1)) // config.tile_m
     k_blocks = (intermediate + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K
     blocks = experts * k_blocks * (hidden // common.SUPERBLOCK_ROWS) * token_tiles
@@ -354,7 +387,7 @@ def fc2_host(
         alpha_stride_m,
         alpha_stride_e,
         token_tiles,
-        listed * (1 - early_list),
+        early_list,
         config,
     ).launch(
         grid=(ctas, 1, 1),
@@ -395,7 +428,7 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("alpha_stride_m", "u32", "alpha_stride_m"),
             Parameter("alpha_stride_e", "u32", "alpha_stride_e"),
             Parameter("token_tiles", "u32", "token_tiles"),
-            Parameter("waits_first", "u32", "has_active_list * (1 - early_list)"),
+            Parameter("early_list", "u32", "early_list"),
         ),
         let=(
             ("token_tiles", f"ceil_div(M, {config.tile_m})"),
@@ -432,9 +465,9 @@ def expected(variant: Variant) -> Expected:
     steps = common.K64_HALVES * common.K16_STEPS * common.M16_BLOCKS * config.token_blocks
     return Expected(
         ptx_counts={
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": steps,
-            # one per ring stage before the loop, one to refill inside it
-            common.COPY: config.stages + 1,
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": steps * unroll(config),
+            # one per ring stage before the loop, one to refill in each step of it
+            common.COPY: config.stages + unroll(config),
         },
         max_registers=65536 // (common.WARPS * 32 * config.resident_ctas),
     )

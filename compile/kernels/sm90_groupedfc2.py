@@ -448,7 +448,7 @@ def expected(variant: Variant) -> Expected:
     """What the audit must find in the PTX of ``variant``: the dense kernel's in each step of the loop, and four vectors added a token block."""
     config = config_of(variant)
     dense = sm90_fc2.expected(variant)
-    counts = {opcode: count * unroll(config) for opcode, count in dense.ptx_counts.items()}
+    counts = {opcode: count // sm90_fc2.unroll(config) * unroll(config) for opcode, count in dense.ptx_counts.items()}
     counts[common.COPY] = config.stages + unroll(config)
     counts["red.relaxed.gpu.global.add.v4.f32"] = 4 * config.token_blocks * unroll(config)
     return replace(dense, ptx_counts=counts, max_registers=65536 // (common.WARPS * 32 * config.resident_ctas))

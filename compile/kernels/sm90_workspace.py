@@ -43,7 +43,7 @@ def add_item(
         return
     for pair in range(2):
         address = columns + Int64(tokens[pair]) * ROW_BYTES + Int64((lane // 4) * (OUTPUTS * 4))
-        live = Int32(tokens[pair] >= 0) & differs_from_zero(scales[pair])
+        live = Int32(tokens[pair] >= 0) & common.differs_from_zero(scales[pair])
         sums = [multiply(multiply(each, Float32(config.product_scale)), scales[pair]) for each in token_values(accumulators, 0, pair)]
         add_to_workspace(address, live, sums[:4])
         add_to_workspace(address + 16, live, sums[4:])
@@ -89,7 +89,7 @@ def add_rows(config: cutlass.Constexpr, columns, staged, accumulators, scale, to
                     loaded = [reduction.load_shared_v4(staged + row * STAGED_ROW + column) for row in rows]
                     for step in cutlass.range_constexpr(STEPS):
                         sums = [multiply(multiply(each, Float32(config.product_scale)), scales[step]) for each in loaded[step]]
-                        live = Int32(tokens[step] >= 0) & differs_from_zero(scales[step])
+                        live = Int32(tokens[step] >= 0) & common.differs_from_zero(scales[step])
                         add_to_workspace(columns + Int64(tokens[step]) * ROW_BYTES + Int64(column), live, sums)
             if cutlass.const_expr(block + 1 < config.token_blocks):
                 cute.arch.sync_warp()  # the rows have been read
@@ -111,13 +111,6 @@ def staged_rows(config: common.Config) -> Any:
         return Int32(0)
     space = cutlass.AddressSpace.smem
     return cutlass.Array(Uint8, common.WARPS * staged_bytes(config), space=space, alignment=16).data_ptr().toint(Int32)
-
-
-def differs_from_zero(value: Any) -> Any:
-    """1 where a float32 is not 0, NaN included: a term whose scale is 0 is selected away."""
-    return pr.inline_ptx_hl(
-        "{ .reg .pred p; setp.neu.f32 p, {$r0}, 0f00000000; selp.b32 {$w0}, 1, 0, p; }", write_only_types=[Int32], read_only_args=[value]
-    )
 
 
 def add_if(address: Any, value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from densemoe.compile import kernels, toolchain
-from densemoe.compile.emulator.device import EARLY, launch_recipe
+from densemoe.compile.emulator.device import early_roles, launch_recipe
 from densemoe.compile.emulator.execution import Report
 from densemoe.runtime import bounds, data, reference
 from densemoe.runtime.problem import Problem
@@ -89,7 +89,7 @@ def launch(
     ptx, recipe = compiled(key)
     outputs = [role for role, spec in problem.tensors().items() if spec.output]
     names = {**problem.names(), **settings}
-    early = (*EARLY, "active_experts") if settings.get("early_list") else EARLY
+    early = early_roles(Variant.parse(key).op, Variant.parse(key).arch, settings)
     options = {"schedule": schedule, "sm_count": sm_count, "workspaces": workspaces, "races": races, "early": early}
     return launch_recipe(ptx, recipe, names, tensors, outputs, **options)  # type: ignore[arg-type]
 

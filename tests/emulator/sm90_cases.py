@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from densemoe.compile import kernels
-from densemoe.compile.emulator.device import EARLY, launch_recipe
+from densemoe.compile.emulator.device import early_roles, launch_recipe
 from densemoe.compile.emulator.execution import Report
 from densemoe.compile.toolchain import compile_variant
 from densemoe.runtime import bounds, data, packing, reference
@@ -97,7 +97,7 @@ def run_case(
     recipe = kernels.load(f"sm90_{variant.op}").recipe(variant)
     tensors = {**arrays, "b": packed, **outputs}
     names = {**problem.names(), **settings}
-    early = (*EARLY, "active_experts") if settings.get("early_list") else EARLY
+    early = early_roles(variant.op, variant.arch, settings)
     report = launch_recipe(edit(ptx_of(key)), recipe, names, tensors, outputs, schedule=schedule, sm_count=sm_count, early=early)
     is_exact = kind == "exact"
     if fc1:
