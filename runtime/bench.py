@@ -1,6 +1,7 @@
 """``densemoe bench ops``, and what it shares with ``layer`` (bench_layer.py): our forms, the read-only floor and competitors side by side, in turn.
 
     point (shape, M) ── ours, checked ─┐
+                     ── those of other artifact sets, checked ─┤
                      ── read-only over the same bytes, in as many launches ─┼─ CUDA graphs over cold weights, replayed in turn ──► row
                      ── each competitor ─┘
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final
 
 from densemoe.runtime import bounds
@@ -20,15 +22,17 @@ from densemoe.runtime.bench_gathered import GatheredData
 from densemoe.runtime.bench_read import ReadKernel
 from densemoe.runtime.bench_report import CHOSEN, GATHERED, OURS, READ
 from densemoe.runtime.bench_timing import Launch, Sample, Timed
-from densemoe.runtime.errors import DensemoeError
+from densemoe.runtime.errors import DensemoeError, ProblemError, SelectionError
 from densemoe.runtime.grouping import group_tile
+from densemoe.runtime.loader import Loader
+from densemoe.runtime.manifest import ManifestVariant
 from densemoe.runtime.plan import Plan
-from densemoe.runtime.select import load_table
+from densemoe.runtime.select import Choice, load_table
 from densemoe.runtime.tune import STATED, Tuner, grouped_keys, grouped_tiles
 from densemoe.runtime.tune_cases import PEAK_FLOPS, Case, Shape, flops, roofline, worth_a_tile
 from densemoe.runtime.tune_data import OpData, PackedWeights
 
-__all__ = ["Bench", "Point", "launch_costs", "open_read", "regions"]
+__all__ = ["ArtifactSet", "Bench", "Point", "launch_costs", "open_read", "regions"]
 
 _ALIGNED: Final = 128
 
@@ -56,6 +60,7 @@ class Bench:
     Args:
         read: the read-only kernel, None where it does not load: its column stays empty.
         competitors: others; those that are absent say so themselves.
+        beside: other artifact sets by name: their kernels are measured in the same rounds, in columns that begin with the name.
         sustained: seconds that each column is replayed without pause besides, 0 for bursts alone.
         sensors: clocks and power, read after each point.
     """
@@ -69,10 +74,16 @@ class Bench:
         sustained: float = 0.0,
         sensors: Callable[[], Mapping[str, Any]] = dict,
         bytes_per_second: float = 0.0,
+        beside: Mapping[str, Loader] = MappingProxyType({}),
     ) -> None:
         self.tuner, self.read, self.competitors = tuner, read, competitors
         self.sustained, self.sensors, self.bytes_per_second = sustained, sensors, bytes_per_second
         self.arch = tuner.loader.manifest(tuner.device).arch
+        self.sets = [ArtifactSet("", tuner.loader, tuner.entries)]
+        for name, loader in beside.items():
+            entries = loader.manifest(tuner.device).variants
+            check_layouts(name, tuner.entries, entries)
+            self.sets.append(ArtifactSet(f"{name}: ", loader, entries))
 
     # ---- FC1 and FC2 alone
 
@@ -95,71 +106,88 @@ class Bench:
         return OpData(tuner.driver, op, shape, a_dtype, c_dtype, layout, largest_m, active=active, l2=tuner.l2, seed=tuner.seed)
 
     def _op(self, case: Case, made: OpData) -> dict[str, Any]:
-        tuner = self.tuner
         point, rotations = Point(), made.bind(case.m)
-        choice = tuner.loader.select(case.problem(), tuner.device)
-        plan = tuner.loader.plan(case.problem(), rotations[0], tuner.device, settings=self._stated(choice.variant.key) if case.active else None)
+        opened: list[Plan | GatheredData] = []
+        reports: list[bounds.Report] = []
+        chosen: list[Choice] = []
         try:
-            made.poison(case.m)
-            plan.launch(tuner.timer.stream)
-            tuner.driver.synchronize()
-            report = made.check(case.m, made.fetch(case.m))
-            point.columns[OURS] = (tuner._launches(plan, rotations), 1)
+            for each in self.sets:
+                reports += self._add_set(point, each, case, made, rotations, opened, chosen)
             touched = made.touched_bytes(case.m)
             self._add_read(point, [[region] for region in regions(made.weights, touched, len(rotations))])
             routings = [made.routing(case.m, rotation) for rotation in range(len(rotations))]
             self._add_competitors(point, Workload(case.op, case.shape, case.m, routings))
-            gathered, grouped = self._add_gathered(point, case, made)
-            try:
-                row = self._timed(point, case, touched)
-            finally:
-                for each in grouped:
-                    each.close()
+            row = self._timed(point, case, touched)
         finally:
-            plan.close()
+            for one in opened:
+                one.close()
+        choice, report = chosen[0], bounds.combine(reports)
         row.update(variant=choice.variant.key, settings=dict(choice.settings), provenance=choice.provenance, reason=choice.reason)
-        report = bounds.combine([report, *gathered]) if gathered else report
         row.update(passed=report.passed, worst=float(report.worst), detail="" if report.passed else report.text)
         return row
 
-    def _add_gathered(self, point: Point, case: Case, made: OpData) -> tuple[list[bounds.Report], list[Plan | GatheredData]]:
-        """A column for each tile of the grouped kernels of these dtypes; reports of their checks, and what is to be closed."""
+    def _add_set(
+        self,
+        point: Point,
+        of: ArtifactSet,
+        case: Case,
+        made: OpData,
+        rotations: Sequence[Mapping[str, int]],
+        opened: list[Plan | GatheredData],
+        chosen: list[Choice],
+    ) -> list[bounds.Report]:
+        """Columns of one artifact set; reports of their checks.
+
+        Args:
+            opened: what is to be closed is appended; chosen: the selection's choice is.
+        """
+        tuner, problem = self.tuner, case.problem()
+        try:
+            choice = of.loader.select(problem, tuner.device)
+        except SelectionError as error:
+            if not of.name:
+                raise
+            point.missing[of.name + OURS] = str(error)
+            return []
+        chosen.append(choice)
+        plan = of.loader.plan(problem, rotations[0], tuner.device, settings=of.stated(choice.variant.key) if case.active else None)
+        opened.append(plan)
+        made.poison(case.m)
+        plan.launch(tuner.timer.stream)
+        tuner.driver.synchronize()
+        reports = [made.check(case.m, made.fetch(case.m))]
+        point.columns[of.name + OURS] = (tuner._launches(plan, rotations), 1)
+        if not of.name:
+            point.same[CHOSEN] = OURS
+        if case.active:
+            reports += self._add_gathered(point, of, case, made, opened)
+        return reports
+
+    def _add_gathered(self, point: Point, of: ArtifactSet, case: Case, made: OpData, opened: list[Plan | GatheredData]) -> list[bounds.Report]:
+        """A column for each tile of a set's grouped kernels of these dtypes; reports of their checks."""
         tuner, op = self.tuner, f"grouped{case.op}"
         reports: list[bounds.Report] = []
-        opened: list[Plan | GatheredData] = []
-        point.same[CHOSEN] = OURS
-        if not case.active:
-            return reports, opened
-        tiles = grouped_tiles(tuner.entries.values(), (case.a_dtype, case.c_dtype), op)
+        tiles = grouped_tiles(of.entries.values(), (case.a_dtype, case.c_dtype), op)
         wanted = group_tile(load_table(self.arch).get("grouping"), tiles, case.m, case.shape.top_k, case.shape.experts)
-        try:
-            if tiles:
-                data = GatheredData(made)
-                opened.append(data)
-            for tile, key in grouped_keys(tuner.entries.values(), op, case.a_dtype, case.c_dtype):
-                if tile != wanted and not worth_a_tile(case.shape, case.m, tile):
-                    continue
-                rotations = data.bind(case.m, tile)
-                problem = data.problem(case.m, tile)
-                plan = tuner.loader.plan(problem, rotations[0], tuner.device, key, settings=self._stated(key))
-                opened.append(plan)
-                data.poison(case.m)
-                plan.launch(tuner.timer.stream)
-                tuner.driver.synchronize()
-                reports.append(data.check(case.m, tile))
-                name = f"{GATHERED} {key.split('.')[2]}"
-                point.columns[name] = (tuner._launches(plan, rotations), 1)
-                if tile == wanted and tuner.loader.select(problem, tuner.device).variant.key == key:
-                    point.same[CHOSEN] = name
-        except BaseException:
-            for each in opened:
-                each.close()
-            raise
-        return reports, opened
-
-    def _stated(self, key: str) -> dict[str, int]:
-        """What is true of the launches of ``ops``: no list that they read comes from the launch before."""
-        return {name: 1 for name, _ in self.tuner.entries[key].recipe.settings if name in STATED}
+        if tiles:
+            data = GatheredData(made)
+            opened.append(data)
+        for tile, key in grouped_keys(of.entries.values(), op, case.a_dtype, case.c_dtype):
+            if tile != wanted and not worth_a_tile(case.shape, case.m, tile):
+                continue
+            rotations = data.bind(case.m, tile)
+            problem = data.problem(case.m, tile)
+            plan = of.loader.plan(problem, rotations[0], tuner.device, key, settings=of.stated(key))
+            opened.append(plan)
+            data.poison(case.m)
+            plan.launch(tuner.timer.stream)
+            tuner.driver.synchronize()
+            reports.append(data.check(case.m, tile))
+            name = f"{of.name}{GATHERED} {key.split('.')[2]}"
+            point.columns[name] = (tuner._launches(plan, rotations), 1)
+            if not of.name and tile == wanted and of.loader.select(problem, tuner.device).variant.key == key:
+                point.same[CHOSEN] = name
+        return reports
 
     # ---- columns
 
@@ -230,6 +258,33 @@ class Bench:
         """What competitors keep of a shape."""
         for competitor in self.competitors:
             competitor.release()
+
+
+@dataclass(frozen=True)
+class ArtifactSet:
+    """Kernels that are measured.
+
+    Attributes:
+        name: what the set's columns begin with; empty for the set that the others are compared with.
+    """
+
+    name: str
+    loader: Loader
+    entries: Mapping[str, ManifestVariant]
+
+    def stated(self, key: str) -> dict[str, int]:
+        """What is true of the launches of ``ops``: no list that they read comes from the launch before."""
+        return {name: 1 for name, _ in self.entries[key].recipe.settings if name in STATED}
+
+
+def check_layouts(name: str, ours: Mapping[str, ManifestVariant], theirs: Mapping[str, ManifestVariant]) -> None:
+    """Raises ProblemError where another set reads weights packed in another layout: one copy of the weights serves both."""
+    known, other = ({(entry.variant.op, entry.layout) for entry in entries.values()} for entries in (ours, theirs))
+    for op, layout in sorted(other - known):
+        of_op = sorted(each for which, each in known if which == op)
+        if of_op:
+            packed = ", ".join(of_op)
+            raise ProblemError(f"--beside {name}: its {op} reads weights packed as {layout}, ours as {packed}: measure the two in runs of their own")
 
 
 def tuner_runs(samples: Mapping[str, Sample]) -> int:

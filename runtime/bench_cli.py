@@ -9,10 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from densemoe.runtime.errors import ProblemError
+
+if TYPE_CHECKING:
+    from densemoe.runtime.loader import Loader
+    from densemoe.runtime.tune import Tuner
 
 __all__ = ["SUBJECTS", "add_options", "bench"]
 
@@ -28,6 +33,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     measuring(parser)
     parser.add_argument("--sustained", type=float, default=0.0, metavar="SECONDS", help="ops, layer: replay each column so long without pause too")
     parser.add_argument("--competitors", action=argparse.BooleanOptionalAction, default=True, help="ops, layer: measure what else is installed")
+    parser.add_argument(
+        "--beside", action="append", default=[], metavar="[NAME=]ROOT", help="ops, layer: measure another artifact root's kernels in the same rounds"
+    )
     parser.add_argument("--from", dest="source", metavar="JSON", help="draw the tables and plots of an earlier run; needs no device")
     parser.add_argument("--out", default=OUT, metavar="DIR", help=f"folder for JSON, Markdown and SVG (default: {OUT})")
 
@@ -51,6 +59,8 @@ def bench(args: argparse.Namespace) -> int:
     from densemoe.runtime.tune_cases import BENCH_TOKENS, HELD_OUT, MODELS, parse_shapes
     from densemoe.runtime.tune_cli import FORMS, judge, open_tuner, provenance_of
 
+    if args.beside and args.what not in ("ops", "layer"):
+        raise ProblemError(f"bench {args.what} has no --beside: leave it out, or name ops or layer")
     if args.sustained < 0:
         raise ProblemError(f"--sustained {args.sustained}: use 0 or a number of seconds")
     shapes = parse_shapes(args.models or (HELD_OUT if args.what == "selection" else MODELS))
@@ -64,7 +74,7 @@ def bench(args: argparse.Namespace) -> int:
         return judge(args, tuner, table, [case for cases in groups.values() for case in cases], "selection")
     from densemoe.runtime.bench import launch_costs, open_read
     from densemoe.runtime.bench_competitors import Absent, competitors
-    from densemoe.runtime.bench_device import Sensors
+    from densemoe.runtime.bench_device import Sensors, set_digest
     from densemoe.runtime.bench_layer import LayerBench
 
     provenance = provenance_of(tuner)
@@ -79,6 +89,8 @@ def bench(args: argparse.Namespace) -> int:
     document["absent"] = {each.name: each.reason for each in others if isinstance(each, Absent)}
     for name, reason in document["absent"].items():
         tuner.say(f"absent, its column stays empty: {name}: {reason}")
+    beside = open_beside(args.beside, tuner)
+    document["beside"] = {name: set_digest(loader.manifest(tuner.device)) for name, loader in beside.items()}
     read = open_read(tuner)
     own = LayerBench(
         tuner,
@@ -87,6 +99,7 @@ def bench(args: argparse.Namespace) -> int:
         sustained=args.sustained,
         sensors=Sensors(tuner.driver, tuner.device).read,
         bytes_per_second=provenance["read_bytes_per_second"],
+        beside=beside,
     )
     run = own.ops if args.what == "ops" else own.layer
     try:
@@ -100,6 +113,30 @@ def bench(args: argparse.Namespace) -> int:
         if rows:  # also of a run that was interrupted
             paths = bench_report.write(document, args.out)
     return _show(args, document, paths)
+
+
+def open_beside(given: Sequence[str], tuner: Tuner) -> dict[str, Loader]:
+    """Loaders of ``--beside`` by name; a root without a name is called as its folder.
+
+    Raises:
+        ProblemError: two of one name; ArtifactNotFound and the like: a root that cannot be opened, or has nothing for the device.
+    """
+    found: dict[str, Loader] = {}
+    for each in given:
+        name, _, root = each.rpartition("=")
+        name = name or Path(root).resolve().name
+        if name in found:
+            raise ProblemError(f"--beside {each}: another root is called {name} already; give it a name, as in --beside new={root}")
+        found[name] = open_loader(root)
+        found[name].manifest(tuner.device)
+    return found
+
+
+def open_loader(root: str) -> Loader:
+    """A Loader of one artifact root."""
+    from densemoe.runtime.loader import Loader
+
+    return Loader(root)
 
 
 def _dtypes(args: argparse.Namespace) -> list[tuple[str, str, str]]:

@@ -13,11 +13,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from densemoe.runtime.bench import Bench, Point, regions
+from densemoe.runtime.bench import ArtifactSet, Bench, Point, regions
 from densemoe.runtime.bench_competitors import Workload
 from densemoe.runtime.bench_gathered import GatheredLayer
 from densemoe.runtime.bench_report import GATHERED, OURS, WHOLE, WITH_PREPARE
 from densemoe.runtime.bench_timing import Launch
+from densemoe.runtime.errors import SelectionError
 from densemoe.runtime.grouping import group_tile
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.problem import Problem
@@ -43,7 +44,7 @@ class LayerBench(Bench):
                 two = self._data("fc2", shape, middle, last, max(tokens), active)
                 gathered = None
                 try:
-                    if active and self._tiles(dtypes):
+                    if active and any(self._tiles(each, dtypes) for each in self.sets):
                         gathered = GatheredLayer(one, two)
                     for m in tokens:
                         yield self._layer(one, two, m, gathered)
@@ -65,60 +66,87 @@ class LayerBench(Bench):
         plans: list[Plan] = []
         point = Point()
         try:
-            problems = (one.problem(m), two.problem(m))
-            plans += [self._planned(problem, own[0]) for problem, own in zip(problems, (first, second), strict=True)]
-            point.columns[OURS] = (_alternate([tuner._launches(plan, own) for plan, own in zip(plans, (first, second), strict=True)]), 2)
-            self._add_prepare(point, plans, memory, one, m, (first, second))
+            own: list[Plan] = []
+            found: list[str] = []
+            for each in self.sets:
+                made_plans, wrong = self._add_set_of_layer(point, each, (one, two), m, (first, second), memory, plans, gathered)
+                own = own or made_plans
+                found += wrong
             touched = one.touched_bytes(m), two.touched_bytes(m)
             read = [regions(made.weights, size, count) for made, size in zip((one, two), touched, strict=True)]
             self._add_read(point, [list(pair) for pair in zip(*read, strict=True)])
-            found = self._add_gathered_layer(point, plans, one, two, m, count, gathered)
             routings = [one.routing(m, rotation) for rotation in range(count)]
             self._add_competitors(point, Workload("layer", shape, m, routings))
             row = self._timed(point, Case("layer", shape, m, one.a_dtype, two.c_dtype, one.active), sum(touched))
-            passed = self._layer_passed(plans, first[0], second[0], one, two, m)
-            detail = "" if passed else "FC1 and FC2 with a list of active experts, or dense"
-            row.update(variant=[plan.key for plan in plans[:2]], passed=passed and not found, detail="; ".join(filter(None, [detail, *found])))
+            row.update(variant=[plan.key for plan in own], passed=not found, detail="; ".join(found))
         finally:
             for plan in plans:
                 plan.close()
             memory.close()
         return row
 
-    def _tiles(self, dtypes: Sequence[str]) -> set[int]:
-        """Rows of the tiles that a layer of these dtypes may be gathered into."""
-        if not any(entry.variant.op == "route" for entry in self.tuner.entries.values()):
-            return set()
-        return grouped_tiles(self.tuner.entries.values(), dtypes, "groupedfc1", "groupedfc2")
+    def _add_set_of_layer(
+        self,
+        point: Point,
+        of: ArtifactSet,
+        data: tuple[OpData, OpData],
+        m: int,
+        pairs: tuple[Sequence[Mapping[str, int]], Sequence[Mapping[str, int]]],
+        memory: DeviceMemory,
+        plans: list[Plan],
+        gathered: GatheredLayer | None,
+    ) -> tuple[list[Plan], list[str]]:
+        """Columns of one artifact set. Its FC1 and FC2, and which of its forms disagreed with the reference; ``plans`` are to be closed."""
+        tuner, (one, two) = self.tuner, data
+        try:
+            own = []
+            for made, bound in zip(data, pairs, strict=True):
+                own.append(self._planned(of, made.problem(m), bound[0]))
+                plans.append(own[-1])
+        except SelectionError as error:
+            if not of.name:
+                raise
+            point.missing[of.name + OURS] = str(error)
+            return [], []
+        point.columns[of.name + OURS] = (_alternate([tuner._launches(plan, bound) for plan, bound in zip(own, pairs, strict=True)]), 2)
+        self._add_prepare(point, of, own, plans, memory, one, m, pairs)
+        passed = self._layer_passed(own, pairs[0][0], pairs[1][0], one, two, m)
+        found = [] if passed else [f"{of.name}FC1 and FC2 with a list of active experts, or dense"]
+        return own, found + self._add_gathered_layer(point, of, plans, one, two, m, len(pairs[0]), gathered)
 
-    def _planned(self, problem: Problem, addresses: Mapping[str, int]) -> Plan:
+    def _tiles(self, of: ArtifactSet, dtypes: Sequence[str]) -> set[int]:
+        """Rows of the tiles that a layer of these dtypes may be gathered into."""
+        if not any(entry.variant.op == "route" for entry in of.entries.values()):
+            return set()
+        return grouped_tiles(of.entries.values(), dtypes, "groupedfc1", "groupedfc2")
+
+    def _planned(self, of: ArtifactSet, problem: Problem, addresses: Mapping[str, int]) -> Plan:
         """The selection's variant; FC2 fetches weights before FC1 ends where its kernel can, as the layer op tells it to."""
-        tuner = self.tuner
-        key = tuner.loader.select(problem, tuner.device).variant.key
-        has = any(name == EARLY for name, _ in tuner.entries[key].recipe.settings)
+        key = of.loader.select(problem, self.tuner.device).variant.key
+        has = any(name == EARLY for name, _ in of.entries[key].recipe.settings)
         early = {EARLY: 1} if has and problem.op.endswith("fc2") and (problem.active_list or problem.group_tile) else None
-        return tuner.loader.plan(problem, addresses, tuner.device, settings=early)
+        return of.loader.plan(problem, addresses, self.tuner.device, settings=early)
 
     def _add_gathered_layer(
-        self, point: Point, plans: list[Plan], one: OpData, two: OpData, m: int, count: int, gathered: GatheredLayer | None
+        self, point: Point, of: ArtifactSet, plans: list[Plan], one: OpData, two: OpData, m: int, count: int, gathered: GatheredLayer | None
     ) -> list[str]:
         """Columns of the gathered form: its two GEMMs, and the same behind ``route``; which form the layer op takes. What was wrong."""
         tuner, shape = self.tuner, one.shape
         dtypes = (one.a_dtype, one.c_dtype, two.c_dtype)
-        point.same[WHOLE] = WITH_PREPARE
-        if not one.active:
-            del point.same[WHOLE]  # the layer op always skips idle experts
+        if not one.active:  # the layer op always skips idle experts
             return []
+        if not of.name:
+            point.same[WHOLE] = WITH_PREPARE
         if gathered is None:
             return []
-        tiles = self._tiles(dtypes)
+        tiles = self._tiles(of, dtypes)
         wanted = group_tile(load_table(self.arch).get("grouping"), tiles, m, shape.top_k, shape.experts)
         found = []
         for tile in sorted(tiles):
             if tile != wanted and not worth_a_tile(shape, m, tile):
                 continue
             own = gathered.bind(m, tile, count)
-            steps = [self._planned(problem, each[0]) for problem, each in zip(gathered.problems(m, tile), own, strict=True)]
+            steps = [self._planned(of, problem, each[0]) for problem, each in zip(gathered.problems(m, tile), own, strict=True)]
             plans += steps
             gathered.poison(m, tile)
             for plan in steps:
@@ -126,14 +154,14 @@ class LayerBench(Bench):
             tuner.driver.synchronize()
             passed, detail = gathered.check(m, tile)
             if not passed:
-                found.append(f"{GATHERED} t{tile}: {detail}")
+                found.append(f"{of.name}{GATHERED} t{tile}: {detail}")
             launches = [tuner._launches(plan, each) for plan, each in zip(steps, own, strict=True)]
-            name = f"{GATHERED} t{tile}"
+            name = f"{of.name}{GATHERED} t{tile}"
             if not passed:
                 point.missing[name] = "it disagrees with the reference"
                 continue
             point.columns[f"{name} with route"] = (_alternate(launches), 3)
-            if tile == wanted:
+            if tile == wanted and not of.name:
                 point.same[WHOLE] = f"{name} with route"
         return found
 
@@ -152,6 +180,8 @@ class LayerBench(Bench):
     def _add_prepare(
         self,
         point: Point,
+        of: ArtifactSet,
+        own: Sequence[Plan],
         plans: list[Plan],
         memory: DeviceMemory,
         one: OpData,
@@ -161,8 +191,8 @@ class LayerBench(Bench):
         """The same two launches behind ``prepare``, which makes alpha and the list of active experts from the router's choice."""
         tuner, shape = self.tuner, one.shape
         problem = Problem("prepare", m, shape.experts, 0, 0, "i32", "f32", top_k=shape.top_k)
-        if not any(entry.variant.op == "prepare" for entry in tuner.entries.values()):
-            point.missing[WITH_PREPARE] = "the set has no prepare kernel"
+        if not any(entry.variant.op == "prepare" for entry in of.entries.values()):
+            point.missing[of.name + WITH_PREPARE] = "the set has no prepare kernel"
             return
         made = {role: memory.empty(spec.nbytes) for role, spec in problem.tensors().items() if spec.output}
         common = {**made, "w2_alpha": memory.put(np.ones(shape.experts, np.float32)), "alpha_divisor": memory.put(np.ones(1, np.float32))}
@@ -171,10 +201,10 @@ class LayerBench(Bench):
         listed = {"active_experts": made["active_list"]} if one.active else {}
         first = [{**own, **listed} for own in pairs[0]]
         second = [{**own, **listed, "alpha": made["alpha"]} for own in pairs[1]]
-        prepare = tuner.loader.plan(problem, routed[0], tuner.device)
+        prepare = of.loader.plan(problem, routed[0], tuner.device)
         plans.append(prepare)
-        steps = [tuner._launches(plan, own) for plan, own in zip((prepare, *plans[:2]), (routed, first, second), strict=True)]
-        point.columns[WITH_PREPARE] = (_alternate(steps), 3)
+        steps = [tuner._launches(plan, bound) for plan, bound in zip((prepare, *own), (routed, first, second), strict=True)]
+        point.columns[of.name + WITH_PREPARE] = (_alternate(steps), 3)
 
 
 def _cycled(rotations: Sequence[dict[str, int]], count: int) -> list[dict[str, int]]:

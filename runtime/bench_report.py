@@ -57,16 +57,20 @@ def slug(document: Mapping[str, Any]) -> str:
 
 
 def columns(document: Mapping[str, Any]) -> list[str]:
-    """Every column: ours, gathered forms by tile, the floor, others; those that nothing filled too. The same from a run and from its file."""
+    """Every column: ours, gathered forms by tile, the floor, others; those that nothing filled too. The same from a run and from its file. Columns of
+    other artifact sets stand behind ours of the same kind."""
     named = [name for row in document["rows"] for part in ("us", "missing") for name in row.get(part, {})]
 
-    def place(name: str) -> tuple[int, list[int], str]:
-        if name in _FIRST:
-            return _FIRST.index(name), [], ""
+    def place(name: str) -> tuple[int, list[int], str, str]:
+        of, _, kind = name.rpartition(": ")
+        if of not in document.get("beside", {}):
+            of, kind = "", name
+        if kind in _FIRST:
+            return _FIRST.index(kind), [], of, ""
         others = len(_FIRST)
-        if name.startswith(GATHERED):
-            return others, [int(number) for number in re.findall(r"\d+", name)], name
-        return (others + 1, [], "") if name == READ else (others + 2, [], name)
+        if kind.startswith(GATHERED):
+            return others, [int(number) for number in re.findall(r"\d+", kind)], kind, of
+        return (others + 1, [], "", "") if name == READ else (others + 2, [], name, "")
 
     return sorted({OURS, *named, *document.get("absent", {})}, key=place)
 
@@ -89,6 +93,7 @@ def _header(document: Mapping[str, Any]) -> list[str]:
         lines.append(f"SM clock {min(clocks):.0f} to {max(clocks):.0f} MHz" + (f", power {min(power):.0f} to {max(power):.0f} W." if power else "."))
     else:
         lines.append("Clocks and power could not be read.")
+    lines += [f"Columns that begin with {name}: set {digest[:16]}." for name, digest in document.get("beside", {}).items()]
     lines += [f"Absent: {name}: {reason}." for name, reason in document.get("absent", {}).items()]
     return lines
 

@@ -9,13 +9,14 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 from simulated_device import READ_BYTES_PER_MICROSECOND, SimulatedLoader, SimulatedPlan
 
-from densemoe.runtime import bench, bench_competitors, bench_layer, bench_report, cli, select, tune_cli
+from densemoe.runtime import bench, bench_cli, bench_competitors, bench_layer, bench_report, cli, select, tune_cli
 from densemoe.runtime.bench_competitors import Absent, Unavailable, Workload
 from densemoe.runtime.bench_device import Sensors
 from densemoe.runtime.bench_timing import Sample, Timed, Timer, rotations
@@ -80,11 +81,17 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     for module in (bench, bench_layer, select):
         monkeypatch.setattr(module, "load_table", lambda arch: TABLE)
 
-    def run(*arguments: str, fault: Any = None, others: Sequence[Any] = (), table: Any = None) -> int:
+    def run(
+        *arguments: str,
+        fault: Any = None,
+        others: Sequence[Any] = (),
+        table: Any = None,
+        beside: Mapping[str, SimulatedLoader] = MappingProxyType({}),
+    ) -> int:
         def opened(args: argparse.Namespace) -> Tuner:
             loader = SimulatedLoader(KEYS, cost, fault)
             loader.table = table or TABLE
-            for other in others:
+            for other in (*others, *beside.values()):
                 other.driver = loader.driver
 
             def say(line: str) -> None:
@@ -94,6 +101,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 
         monkeypatch.setattr(tune_cli, "open_tuner", opened)
         monkeypatch.setattr(bench_competitors, "competitors", lambda: list(others))
+        monkeypatch.setattr(bench_cli, "open_loader", lambda root: beside[root])
         return cli.main(list(arguments))
 
     return run
@@ -168,6 +176,8 @@ def test_tune_says_what_failed(command: Run, capsys: pytest.CaptureFixture[str])
         (("bench", "startup", "--tokens", "8"), "bench startup has no --tokens"),
         (("bench", "startup", "--no-competitors"), "bench startup has no --competitors"),
         (("bench", "ops", "--from", "missing.json"), "no benchmark document"),
+        (("bench", "launch", "--beside", "older"), "bench launch has no --beside"),
+        (("bench", "startup", "--beside", "older"), "bench startup has no --beside"),
     ],
 )
 def test_what_cannot_be_is_refused(command: Run, arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,6 +310,68 @@ def test_nvfp4_layers_gather_too(command: Run, what: str, tmp_path: Path) -> Non
         assert row["passed"], row
         assert gathered in row["us"]
         assert (row["same"][name] == gathered) == (row["m"] == 20)
+
+
+def half(key: str, settings: Mapping[str, int], problem: Problem) -> float:
+    return cost(key, settings, problem) / 2
+
+
+BESIDE = ("--models", SHAPES[0], "--tokens", "8", "--form", "active", "--a-dtype", "bf16", "--no-competitors", "--json")
+
+
+def older(fault: Any = None, keys: Any = KEYS) -> SimulatedLoader:
+    loader = SimulatedLoader(keys, half, fault)
+    loader.table = TABLE
+    return loader
+
+
+@pytest.mark.parametrize("what", ["ops", "layer"])
+def test_another_artifact_root_stands_beside_ours(command: Run, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = {"set/older": older()}
+    assert command("bench", what, *BESIDE, "--beside", "set/older", "--out", "out", beside=sets) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["beside"].keys() == {"older"}
+    for row in found["rows"]:
+        ours = [name for name in row["us"] if f"older: {name}" in row["us"]]
+        assert {"densemoe", *(["densemoe with prepare"] if what == "layer" else [])} < set(ours)
+        assert any(name.startswith("gathered") for name in ours)
+        for name in ours:
+            assert row["us"][f"older: {name}"] == pytest.approx(row["us"][name] / 2, rel=0.01)
+    (text,) = (tmp_path / "out").glob("*.md")
+    assert "Columns that begin with older: set " in text.read_text()
+    assert "| densemoe | older: densemoe | " in text.read_text().replace("densemoe chosen form | ", "").replace("densemoe whole layer | ", "")
+    assert sets["set/older"].open_plans == 0
+
+
+def test_a_name_is_given_to_a_root(command: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = {"a/set": older(), "b/set": older()}
+    assert command("bench", "ops", *BESIDE, "--beside", "one=a/set", "--beside", "b/set", beside=sets) == 0
+    assert json.loads(capsys.readouterr().out)["beside"].keys() == {"one", "set"}
+    assert command("bench", "ops", *BESIDE, "--beside", "a/set", "--beside", "b/set", beside=sets) == 2
+    assert "another root is called set already; give it a name, as in --beside new=b/set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["ops", "layer"])
+def test_a_wrong_kernel_of_another_root_fails_the_run(command: Run, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("bench", what, *BESIDE, "--beside", "older", beside={"older": older(wrong)}) == 1
+    assert any(row["passed"] is False for row in json.loads(capsys.readouterr().out)["rows"])
+
+
+@pytest.mark.parametrize("what", ["ops", "layer"])
+def test_what_another_root_lacks_leaves_its_column_empty(command: Run, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    few = {key: own for key, own in KEYS.items() if not key.startswith("fc2")}
+    assert command("bench", what, *BESIDE, "--beside", "older", beside={"older": older(keys=few)}) == 0
+    row = json.loads(capsys.readouterr().out)["rows"][-1]
+    assert "older: densemoe" not in row["us"]
+    assert "fc2" in row["missing"]["older: densemoe"]
+
+
+def test_weights_of_another_layout_cannot_be_shared(command: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    other = older()
+    for each in other.variants.values():
+        each.layout = "sm90a-superblock/1"
+    assert command("bench", "ops", *BESIDE, "--beside", "older", beside={"older": other}) == 2
+    assert "--beside older: its fc1 reads weights packed as sm90a-superblock/1, ours as sm90a-superblock/2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["ops", "layer"])
