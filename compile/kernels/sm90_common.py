@@ -273,62 +273,6 @@ def scale_offset(row: Any, column: Any, columns: Any) -> Any:
     return tile * 512 + Int64(inside)
 
 
-def load_activations(
-    config: Config, a: Any, a_scales: Any, tokens: list[Any], valid: list[Any], column: Any, k_total: Any, t: Any
-) -> list[list[Any]]:
-    """What one lane needs of the activations of one K 64 half, as stored: loads only, so that they may fly while others are used.
-
-    Args:
-        a: bf16 ``[M, k_total]``, or codes ``[M, k_total / 2]``.
-        a_scales: tiled scales of the codes; unused for bf16.
-        tokens: this lane's token in each token block.
-        valid: 1 where the token exists and the half lies inside K, else 0; what is not valid is never read and counts as 0.
-        column: first k of the half, a multiple of 64.
-        k_total: length of an activation row.
-        t: the lane's place in its quad: it owns k 16t … 16t+15 of the half.
-
-    Returns:
-        For each token block eight bf16x2 words, or two words of codes and a scale byte.
-    """
-    loaded = []
-    for token, exists in zip(tokens, valid, strict=True):
-        first = Int64(token) * Int64(k_total) + Int64(column + t * 16)
-        if config.nvfp4_activations:
-            scale = a_scales + scale_offset(Uint32(token), Uint32(column // 16 + t), Uint32(k_total // 16))
-            loaded.append([*load_global_v2_if(a + first // 2, exists), load_global_u8_if(scale, exists)])
-        else:
-            address = a + first * 2
-            loaded.append(load_global_v4_if(address, exists) + load_global_v4_if(address + 16, exists))
-    return loaded
-
-
-def load_superblock_activations(
-    config: Config,
-    a: Any,
-    a_scales: Any,
-    tokens: list[Any],
-    exists: list[Any],
-    k_block: Any,
-    base: Any,
-    k_end: Any,
-    k_total: Any,
-    t: Any,
-) -> list[list[list[Any]]]:
-    """``load_activations`` for both K 64 halves of one K 128.
-
-    Args:
-        exists: 1 where the lane's token of a block exists.
-        k_block: K 128 of the range ``[base, base + k_end)`` of an activation row; what lies behind its end counts as 0.
-        base: first k of the range: 0, or an expert's first column.
-    """
-    halves = []
-    for half in range(K64_HALVES):
-        column = k_block * SUPERBLOCK_K + half * 64
-        valid = [each & Int32(column < k_end) for each in exists]
-        halves.append(load_activations(config, a, a_scales, tokens, valid, base + column, k_total, t))
-    return halves
-
-
 def lane_sources(config: Config, a: Any, a_scales: Any, tokens: list[Any], base: Any, k_total: Any, t: Any) -> list[tuple[Any, Any]]:
     """For each token block the addresses that ``load_half`` counts from: of the lane's first activations of K block 0, and of their scale.
 
@@ -347,11 +291,15 @@ def lane_sources(config: Config, a: Any, a_scales: Any, tokens: list[Any], base:
 
 
 def load_half(config: Config, sources: list[tuple[Any, Any]], exists: list[Any], k_block: Any, half: int, k_end: Any) -> list[list[Any]]:
-    """``load_activations`` of one K 64 half of a K block, from the addresses of ``lane_sources``.
+    """What one lane needs of the activations of one K 64 half of a K block, as stored: loads only, so that they may fly while others are used.
 
     Args:
+        sources: of ``lane_sources``.
         exists: 1 where the lane's token of a block exists and the K block lies inside; what does not is not read and counts as 0, nor is the
             second half of a K block that ends behind ``k_end``.
+
+    Returns:
+        For each token block eight bf16x2 words, or two words of codes and a scale byte: the lane owns k 16t … 16t+15 of the half.
     """
     inside = Int32(k_block * SUPERBLOCK_K + 64 < k_end) if half else None
     loaded = []
@@ -368,7 +316,7 @@ def load_half(config: Config, sources: list[tuple[Any, Any]], exists: list[Any],
 
 
 def activation_fragments(config: Config, loaded: list[list[Any]]) -> list[list[Any]]:
-    """B fragments of what ``load_activations`` loaded: for each token block eight bf16x2 words; step s uses words 2s and 2s+1."""
+    """B fragments of what ``load_half`` loaded: for each token block eight bf16x2 words; step s uses words 2s and 2s+1."""
     if not config.nvfp4_activations:
         return loaded
     fragments = []
@@ -388,7 +336,7 @@ def multiply_half(accumulators: list[Any], codes: list[Any], scales: Any, half: 
         accumulators: float32 ``[token block][m16 block][4]``, flattened.
         codes: for each m16 block the lane's four code words of this half.
         scales: the lane's four scale words: word b holds (half 0: row g, row g+8; half 1: row g, row g+8) of m16 block b.
-        fragments: what ``load_activations`` gave for this half.
+        fragments: ``activation_fragments`` of this half.
     """
     accumulators = list(accumulators)
     row_scales = [tuple(weight_scale(scales[block], 2 * half + row) for row in range(2)) for block in range(M16_BLOCKS)]
@@ -427,7 +375,7 @@ def multiply_superblock(config: Config, accumulators: list[Any], stage: Any, loa
 
     Args:
         stage: pointer to the lane's 16 bytes of the superblock's first chunk.
-        loaded: for each K 64 half what ``load_activations`` gave.
+        loaded: for each K 64 half what ``load_half`` gave.
     """
     scales = superblock_scales(stage)
     for half in range(K64_HALVES):
