@@ -108,11 +108,8 @@ class Bench:
     def _op(self, case: Case, made: OpData) -> dict[str, Any]:
         point, rotations = Point(), made.bind(case.m)
         opened: list[Plan | GatheredData] = []
-        reports: list[bounds.Report] = []
-        chosen: list[Choice] = []
         try:
-            for each in self.sets:
-                reports += self._add_set(point, each, case, made, rotations, opened, chosen)
+            added = [self._add_set(point, each, case, made, rotations, opened) for each in self.sets]
             touched = made.touched_bytes(case.m)
             self._add_read(point, [[region] for region in regions(made.weights, touched, len(rotations))])
             routings = [made.routing(case.m, rotation) for rotation in range(len(rotations))]
@@ -121,7 +118,8 @@ class Bench:
         finally:
             for one in opened:
                 one.close()
-        choice, report = chosen[0], bounds.combine(reports)
+        choice, report = added[0][0], bounds.combine([report for _, reports in added for report in reports])
+        assert choice is not None  # of the first set, which has to have one
         row.update(variant=choice.variant.key, settings=dict(choice.settings), provenance=choice.provenance, reason=choice.reason)
         row.update(passed=report.passed, worst=float(report.worst), detail="" if report.passed else report.text)
         return row
@@ -134,12 +132,11 @@ class Bench:
         made: OpData,
         rotations: Sequence[Mapping[str, int]],
         opened: list[Plan | GatheredData],
-        chosen: list[Choice],
-    ) -> list[bounds.Report]:
-        """Columns of one artifact set; reports of their checks.
+    ) -> tuple[Choice | None, list[bounds.Report]]:
+        """Columns of one artifact set: the selection's choice, None where another set has none, and reports of their checks.
 
         Args:
-            opened: what is to be closed is appended; chosen: the selection's choice is.
+            opened: what is to be closed is appended.
         """
         tuner, problem = self.tuner, case.problem()
         try:
@@ -148,8 +145,7 @@ class Bench:
             if not of.name:
                 raise
             point.missing[of.name + OURS] = str(error)
-            return []
-        chosen.append(choice)
+            return None, []
         plan = of.loader.plan(problem, rotations[0], tuner.device, settings=of.stated(choice.variant.key) if case.active else None)
         opened.append(plan)
         made.poison(case.m)
@@ -161,7 +157,7 @@ class Bench:
             point.same[CHOSEN] = OURS
         if case.active:
             reports += self._add_gathered(point, of, case, made, opened)
-        return reports
+        return choice, reports
 
     def _add_gathered(self, point: Point, of: ArtifactSet, case: Case, made: OpData, opened: list[Plan | GatheredData]) -> list[bounds.Report]:
         """A column for each tile of a set's grouped kernels of these dtypes; reports of their checks."""

@@ -25,6 +25,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
 from cutlass.experimental import primitives as pr
 
+from densemoe.compile.kernels import Expected
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.variant import Variant
 
@@ -41,6 +42,7 @@ SCALE_TILE_BYTES = 512  # 128 rows x 4 scales of contract section 2: K 64 of a t
 MMA_TOKENS = 8  # columns of one m16n8k16
 ACCUMULATORS = 4  # float32 registers a lane holds of one m16n8 tile
 WARPS = 4
+UNROLL = 2  # steps of a main loop in which two sets of activations take turns, so that loaded ones need not move from one to the other
 TILES_M = (8, 16, 32)
 #: Superblocks in a warp's ring, by tile_m: where fewer warps are resident each keeps more bytes in flight.
 STAGES = {8: 2, 16: 2, 32: 3}
@@ -383,6 +385,13 @@ def multiply_superblock(config: Config, accumulators: list[Any], stage: Any, loa
     return accumulators
 
 
+@cute.jit
+def wait(barrier, phase):
+    """Until a stage's copy is there."""
+    while not pr.mbarrier_try_wait_parity(barrier, phase, time_limit=10_000_000):
+        pass
+
+
 def start_copy(ring: Any, barriers: Any, stage: Any, source: Any) -> None:
     """One lane: expects a superblock on the stage's mbarrier and starts its bulk copy."""
     barrier = barriers.subview(stage)
@@ -438,3 +447,15 @@ def shared_memory(config: Config) -> tuple[Any, Any]:
 def shared_memory_bytes(config: Config) -> int:
     """Bytes that ``shared_memory`` allocates."""
     return WARPS * config.stages * (SUPERBLOCK_BYTES + 8)
+
+
+def expected(config: Config, unroll: int) -> Expected:
+    """What the audit must find in the PTX of a kernel whose main loop has ``unroll`` steps, a superblock each."""
+    products = K64_HALVES * K16_STEPS * M16_BLOCKS * config.token_blocks
+    return Expected(
+        ptx_counts={
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": products * unroll,
+            COPY: config.stages + unroll,  # one per ring stage before the loop, one to refill in each step of it
+        },
+        max_registers=65536 // (WARPS * 32 * config.resident_ctas),
+    )

@@ -44,14 +44,7 @@ WEIGHT_LAYOUT = common.WEIGHT_LAYOUT
 RESIDENT_CTAS = {8: 4, 16: 3, 32: 2}
 PREFETCH_UP_TO = 16  # largest tile_m whose activations are loaded one superblock ahead
 SMALLEST_SPAN = 2 * common.WARPS  # K 128 blocks of a CTA
-UNROLL = 2  # steps of the main loop
 OUTPUT_COLUMNS = common.SUPERBLOCK_ROWS // 2  # of one superblock row: half its rows are gates
-
-
-@cute.jit
-def wait(barrier, phase):
-    while not pr.mbarrier_try_wait_parity(barrier, phase, time_limit=10_000_000):
-        pass
 
 
 @cute.kernel
@@ -182,7 +175,7 @@ def fc1_kernel(
         accumulators = common.zero_accumulators(config.token_blocks * common.M16_BLOCKS * common.ACCUMULATORS)
         left = steps
         while left > 0:
-            for copy in cutlass.range_constexpr(UNROLL):  # so that loaded activations need not move from one set of registers to the other
+            for copy in cutlass.range_constexpr(common.UNROLL):  # so that loaded activations need not move from one set of registers to the other
                 if left > 0:
                     left -= 1
                     at += common.WARPS
@@ -192,7 +185,7 @@ def fc1_kernel(
                         at = skip_after
                     loaded = halves
                     halves = [common.load_half(config, sources, valid, at, half, hidden) for half in range(common.K64_HALVES)]
-                    wait(barriers.subview(stage), phase)
+                    common.wait(barriers.subview(stage), phase)
                     superblock_at = ring.subview(stage * superblock + lane * 16).data_ptr()
                     accumulators = common.multiply_superblock(config, accumulators, superblock_at, loaded)
                     cute.arch.sync_warp()  # every lane has read the stage
@@ -439,13 +432,4 @@ def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapp
 
 def expected(variant: Variant) -> Expected:
     """What the audit must find in the PTX of ``variant``."""
-    config = config_of(variant)
-    steps = common.K64_HALVES * common.K16_STEPS * common.M16_BLOCKS * config.token_blocks
-    return Expected(
-        ptx_counts={
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": steps * UNROLL,
-            # one per ring stage before the loop, one to refill in each step of it
-            common.COPY: config.stages + UNROLL,
-        },
-        max_registers=65536 // (common.WARPS * 32 * config.resident_ctas),
-    )
+    return common.expected(config_of(variant), common.UNROLL)

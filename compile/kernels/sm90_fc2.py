@@ -45,14 +45,7 @@ RESIDENT_CTAS = {8: 4, 16: 2, 32: 2}
 PREFETCH_UP_TO = 16  # largest tile_m whose activations are loaded one superblock ahead
 SMALLEST_SPAN = 2 * common.WARPS  # K 128 blocks of a CTA
 LOOKED_UP = 3  # blocks of a warp whose experts are known before their use
-UNROLL = 2  # steps of the main loop
 OUTPUTS = 8  # consecutive output columns that one lane holds of a token
-
-
-@cute.jit
-def wait(barrier, phase):
-    while not pr.mbarrier_try_wait_parity(barrier, phase, time_limit=10_000_000):
-        pass
 
 
 def add_scaled(config: common.Config, sums: list[Any], accumulators: list[Any], scales: list[Any], t: Any) -> list[Any]:
@@ -98,13 +91,20 @@ def load_workspace_if(address: Any, valid: Any) -> list[Any]:
     )
 
 
-@cute.jit
-def advanced(unit, row_block, first_token, place, k, steps, count, k_blocks, token_tiles, tile_m: cutlass.Constexpr):
-    """A block of the span moved on by what ``steps`` says: (units, places, K blocks) of the warps' stride.
+def tile_of(unit: Any, token_tiles: Any, tile_m: int) -> tuple[Any, Any]:
+    """Row block and first token of a unit."""
+    row_block = Int32(Uint32(unit) // Uint32(token_tiles))
+    return row_block, (unit - row_block * token_tiles) * tile_m
 
-    Returns:
-        unit, its row block and first token, the place of the expert in the list of ``count``, and the expert's K block.
+
+@cute.jit
+def advanced(ahead, steps, count, k_blocks, token_tiles, tile_m: cutlass.Constexpr):
+    """A place in the span moved on by what ``steps`` says: (units, places, K blocks) of the warps' stride.
+
+    Args:
+        ahead: unit, its row block and first token, the place of the expert in the list of ``count``, and the expert's K block.
     """
+    unit, row_block, first_token, place, k = ahead
     before = unit
     step_units, step_places, step_k = steps
     k += step_k
@@ -117,8 +117,7 @@ def advanced(unit, row_block, first_token, place, k, steps, count, k_blocks, tok
         place -= count
         unit += 1
     if unit != before:
-        row_block = Int32(Uint32(unit) // Uint32(token_tiles))
-        first_token = (unit - row_block * token_tiles) * tile_m
+        row_block, first_token = tile_of(unit, token_tiles, tile_m)
     return unit, row_block, first_token, place, k
 
 
@@ -180,36 +179,29 @@ def fc2_kernel(
 
     # every fourth block of it is this warp's; three of them are looked up before their use: the one ahead of the others says where to go on
     steps = tuple(Int32(each) for each in divided(Uint32(common.WARPS), Uint32(length), Uint32(k_blocks)))
-    ahead_unit, ahead_place, ahead_k = (Int32(each) for each in divided(Uint32(inside + warp), Uint32(length), Uint32(k_blocks)))
-    ahead_unit += unit
-    ahead_row = Int32(Uint32(ahead_unit) // Uint32(token_tiles))
-    ahead_token = (ahead_unit - ahead_row * token_tiles) * config.tile_m
+    first_unit, first_place, first_k = (Int32(each) for each in divided(Uint32(inside + warp), Uint32(length), Uint32(k_blocks)))
+    first_unit += unit
+    ahead = (first_unit, *tile_of(first_unit, token_tiles, config.tile_m), first_place, first_k)
     to_find = (remaining + (common.WARPS - 1 - warp)) // common.WARPS
     found = []
     for i in cutlass.range_constexpr(LOOKED_UP):
-        exists = Int32(to_find > i)
-        expert = common.listed_expert(active_experts, listed & exists, ahead_place)
-        found.append([exists, expert, ahead_row, ahead_token, ahead_k])
-        ahead_unit, ahead_row, ahead_token, ahead_place, ahead_k = advanced(
-            ahead_unit, ahead_row, ahead_token, ahead_place, ahead_k, steps, count, k_blocks, token_tiles, config.tile_m
-        )
+        found.append(block_at(active_experts, listed, ahead, Int32(to_find > i)))
+        ahead = advanced(ahead, steps, count, k_blocks, token_tiles, config.tile_m)
     to_find -= LOOKED_UP
     for i in cutlass.range_constexpr(stages):
         fetch(config, ring, barriers, i, b, found[i], row_blocks, k_blocks, lane)
 
     if early_list == 0:
         pr.griddepcontrol("wait")  # weights do not depend on the launch before; activations and alpha do
-    scales = alphas_of(config, alpha, found[0], some, alpha_stride_m, alpha_stride_e, tokens_total, g)
-    scales_after = scales
-    if cutlass.const_expr(config.prefetch):
-        scales_after = alphas_of(config, alpha, found[1], some, alpha_stride_m, alpha_stride_e, tokens_total, g)
+    known = found[:2] if config.prefetch else found[:1]
+    scales = [alphas_of(config, alpha, block, some, alpha_stride_m, alpha_stride_e, tokens_total, g) for block in known]
     if early_list != 0:
         pr.griddepcontrol("wait")
     a_columns = experts * intermediate
     now, after, behind = found
     halves: Any = []
     if cutlass.const_expr(config.prefetch):
-        halves = activations_of(config, a, a_scales, now, scales, intermediate, a_columns, g, t)
+        halves = activations_of(config, a, a_scales, now, scales[0], intermediate, a_columns, g, t)
 
     stage = Int32(0)
     phase = Int32(0)
@@ -224,36 +216,32 @@ def fc2_kernel(
         skip = (warp - done) & (common.WARPS - 1)
         left = (run + (common.WARPS - 1 - skip)) // common.WARPS
         done = (done + run) & (common.WARPS - 1)
-        row_block = Int32(Uint32(unit) // Uint32(token_tiles))
-        first_token = (unit - row_block * token_tiles) * config.tile_m
+        row_block, first_token = tile_of(unit, token_tiles, config.tile_m)
         sums = common.zero_accumulators(config.token_blocks * common.M16_BLOCKS * common.ACCUMULATORS)
         while left > 0:
             for copy in cutlass.range_constexpr(unroll(config)):  # loaded activations need not move from one set of registers to the other
                 if left > 0:
                     left -= 1
                     # ---- three blocks ahead the expert, two ahead its alphas, one ahead its activations
-                    exists = Int32(to_find > 0)
+                    beyond = block_at(active_experts, listed, ahead, Int32(to_find > 0))
                     to_find -= 1
-                    beyond = [exists, common.listed_expert(active_experts, listed & exists, ahead_place), ahead_row, ahead_token, ahead_k]
-                    ahead_unit, ahead_row, ahead_token, ahead_place, ahead_k = advanced(
-                        ahead_unit, ahead_row, ahead_token, ahead_place, ahead_k, steps, count, k_blocks, token_tiles, config.tile_m
-                    )
+                    ahead = advanced(ahead, steps, count, k_blocks, token_tiles, config.tile_m)
                     scales_behind = alphas_of(
                         config, alpha, behind if config.prefetch else after, some, alpha_stride_m, alpha_stride_e, tokens_total, g
                     )
                     loaded = halves
                     if cutlass.const_expr(config.prefetch):
-                        halves = activations_of(config, a, a_scales, after, scales_after, intermediate, a_columns, g, t)
+                        halves = activations_of(config, a, a_scales, after, scales[1], intermediate, a_columns, g, t)
                     else:
-                        loaded = activations_of(config, a, a_scales, now, scales, intermediate, a_columns, g, t)
-                    wait(barriers.subview(stage), phase)
+                        loaded = activations_of(config, a, a_scales, now, scales[0], intermediate, a_columns, g, t)
+                    common.wait(barriers.subview(stage), phase)
                     accumulators = common.zero_accumulators(config.token_blocks * common.M16_BLOCKS * common.ACCUMULATORS)
                     accumulators = common.multiply_superblock(
                         config, accumulators, ring.subview(stage * superblock + lane * 16).data_ptr(), loaded
                     )
                     cute.arch.sync_warp()  # every lane has read the stage
                     fetch(config, ring, barriers, stage, b, behind if stages == 2 else beyond, row_blocks, k_blocks, lane)
-                    sums = add_scaled(config, sums, accumulators, scales, t)
+                    sums = add_scaled(config, sums, accumulators, scales[0], t)
                     stage += 1
                     if stage == stages:
                         stage = Int32(0)
@@ -261,8 +249,7 @@ def fc2_kernel(
                     now = after
                     after = behind
                     behind = beyond
-                    scales = scales_after if config.prefetch else scales_behind
-                    scales_after = scales_behind
+                    scales = [*scales[1:], scales_behind]
                 elif cutlass.const_expr(copy > 0):
                     halves = common.moved(halves)  # here, where few units end, and not before the branch
 
@@ -294,7 +281,7 @@ def fc2_kernel(
 
 def unroll(config: common.Config) -> int:
     """Steps of the main loop: two sets of activations take turns where there are two."""
-    return UNROLL if config.prefetch else 1
+    return common.UNROLL if config.prefetch else 1
 
 
 def divided(blocks: Any, length: Any, k_blocks: Any) -> tuple[Any, Any, Any]:
@@ -305,11 +292,17 @@ def divided(blocks: Any, length: Any, k_blocks: Any) -> tuple[Any, Any, Any]:
     return units, places, rest - places * k_blocks
 
 
+def block_at(active_experts: Any, listed: Any, ahead: tuple[Any, ...], exists: Any) -> list[Any]:
+    """[exists, expert, row block, first token, K block of the expert] of a place in the span (``advanced``); some expert where ``exists`` is 0."""
+    _, row_block, first_token, place, k = ahead
+    return [exists, common.listed_expert(active_experts, listed & exists, place), row_block, first_token, k]
+
+
 def fetch(config: common.Config, ring: Any, barriers: Any, stage: Any, b: Any, block: list[Any], row_blocks: Any, k_blocks: Any, lane: Any) -> None:
     """One lane starts the copy of a block's superblock, where the block exists.
 
     Args:
-        block: [exists, expert, row block, first token, K block of the expert].
+        block: of ``block_at``.
     """
     exists, expert, row_block, _, k = block
     start_copy_if(exists & Int32(lane == 0), config, ring, barriers, stage, b, (expert, row_block, k), (row_blocks, k_blocks))
@@ -462,12 +455,4 @@ def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapp
 def expected(variant: Variant) -> Expected:
     """What the audit must find in the PTX of ``variant``."""
     config = config_of(variant)
-    steps = common.K64_HALVES * common.K16_STEPS * common.M16_BLOCKS * config.token_blocks
-    return Expected(
-        ptx_counts={
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": steps * unroll(config),
-            # one per ring stage before the loop, one to refill in each step of it
-            common.COPY: config.stages + unroll(config),
-        },
-        max_registers=65536 // (common.WARPS * 32 * config.resident_ctas),
-    )
+    return common.expected(config, unroll(config))

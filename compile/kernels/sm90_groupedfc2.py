@@ -33,8 +33,7 @@ from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels import sm90_workspace as workspace
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_epilogue import store_if, store_row
-from densemoe.compile.kernels.sm90_fc1 import UNROLL
-from densemoe.compile.kernels.sm90_fc2 import OUTPUTS, load_workspace_if, wait
+from densemoe.compile.kernels.sm90_fc2 import OUTPUTS, load_workspace_if
 from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
 from densemoe.runtime.variant import Variant
 
@@ -171,7 +170,7 @@ def groupedfc2_kernel(
                         at = Int32(0)
                     if cutlass.const_expr(unroll(config) > 1):
                         halves = [common.load_half(config, sources, valid, at, half, intermediate) for half in range(common.K64_HALVES)]
-                    wait(barriers.subview(stage), phase)
+                    common.wait(barriers.subview(stage), phase)
                     accumulators = common.multiply_superblock(
                         config, accumulators, ring.subview(stage * superblock + lane * 16).data_ptr(), loaded
                     )
@@ -249,7 +248,7 @@ def groupedfc2_kernel(
 def unroll(config: common.Config) -> int:
     """Steps of the main loop: two sets of activations take turns; beyond 8 tokens they would take the registers of a resident CTA, and activations
     are loaded where they are used."""
-    return UNROLL if config.tile_m < 16 else 1
+    return common.UNROLL if config.tile_m < 16 else 1
 
 
 def tile_words(tiles: Any, index: Any, exists: Any) -> list[Any]:
@@ -445,10 +444,7 @@ def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapp
 
 
 def expected(variant: Variant) -> Expected:
-    """What the audit must find in the PTX of ``variant``: the dense kernel's in each step of the loop, and four vectors added a token block."""
+    """What the audit must find in the PTX of ``variant``: a main loop, and four vectors added a token block in each step of it."""
     config = config_of(variant)
-    dense = sm90_fc2.expected(variant)
-    counts = {opcode: count // sm90_fc2.unroll(config) * unroll(config) for opcode, count in dense.ptx_counts.items()}
-    counts[common.COPY] = config.stages + unroll(config)
-    counts["red.relaxed.gpu.global.add.v4.f32"] = 4 * config.token_blocks * unroll(config)
-    return replace(dense, ptx_counts=counts, max_registers=65536 // (common.WARPS * 32 * config.resident_ctas))
+    loop = common.expected(config, unroll(config))
+    return replace(loop, ptx_counts={**loop.ptx_counts, "red.relaxed.gpu.global.add.v4.f32": 4 * config.token_blocks * unroll(config)})

@@ -30,7 +30,7 @@ from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels import sm90_wgmma as wgmma
 from densemoe.compile.kernels.sm90_epilogue import fc1_pairs, multiply, store_fc1_outputs, store_fc1_pairs, store_if
-from densemoe.compile.kernels.sm90_fc2 import add_to_workspace, wait
+from densemoe.compile.kernels.sm90_fc2 import add_to_workspace
 from densemoe.compile.kernels.sm90_groupedfc2 import FINISHED_TOKENS, finish_tokens
 
 TILE_BYTES = 16  # of a tile of ``route``, and of the list's head
@@ -197,7 +197,7 @@ def wgmma_kernel(
                             tokens = tokens_of(config, table, slot, tile, row, row_step, wgmma.rows_of_portion(config, half))
                             pieces = wgmma.load_pieces(config, a, a_scales, tokens, token_k, k_ahead, piece)
                         if cutlass.const_expr(half == 0):
-                            wait(barriers.subview(stage), phase)
+                            common.wait(barriers.subview(stage), phase)
                         own_sums = wgmma.multiply_half(config, own_sums, superblock, first_block, low, width, half)
                         if cutlass.const_expr(half == 0):
                             entry = load_entry(config, rows, scales, [next_tile[0], next_tile[1], next_tile[2] * entering], tid)

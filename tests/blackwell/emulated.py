@@ -84,12 +84,13 @@ def launch(
     **settings: int,
 ) -> Report:
     """One launch; outputs are written in place."""
-    accepted, reason = can_implement(Variant.parse(key), problem)
+    variant = Variant.parse(key)
+    accepted, reason = can_implement(variant, problem)
     assert accepted, reason
     ptx, recipe = compiled(key)
     outputs = [role for role, spec in problem.tensors().items() if spec.output]
     names = {**problem.names(), **settings}
-    early = early_roles(Variant.parse(key).op, Variant.parse(key).arch, settings)
+    early = early_roles(variant.op, variant.arch, settings)
     options = {"schedule": schedule, "sm_count": sm_count, "workspaces": workspaces, "races": races, "early": early}
     return launch_recipe(ptx, recipe, names, tensors, outputs, **options)  # type: ignore[arg-type]
 

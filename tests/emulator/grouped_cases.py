@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from densemoe.compile import kernels
-from densemoe.compile.emulator.device import EARLY, launch_recipe
+from densemoe.compile.emulator.device import early_roles, launch_recipe
 from densemoe.compile.emulator.execution import Report
 from densemoe.compile.toolchain import compile_variant
 from densemoe.runtime import bounds, data, packing, reference
@@ -97,8 +97,9 @@ def run(
 
 def reads_lists_early_only_where_told(key: str, case: tuple[Any, ...], early_list: int) -> None:
     """Asserts that the setting ``early_list`` is what lets a kernel read ``route``'s lists before ``griddepcontrol.wait``."""
-    early = (*EARLY, "tiles", "rows", "row_alpha") if early_list else EARLY
-    comparison, _ = run(key, *case, schedule="lazy", sm_count=1, settings={"early_list": early_list}, early=early)
+    variant, settings = Variant.parse(key), {"early_list": early_list}
+    early = early_roles(variant.op, variant.arch, settings)
+    comparison, _ = run(key, *case, schedule="lazy", sm_count=1, settings=settings, early=early)
     assert comparison.passed, comparison.detail
     if early_list:
         with pytest.raises(EmulatorError, match=r"griddepcontrol\.wait"):

@@ -9,7 +9,7 @@ import pytest
 from sm90_cases import ptx_of
 
 from densemoe.compile import kernels
-from densemoe.compile.emulator.device import EARLY, launch_recipe
+from densemoe.compile.emulator.device import EARLY, early_roles, launch_recipe
 from densemoe.runtime import bounds, data, packing, reference
 from densemoe.runtime.errors import EmulatorError
 from densemoe.runtime.layout import tile_scales, untile_scales
@@ -78,7 +78,7 @@ def test_tokens_that_chose_none_a_few_or_all(share: float) -> None:
 @pytest.mark.parametrize("schedule", ["lazy", "random:2", "pct:5:4"])
 @pytest.mark.parametrize("early_list", [0, 1])
 def test_every_schedule_gives_the_same(schedule: str, early_list: int) -> None:
-    early = (*LISTED, "alpha") if early_list else EARLY
+    early = early_roles("fc2", "sm_90a", {"early_list": early_list})
     report = run("fc2.sm90a.t8x64.c1x1.bf16-f32", 7, 5, 192, 256, 0.5, early_list=early_list, early=early, schedule=schedule, sm_count=2)
     assert report.passed, report.text
 
