@@ -24,28 +24,25 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint8, Uint32
+from cutlass import Int32, Int64, Uint8, Uint32
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import Expected, sm90_fc2
 from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels import sm90_conversion as conversion
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels import sm90_workspace as workspace
 from densemoe.compile.kernels.host import pointer
-from densemoe.compile.kernels.sm90_epilogue import store_if, store_row
-from densemoe.compile.kernels.sm90_fc2 import OUTPUTS, load_workspace_if
-from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
+from densemoe.runtime.recipe import Parameter, Recipe, pointer_or_null
 from densemoe.runtime.variant import Variant
 
 OP = "groupedfc2"
 ARCHITECTURES = ("sm_90a",)
 WEIGHT_LAYOUT = common.WEIGHT_LAYOUT
-LANES_A_TOKEN = 8  # of a warp that converts: they hold its 64 columns
 RESIDENT_CTAS = {8: 4, 16: 3, 32: 2}
 SMALLEST_SPAN = 1  # K 128 blocks of a warp
-LARGEST_FINISH = 64  # tokens times row blocks that one CTA converts where it converts several
-LARGEST_GROUP = 4  # row blocks: one for each warp
-FINISHED_TOKENS = 32  # tokens that a warp converts at a time: sixteen loads a lane in flight
+LARGEST_GROUP = 4  # row blocks
+CONVERTED_AT_ONCE = {8: 1, 16: 2, 32: 2}  # pieces whose loads a converting warp has in flight, as registers allow
 
 
 @cute.kernel
@@ -56,19 +53,52 @@ def groupedfc2_kernel(
     row_alpha: cutlass.Pointer,
     c: cutlass.Pointer,
     partials: cutlass.Pointer,
-    tickets: cutlass.Pointer,
+    counters: cutlass.Pointer,
     tiles: cutlass.Pointer,
     rows: cutlass.Pointer,
     tokens_total: Int32,
     hidden: Int32,
     intermediate: Int32,
     group_rows: Int32,
+    adding: Int32,
     waits_first: Int32,
     config: cutlass.Constexpr,
 ):
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
+    row_blocks = Int32(Uint32(hidden) // common.SUPERBLOCK_ROWS)
+    if bid < adding:
+        tile_count, span = add_items(
+            config, a, a_scales, b, row_alpha, partials, tiles, rows, tokens_total, hidden, intermediate, group_rows, adding, waits_first, tid, bid
+        )  # fmt: skip
+        if ctas != adding:
+            conversion.hand_over(counters, tid)
+        else:
+            tickets = counters + conversion.TICKETS_AT
+            k_blocks = Int32((Uint32(intermediate) + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K)
+            conversion.finish_rows(
+                config.c_dtype, c, partials, tickets, conversion.shared_word(), span, tile_count, row_blocks, k_blocks, group_rows, tokens_total, tid
+            )  # fmt: skip
+    else:
+        pr.griddepcontrol("launch_dependents")
+        pr.griddepcontrol("wait")
+        at_once = CONVERTED_AT_ONCE[config.tile_m]
+        conversion.convert(
+            at_once, common.WARPS, config.c_dtype, c, partials, counters, adding, bid - adding, ctas - adding, tokens_total, row_blocks, tid
+        )
+
+
+@cute.jit
+def add_items(
+    config: cutlass.Constexpr, a, a_scales, b, row_alpha, partials, tiles, rows, tokens_total, hidden, intermediate, group_rows, adding, waits_first,
+    tid, bid,
+):  # fmt: skip
+    """A CTA's spans of all items, added to the workspace; arguments as the kernel's.
+
+    Returns:
+        How many tiles there are, and of all blocks those that were added: (first, end).
+    """
     warp = cute.arch.make_warp_uniform(tid // 32)
     lane = tid % 32
     g = lane // 4
@@ -82,8 +112,7 @@ def groupedfc2_kernel(
     all_rings, all_barriers = common.shared_memory(config)
     ring = all_rings.subview(warp * (stages * superblock))
     barriers = all_barriers.subview(warp * stages)
-    staged = workspace.staged_rows(config) + warp * workspace.staged_bytes(config)
-    shared_mask = reduction.shared_word()
+    staged = workspace.staged_rows(workspace.MMA_ROWS, common.WARPS) + warp * workspace.staged_bytes(workspace.MMA_ROWS)
     if lane == 0:
         for i in cutlass.range_constexpr(stages):
             pr.mbarrier_init(barriers.subview(i), 1)
@@ -96,7 +125,7 @@ def groupedfc2_kernel(
     tile_count = common.load_global_s32_or(tiles, Int32(1), Int32(0))
 
     # the warp's span of all items' blocks, laid end to end: neighbours in the packed weights but where the tile changes
-    workers = Uint32(ctas) * common.WARPS
+    workers = Uint32(adding) * common.WARPS  # CTAs behind them have no blocks
     span = reduction.span_of(Uint32(bid * common.WARPS + warp), workers, Uint32(tile_count * row_blocks), Uint32(k_blocks), SMALLEST_SPAN)
     item, k, left = (Int32(each) for each in span[:3])
     quotient, longer = span[3:]
@@ -128,7 +157,7 @@ def groupedfc2_kernel(
                 fetch_group += Int32(fetch_tile == 0)
                 source = b + Int64(expert_ahead) * expert_bytes + Int64(fetch_group * of_tile) * superblock
                 expert_ahead = tile_words(lane_tiles, tile_behind(fetch_tile, tile_count), Int32(to_fetch > of_tile))[0]
-    scales, tokens = workspace.rows_of(config, rows, row_alpha, words, lane)
+    scale, token = workspace.row_of(rows, row_alpha, words, lane)
     count = words[2]
     sources, exists = sources_of(config, a, a_scales, words, intermediate, g, t)
 
@@ -152,7 +181,7 @@ def groupedfc2_kernel(
         tile = tile_behind(tile, tile_count)
         group += Int32(tile == 0)
         words_next = tile_words(lane_tiles, tile_behind(tile, tile_count), Int32(left > of_tile))
-        scales_after, tokens_after = workspace.rows_of(config, rows, row_alpha, words_after, lane)
+        scale_after, token_after = workspace.row_of(rows, row_alpha, words_after, lane)
         while in_tile > 0:
             for copy in cutlass.range_constexpr(unroll(config)):  # loaded activations need not move from one set of registers to the other
                 if in_tile > 0:
@@ -193,56 +222,20 @@ def groupedfc2_kernel(
                         phase = phase ^ 1
                     if (ends != 0) | (in_tile == 0):  # the item's part of this span is done
                         row_block = own_group * group_rows + row
-                        workspace.add_item(config, partials, row_block, tokens_total, staged, accumulators, scales, tokens, count, lane)
+                        workspace.add_item(config, partials, row_block, tokens_total, staged, accumulators, scale, token, count, lane)
                         accumulators = workspace.cleared(accumulated)
                         row += ends
                         k = k * (ends ^ 1)
                 elif cutlass.const_expr(copy > 0):
                     halves = common.moved(halves)  # here, where few tiles end, and not before the branch
         row = Int32(0)
-        scales = scales_after
-        tokens = tokens_after
+        scale = scale_after
+        token = token_after
         count = words_after[2]
         words_after = words_next
-
-    # ---- hand over what the CTA has added, by row block; whose blocks are then all there it converts
     total = Uint32(tile_count * row_blocks * k_blocks)
-    begin = Int32(span_start(Uint32(bid * common.WARPS), quotient, longer, workers, total))
-    end = Int32(span_start(Uint32((bid + 1) * common.WARPS), quotient, longer, workers, total))
-    of_group = tile_count * of_tile
-    first_group = Int32(Uint32(begin) // Uint32(of_group))
-    first_row = first_group * group_rows
-    touched = (Int32(Uint32(end + (of_group - 1)) // Uint32(of_group)) - first_group) * group_rows * Int32(end > begin)
-    pr.barrier_cta_sync(0)  # every warp has added
-    for base in cutlass.range(0, touched, 32, unroll=1):
-        if warp == 0:
-            own_row = first_row + base + lane
-            added = before_in_row(end, own_row, group_rows, k_blocks, of_group) - before_in_row(begin, own_row, group_rows, k_blocks, of_group)
-            added = added * Int32(base + lane < touched)
-            cute.arch.fence_acq_rel_gpu()
-            before = workspace.add_if(tickets + Int64(own_row) * 4, added)
-            last = Int32(added > 0) & Int32(before + added == tile_count * k_blocks)
-            store_if("b32", tickets + Int64(own_row) * 4, last, [Uint32(0)])
-            mask = workspace.ballot(last)
-            if mask != 0:
-                cute.arch.fence_acq_rel_gpu()
-            if lane == 0:
-                shared_mask[0] = mask
-        pr.barrier_cta_sync(0)
-        mask = Uint32(shared_mask[0])
-        turn = Int32(0)
-        while mask != 0:
-            which = workspace.lowest_bit(mask)
-            mask = mask & (mask - 1)
-            done_row = first_row + base + which
-            # up to 32 tokens are one warp's, more are all warps'
-            start = warp * FINISHED_TOKENS
-            if tokens_total <= FINISHED_TOKENS:
-                start = ((warp + turn) & (common.WARPS - 1)) * FINISHED_TOKENS
-            turn += 1
-            for token in cutlass.range(start, tokens_total, common.WARPS * FINISHED_TOKENS, unroll=1):
-                finish_tokens(config.c_dtype, c, partials, token, tokens_total, done_row, hidden, lane)
-        pr.barrier_cta_sync(0)
+    borders = [Int32(conversion.span_start(Uint32((bid + i) * common.WARPS), quotient, longer, workers, total)) for i in range(2)]
+    return tile_count, borders
 
 
 def unroll(config: common.Config) -> int:
@@ -265,56 +258,17 @@ def sources_of(
     return common.lane_sources(config, a, a_scales, places, Int32(0), intermediate, t), exists
 
 
-@cute.jit
-def span_start(worker, quotient, longer, workers, total):
-    """Where a worker's span of ``reduction.span_of`` begins, in blocks; behind the last one's end, the end."""
-    return min(min(worker, workers) * quotient + min(worker, longer), total)
-
-
-@cute.jit
-def before_in_row(block, row, group_rows, k_blocks, of_group):
-    """How many blocks of a row block lie before ``block`` of all."""
-    group = row // group_rows
-    place = min(max(block - group * of_group, Int32(0)), of_group)
-    of_tile = group_rows * k_blocks
-    tiles = Int32(Uint32(place) // Uint32(of_tile))
-    return tiles * k_blocks + min(max(place - tiles * of_tile - (row - group * group_rows) * k_blocks, Int32(0)), k_blocks)
-
-
 def tile_behind(tile: Any, tile_count: Any) -> Any:
     """The tile after another, the first one behind the last."""
     return (tile + 1) * Int32(tile + 1 < tile_count)
 
 
-def finish_tokens(
-    c_dtype: str, c: Any, partials: Any, start: Any, tokens_total: Any, row_block: Any, hidden: Any, lane: Any, count: int = FINISHED_TOKENS
-) -> None:
-    """One warp converts, stores and clears 64 columns of ``count`` tokens from ``start`` on; all its loads are in flight together.
-
-    Args:
-        partials: float32 ``[row block][M][64]``.
-        count: a multiple of 4; four tokens take eight registers.
-    """
-    column = (lane % LANES_A_TOKEN) * OUTPUTS
-    done = []
-    for batch in range(count * LANES_A_TOKEN // 32):
-        token = start + batch * (32 // LANES_A_TOKEN) + lane // LANES_A_TOKEN
-        exists = Int32(token < tokens_total)
-        where = partials + ((Int64(row_block) * Int64(tokens_total) + Int64(token)) * common.SUPERBLOCK_ROWS + Int64(column)) * 4
-        done.append((token, exists, where, load_workspace_if(where, exists) + load_workspace_if(where + 16, exists)))
-    zeros = [Float32(0.0) for _ in range(4)]
-    for token, exists, where, values in done:
-        store_if("v4.f32", where, exists, zeros)
-        store_if("v4.f32", where + 16, exists, zeros)
-        element = Int64(token) * Int64(hidden) + Int64(row_block * common.SUPERBLOCK_ROWS + column)
-        store_row(c_dtype, c, element, exists, values)
-
-
 POWERS = tuple(1 << power for power in range(1, LARGEST_GROUP.bit_length()))
-#: Row blocks of a group: a power of two that divides them all, as large as leaves little to convert for the CTA that completes a group.
+#: Row blocks of a group: a power of two that divides them all, at few tokens as large as leaves little to convert for the CTA that completes a group.
 GROUP_ROWS = "1"
 for _rows in POWERS:
-    GROUP_ROWS = f"{_rows} if (row_blocks % {_rows} == 0) * (M <= {LARGEST_FINISH // _rows}) else ({GROUP_ROWS})"
+    _fits = f"((M <= {conversion.LARGEST_FINISHED // _rows}) + (M > {conversion.LARGEST_FINISHED}))"
+    GROUP_ROWS = f"{_rows} if (row_blocks % {_rows} == 0) * {_fits} else ({GROUP_ROWS})"
 
 
 @cute.jit
@@ -322,7 +276,8 @@ def rows_of_group(tokens, row_blocks):
     """GROUP_ROWS on the compiler's own host side."""
     rows = Int32(1)
     for power in cutlass.range_constexpr(len(POWERS)):
-        if (row_blocks % POWERS[power] == 0) & (tokens <= LARGEST_FINISH // POWERS[power]):
+        fits = Int32(tokens <= conversion.LARGEST_FINISHED // POWERS[power]) | Int32(tokens > conversion.LARGEST_FINISHED)
+        if (row_blocks % POWERS[power] == 0) & (fits != 0):
             rows = Int32(POWERS[power])
     return rows
 
@@ -335,7 +290,7 @@ def groupedfc2_host(
     row_alpha: cute.Pointer,
     c: cute.Pointer,
     partials: cute.Pointer,
-    tickets: cute.Pointer,
+    counters: cute.Pointer,
     tiles: cute.Pointer,
     rows: cute.Pointer,
     tokens_total: Int32,
@@ -350,8 +305,9 @@ def groupedfc2_host(
 ):
     groupedfc2_kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
     k_blocks = (intermediate + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K
-    blocks = tokens_total * top_k * k_blocks * (hidden // common.SUPERBLOCK_ROWS)
-    ctas = min((blocks + (common.WARPS - 1)) // common.WARPS, sm_count * config.resident_ctas)
+    row_blocks = hidden // common.SUPERBLOCK_ROWS
+    adding = min((tokens_total * top_k * k_blocks * row_blocks + (common.WARPS - 1)) // common.WARPS, sm_count * config.resident_ctas)
+    converting = conversion.converting_ctas(tokens_total, row_blocks, sm_count, common.WARPS, conversion.LARGEST_FINISHED)
     groupedfc2_kernel(
         a.raw_ptr(),
         a_scales.raw_ptr(),
@@ -359,17 +315,18 @@ def groupedfc2_host(
         row_alpha.raw_ptr(),
         c.raw_ptr(),
         partials.raw_ptr(),
-        tickets.raw_ptr(),
+        counters.raw_ptr(),
         tiles.raw_ptr(),
         rows.raw_ptr(),
         tokens_total,
         hidden,
         intermediate,
-        rows_of_group(tokens_total, hidden // common.SUPERBLOCK_ROWS),
+        rows_of_group(tokens_total, row_blocks),
+        adding,
         1 - early_list,
         config,
     ).launch(
-        grid=(ctas, 1, 1),
+        grid=(adding + converting, 1, 1),
         block=[common.WARPS * 32, 1, 1],
         min_blocks_per_mp=config.resident_ctas,
         preferred_smem_carveout=100,
@@ -399,26 +356,26 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("row_alpha", "pointer", "row_alpha"),
             Parameter("c", "pointer", "c"),
             Parameter("partials", "pointer", "workspace.partials"),
-            Parameter("tickets", "pointer", "workspace.tickets"),
+            Parameter("counters", "pointer", "workspace.counters"),
             Parameter("tiles", "pointer", "tiles"),
             Parameter("rows", "pointer", "rows"),
             Parameter("tokens_total", "u32", "M"),
             Parameter("hidden", "u32", "H"),
             Parameter("intermediate", "u32", "I"),
             Parameter("group_rows", "u32", GROUP_ROWS),
+            Parameter("adding", "u32", "adding"),
             Parameter("waits_first", "u32", "1 - early_list"),
         ),
         let=(
             ("row_blocks", f"H // {common.SUPERBLOCK_ROWS}"),
             ("blocks", f"M * top_k * ceil_div(I, {common.SUPERBLOCK_K}) * row_blocks"),
+            ("adding", f"min(ceil_div(blocks, {common.WARPS}), sm_count * {config.resident_ctas})"),
         ),
-        grid=(f"min(ceil_div(blocks, {common.WARPS}), sm_count * {config.resident_ctas})", 1, 1),
+        grid=(f"adding + {conversion.converting(common.WARPS, conversion.LARGEST_FINISHED)}", 1, 1),
         block=(common.WARPS * 32, 1, 1),
-        dynamic_smem=common.shared_memory_bytes(config) + common.WARPS * workspace.staged_bytes(config) + 4,  # the rings, rows on their way, the mask
-        workspaces=(
-            Workspace("workspace.partials", "M * H * 4", zeroed=True),
-            Workspace("workspace.tickets", "row_blocks * 4", zeroed=True),
-        ),
+        # the rings, rows on their way, the mask
+        dynamic_smem=common.shared_memory_bytes(config) + common.WARPS * workspace.staged_bytes(workspace.MMA_ROWS) + 4,
+        workspaces=conversion.workspaces(tickets=True),
         settings=(("early_list", (0, 1)),),
         programmatic_launch=True,
         smem_carveout=100,
@@ -447,4 +404,5 @@ def expected(variant: Variant) -> Expected:
     """What the audit must find in the PTX of ``variant``: a main loop, and four vectors added a token block in each step of it."""
     config = config_of(variant)
     loop = common.expected(config, unroll(config))
-    return replace(loop, ptx_counts={**loop.ptx_counts, "red.relaxed.gpu.global.add.v4.f32": 4 * config.token_blocks * unroll(config)})
+    counts = 4 * (config.token_blocks + (config.token_blocks == 1))  # eight rows have two ways
+    return replace(loop, ptx_counts={**loop.ptx_counts, "red.relaxed.gpu.global.add.v4.f32": counts * unroll(config)})

@@ -66,11 +66,6 @@ def shared_partials(config: common.Config) -> Any:
     return cutlass.Array(Uint8, buffers(config) * partial_bytes(config), space=cutlass.AddressSpace.smem, alignment=16).data_ptr().toint(Int32)
 
 
-def shared_word() -> Any:
-    """A word of shared memory, in which one thread tells the others of a ticket."""
-    return cutlass.Array(Int32, 1, space=cutlass.AddressSpace.smem, alignment=4)
-
-
 def workspaces(config: common.Config) -> tuple[Workspace, ...]:
     """A slot for each of the recipe's ``ctas``: its sums of the unit that its span begins inside of."""
     return (Workspace("workspace.slots", f"ctas * {slot_bytes(config)}", zeroed=True),)
@@ -307,8 +302,3 @@ def ballot_zero(word: Any) -> Any:
     return pr.inline_ptx_hl(
         "{ .reg .pred p; setp.eq.u32 p, {$r0}, 0; vote.sync.ballot.b32 {$w0}, p, 0xffffffff; }", write_only_types=[Uint32], read_only_args=[word]
     )
-
-
-def take_ticket(address: Any) -> Any:
-    """Adds 1 to a counter, with acquire and release at device scope; gives the value before."""
-    return pr.inline_ptx_hl("atom.acq_rel.gpu.global.add.u32 {$w0}, [{$r0}], 1;", write_only_types=[Int32], read_only_args=[address])

@@ -29,6 +29,7 @@ from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels import sm90_workspace as workspace
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.variant import Variant
 
@@ -77,6 +78,7 @@ FEWER_WIDTHS: Final = (
     ("groupedfc2", 32, "nvfp4", "f32", (32,)),
     ("groupedfc2", 64, "", "", (32, 64)),
 )
+STAGED_ROWS: Final = {16: 4, 32: 8, 64: 8, 128: 0}  # two warpgroups have half of a row each
 LARGEST_COPIED: Final = 64  # tile_m up to which bf16 tokens are copied past the registers; beyond, copies of four bytes cost more than they save
 #: K 128 blocks of tokens in shared memory: a block is overwritten while one group of the block before may still be read.
 ACTIVATION_STAGES: Final = 3
@@ -110,6 +112,11 @@ class Config:
             if (op, tile_m) == (self.op, self.tile_m) and activations in ("", self.activations) and outputs in ("", self.c_dtype):
                 return fewer
         return self.shape.widths
+
+    @property
+    def staged_rows(self) -> int:
+        """Rows that a warp of FC2 hands through shared memory at a time (``sm90_workspace``), as that has room; 0: adds them from its registers."""
+        return STAGED_ROWS[self.tile_m] if self.op == "groupedfc2" else 0
 
     @property
     def activations(self) -> str:
@@ -431,12 +438,12 @@ class Shared:
     ring: Any
     barriers: Any
     table: Any
-    flag: Any
+    staged: Any
     peaks: Any
 
 
 def shared_memory(config: Config) -> Shared:
-    """Allocates the stages of tokens, the rings, their mbarriers, the table of rows, a word for tickets, the peaks of ``fc1_pairs``."""
+    """Allocates the stages of tokens, the rings, their mbarriers, the table of rows, FC2's rows on their way, the peaks of ``fc1_pairs``."""
     space = cutlass.AddressSpace.smem
     stages = config.shape.weight_stages
     return Shared(
@@ -444,7 +451,7 @@ def shared_memory(config: Config) -> Shared:
         cutlass.Array(cutlass.Uint8, WARPGROUP_WARPS * stages * common.SUPERBLOCK_BYTES, space=space, alignment=128),
         cutlass.Array(Int64, WARPGROUP_WARPS * stages, space=space, alignment=8),
         cutlass.Array(Int32, TABLE_SLOTS * config.table_words * config.tile_m, space=space, alignment=16),
-        cutlass.Array(Int32, 1, space=space, alignment=4),
+        workspace.staged_rows(config.staged_rows, WARPGROUP_WARPS) if config.staged_rows else None,
         cutlass.Array(cutlass.Uint8, WARPGROUP_WARPS * peak_bytes(config), space=space, alignment=16) if peak_bytes(config) else None,
     )
 
@@ -463,5 +470,5 @@ def shared_memory_bytes(config: Config) -> int:
     """Bytes that ``shared_memory`` allocates."""
     rings = WARPGROUP_WARPS * config.shape.weight_stages * (common.SUPERBLOCK_BYTES + 8)
     table = TABLE_SLOTS * config.table_words * config.tile_m * 4
-    peaks = WARPGROUP_WARPS * peak_bytes(config)
-    return activation_bytes(config) + rings + table + (16 + peaks if peaks else 4)  # the word for tickets, and peaks at a multiple of 16 behind it
+    warps = WARPGROUP_WARPS * (peak_bytes(config) + workspace.staged_bytes(config.staged_rows))
+    return activation_bytes(config) + rings + table + warps  # all but the last are multiples of 16

@@ -10,7 +10,7 @@ Three pieces of code run at their own distance along the span: weights, ``weight
 What a tile's rows are (``rows``, and FC2's ``row_alpha``) stands in shared memory a tile before it is needed.
 
     FC1:  a unit in one span: epilogue.  In several: sums to the CTA's slot; the CTA whose span ends in it adds all in order, then the epilogue.
-    FC2:  workspace[token] += row_alpha · accumulators (red.v4); ticket at the end of 256 columns; the last converts, stores and clears.
+    FC2:  workspace[token] += row_alpha · accumulators (red.v4); CTAs behind those that add wait for them, convert, store and clear (sm90_conversion).
 
 Run-time setting ``early_list``: what ``route`` wrote was complete before the launch that precedes this one began, so that weights are fetched before
 it ends.
@@ -27,11 +27,12 @@ from cutlass import Float32, Int32, Int64, Uint32
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels import sm90_conversion as conversion
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels import sm90_wgmma as wgmma
-from densemoe.compile.kernels.sm90_epilogue import fc1_pairs, multiply, store_fc1_outputs, store_fc1_pairs, store_if
+from densemoe.compile.kernels import sm90_workspace as workspace
+from densemoe.compile.kernels.sm90_epilogue import fc1_pairs, store_fc1_outputs, store_fc1_pairs
 from densemoe.compile.kernels.sm90_fc2 import add_to_workspace
-from densemoe.compile.kernels.sm90_groupedfc2 import FINISHED_TOKENS, finish_tokens
 
 TILE_BYTES = 16  # of a tile of ``route``, and of the list's head
 SMALLEST_SPAN = 4  # K 128 blocks of a CTA
@@ -50,24 +51,24 @@ def wgmma_kernel(
     c: cutlass.Pointer,
     c_scales: cutlass.Pointer,
     partials: cutlass.Pointer,
-    tickets: cutlass.Pointer,
+    counters: cutlass.Pointer,
     tiles: cutlass.Pointer,
     rows: cutlass.Pointer,
     tokens_total: Int32,
     hidden: Int32,
     intermediate: Int32,
+    adding: Int32,
     waits_first: Int32,
     config: cutlass.Constexpr,
 ):
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
-    worker = reduction.worker_of(bid, ctas)
+    worker = bid if config.op == "groupedfc2" else reduction.worker_of(bid, ctas)
     warp = cute.arch.make_warp_uniform(tid // 32)
     lane = tid % 32
-    g = lane // 4
-    t = lane % 4
     fc2 = config.op == "groupedfc2"
+    workers_most = adding if fc2 else ctas  # FC1 has no others; the grid's size takes no register
     owner = warp % wgmma.WARPGROUP_WARPS  # the superblock row of the unit that this warp multiplies
     first_block = (warp // wgmma.WARPGROUP_WARPS) * config.blocks
     k_length = intermediate if fc2 else hidden
@@ -79,7 +80,9 @@ def wgmma_kernel(
     barriers = shared.barriers.subview(owner * stages)
     activations = shared.activations.data_ptr().toint(Int32)
     table = shared.table.data_ptr().toint(Int32)
-    flag = shared.flag
+    staged = Int32(0)  # where FC2's sums pass through on their way to the workspace
+    if cutlass.const_expr(config.staged_rows > 0):
+        staged = shared.staged + warp * workspace.staged_bytes(config.staged_rows)
     copies = Int32(lane == 0) & Int32(warp < wgmma.WARPGROUP_WARPS)  # the lane that starts this superblock row's copies
     if copies != 0:
         for i in cutlass.range_constexpr(stages):
@@ -91,7 +94,7 @@ def wgmma_kernel(
     pr.griddepcontrol("launch_dependents")
     tile_count = common.load_global_s32_or(tiles, Int32(1), Int32(0))
     work = Work(config, tiles, tile_count, hidden if fc2 else intermediate)
-    total, workers = shares(work.units, k_blocks, ctas)
+    total, workers = shares(work.units, k_blocks, workers_most)
     first = total
     last = total
     if Int64(worker) < workers:
@@ -212,35 +215,15 @@ def wgmma_kernel(
                 sums = wgmma.widened(config, wgmma.wait_for_products(own_sums), width)
 
         if cutlass.const_expr(fc2):
-            # ---- add the tile's part to the workspace; where 256 columns or the span end, hand them on
+            # ---- add the tile's part to the workspace
             row_block = work.group(unit) * wgmma.WARPGROUP_WARPS + owner
             exists = Int32(row_block < work.row_blocks)
-            add_tile(config, sums, partials, table, own_slot, own_count * exists, row_block, tokens_total, first_block, g, t)
-            if (remaining == 0) | ((unit + 1) % tile_count == 0):
-                group = unit // tile_count
-                length = Int64(tile_count) * Int64(k_blocks)
-                begin = Int64(group) * length
-                # block i belongs to CTA ((i + 1) * workers - 1) // total
-                contributors = Int32(((begin + length) * workers - 1) // total - ((begin + 1) * workers - 1) // total) + 1
-                cute.arch.fence_acq_rel_gpu()
-                pr.barrier_cta_sync(0)
-                if tid == 0:
-                    flag[0] = reduction.take_ticket(tickets + Int64(group) * 4)
-                pr.barrier_cta_sync(0)
-                if flag[0] == contributors - 1:
-                    cute.arch.fence_acq_rel_gpu()
-                    if exists != 0:
-                        at_once = FINISHED_TOKENS if config.tile_m > 16 else FINISHED_TOKENS // 2  # as registers allow
-                        step = at_once * config.shape.warpgroups
-                        for start in cutlass.range((warp // wgmma.WARPGROUP_WARPS) * at_once, tokens_total, step, unroll=1):
-                            finish_tokens(config.c_dtype, c, partials, start, tokens_total, row_block, hidden, lane, at_once)
-                    if tid == 0:
-                        store_if("b32", tickets + Int64(group) * 4, Int32(1), [Uint32(0)])
+            add_tile(config, sums, partials, table, own_slot, own_count * exists, row_block, tokens_total, staged, first_block, lane)
         else:
             # ---- over the CTAs that share the unit
             finish = Int32(1)
             if run != k_blocks:
-                total, workers = shares(work.units, k_blocks, ctas)  # again, as `work` has it
+                total, workers = shares(work.units, k_blocks, workers_most)  # again, as `work` has it
                 begin = Int64(unit) * Int64(k_blocks)
                 first_worker = Int32(((begin + 1) * workers - 1) // total)
                 sharing = Int32(((begin + Int64(k_blocks)) * workers - 1) // total) - first_worker + 1
@@ -281,6 +264,14 @@ def wgmma_kernel(
             unit += 1
     if cutlass.const_expr(config.copies_tokens):
         wgmma.wait_for_tokens()
+    if cutlass.const_expr(fc2):
+        if bid < adding:
+            conversion.hand_over(counters, tid)
+        else:
+            row_blocks, converter, converters = hidden // common.SUPERBLOCK_ROWS, bid - adding, ctas - adding
+            conversion.convert(
+                1, config.warps, config.c_dtype, c, partials, counters, adding, converter, converters, tokens_total, row_blocks, tid
+            )
 
 
 # ---- units and tiles
@@ -457,24 +448,29 @@ def add_slot(config: cutlass.Constexpr, sums, address):
 
 
 def add_tile(
-    config: wgmma.Config, sums: list[Any], partials: Any, table: Any, slot: Any, count: Any, row_block: Any, tokens_total: Any, first_block: Any,
-    g: Any, t: Any,
+    config: wgmma.Config, sums: list[Any], partials: Any, table: Any, slot: Any, count: Any, row_block: Any, tokens_total: Any, staged: Any,
+    first_block: Any, lane: Any,
 ) -> None:  # fmt: skip
     """Adds row_alpha · sums of every row of the tile to its token's sums in the workspace; a row whose alpha is 0 adds nothing."""
-    own = config.token_blocks * common.ACCUMULATORS
     at = table + slot * (config.table_words * config.tile_m * 4)
-    column = g * FC2_OUTPUTS + first_block * 2
+    columns = partials + Int64(row_block) * Int64(tokens_total) * conversion.ROW_BYTES
+    if config.staged_rows:
+        places = [(lane + first) % config.tile_m * 4 for first in range(0, config.tile_m, 32)]
+        tokens = [common.load_shared(at + place) for place in places]
+        alphas = [common.load_shared(at + place + config.tile_m * 4, Float32) for place in places]
+        outputs = wgmma.by_token_block(config, sums, config.tile_m)
+        workspace.add_rows(config, config.staged_rows, columns, staged, outputs, alphas, tokens, count, lane)
+        return
+    own = config.token_blocks * common.ACCUMULATORS
+    column = lane // 4 * FC2_OUTPUTS + first_block * 2
     for block in range(config.token_blocks):
         for pair in range(2):
-            place = block * common.MMA_TOKENS + t * 2 + pair
+            place = block * common.MMA_TOKENS + lane % 4 * 2 + pair
             token = common.load_shared(at + place * 4)
             alpha = common.load_shared(at + (config.tile_m + place) * 4, Float32)
-            live = Int32(place < count) & Int32(alpha != Float32(0.0))
-            address = partials + ((Int64(row_block) * Int64(tokens_total) + Int64(token)) * common.SUPERBLOCK_ROWS + Int64(column)) * 4
-            values = []
-            for m16 in range(config.blocks):
-                for i in range(2):
-                    value = multiply(sums[m16 * own + block * common.ACCUMULATORS + pair + 2 * i], Float32(config.product_scale))
-                    values.append(multiply(value, alpha))
+            live = Int32(place < count) & common.differs_from_zero(alpha)
+            address = columns + Int64(token) * conversion.ROW_BYTES + Int64(column * 4)
+            parts = [sums[m16 * own + block * common.ACCUMULATORS + pair + 2 * i] for m16 in range(config.blocks) for i in range(2)]
+            values = workspace.scaled(config, parts, alpha)
             for first in range(0, len(values), VECTOR):
                 add_to_workspace(address + first * 4, live, values[first : first + VECTOR])

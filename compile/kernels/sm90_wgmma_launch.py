@@ -12,6 +12,7 @@ from cutlass import Int32, Uint8
 
 from densemoe.compile.kernels import Expected
 from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels import sm90_conversion as conversion
 from densemoe.compile.kernels import sm90_wgmma as wgmma
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_wgmma_kernel import SMALLEST_SPAN, slot_bytes, wgmma_kernel
@@ -31,7 +32,7 @@ def wgmma_host(
     c: cute.Pointer,
     c_scales: cute.Pointer,
     partials: cute.Pointer,
-    tickets: cute.Pointer,
+    counters: cute.Pointer,
     tiles: cute.Pointer,
     rows: cute.Pointer,
     tokens_total: Int32,
@@ -50,7 +51,10 @@ def wgmma_host(
         weight_rows, k_length = hidden, intermediate
     groups = (weight_rows + (wgmma.GROUP_ROWS - 1)) // wgmma.GROUP_ROWS
     blocks = tokens_total * top_k * groups * ((k_length + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K)
-    ctas = min((blocks + (SMALLEST_SPAN - 1)) // SMALLEST_SPAN, sm_count * config.shape.resident_ctas)
+    adding = min((blocks + (SMALLEST_SPAN - 1)) // SMALLEST_SPAN, sm_count * config.shape.resident_ctas)
+    ctas = adding
+    if cutlass.const_expr(config.op == "groupedfc2"):
+        ctas += conversion.converting_ctas(tokens_total, hidden // common.SUPERBLOCK_ROWS, sm_count, config.warps)
     wgmma_kernel(
         a.raw_ptr(),
         a_scales.raw_ptr(),
@@ -60,12 +64,13 @@ def wgmma_host(
         c.raw_ptr(),
         c_scales.raw_ptr(),
         partials.raw_ptr(),
-        tickets.raw_ptr(),
+        counters.raw_ptr(),
         tiles.raw_ptr(),
         rows.raw_ptr(),
         tokens_total,
         hidden,
         intermediate,
+        adding,
         1 - early_list,
         config,
     ).launch(
@@ -85,13 +90,12 @@ def recipe(variant: Variant) -> Recipe:
     nvfp4_output = config.c_dtype == "nvfp4"
     if fc2:
         weight_rows, k_length, scales = "H", "I", "row_alpha"
-        workspaces = (
-            Workspace("workspace.partials", "M * H * 4", zeroed=True),
-            Workspace("workspace.tickets", "groups * 4", zeroed=True),
-        )
+        workspaces = conversion.workspaces(tickets=False)
+        grid = f"adding + {conversion.converting(config.warps)}"
     else:
         weight_rows, k_length, scales = "2 * I", "H", "alpha"
-        workspaces = (Workspace("workspace.partials", f"ctas * {slot_bytes(config)}", zeroed=True),)
+        workspaces = (Workspace("workspace.partials", f"adding * {slot_bytes(config)}", zeroed=True),)
+        grid = "adding"
     return Recipe(
         parameters=(
             Parameter("a", "pointer", "a.codes" if config.nvfp4_activations else "a"),
@@ -102,20 +106,22 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("c", "pointer", "c.codes" if nvfp4_output else "c"),
             pointer_or_null("c_scales", "c.scales", nvfp4_output),
             Parameter("partials", "pointer", "workspace.partials"),
-            pointer_or_null("tickets", "workspace.tickets", fc2),
+            pointer_or_null("counters", "workspace.counters", fc2),
             Parameter("tiles", "pointer", "tiles"),
             Parameter("rows", "pointer", "rows"),
             Parameter("tokens_total", "u32", "M"),
             Parameter("hidden", "u32", "H"),
             Parameter("intermediate", "u32", "I"),
+            Parameter("adding", "u32", "adding"),
             Parameter("waits_first", "u32", "1 - early_list"),
         ),
         let=(
+            ("row_blocks", f"H // {common.SUPERBLOCK_ROWS}"),
             ("groups", f"ceil_div({weight_rows}, {wgmma.GROUP_ROWS})"),
             ("blocks", f"M * top_k * groups * ceil_div({k_length}, {common.SUPERBLOCK_K})"),
-            ("ctas", f"min(ceil_div(blocks, {SMALLEST_SPAN}), sm_count * {config.shape.resident_ctas})"),
+            ("adding", f"min(ceil_div(blocks, {SMALLEST_SPAN}), sm_count * {config.shape.resident_ctas})"),
         ),
-        grid=("ctas", 1, 1),
+        grid=(grid, 1, 1),
         block=(config.threads, 1, 1),
         dynamic_smem=wgmma.shared_memory_bytes(config),
         workspaces=workspaces,
