@@ -404,5 +404,4 @@ def expected(variant: Variant) -> Expected:
     """What the audit must find in the PTX of ``variant``: a main loop, and four vectors added a token block in each step of it."""
     config = config_of(variant)
     loop = common.expected(config, unroll(config))
-    counts = 4 * (config.token_blocks + (config.token_blocks == 1))  # eight rows have two ways
-    return replace(loop, ptx_counts={**loop.ptx_counts, "red.relaxed.gpu.global.add.v4.f32": counts * unroll(config)})
+    return replace(loop, ptx_counts={**loop.ptx_counts, "red.relaxed.gpu.global.add.v4.f32": 4 * config.token_blocks * unroll(config)})

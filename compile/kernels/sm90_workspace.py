@@ -1,8 +1,7 @@
 """How grouped FC2 adds to its float32 workspace ``[row block][M][64]``: rows in the order of memory.
 
-``mma.sync`` leaves a lane eight sums of each of two tokens: added from there, an instruction would touch half of every 32-byte sector that it meets,
-and each sector twice. With more than 8 tokens a tile a warp therefore hands its sums through shared memory and adds whole rows. At 8 tokens most
-tiles have a row or two, and that would cost more than it saves (docs/tried.md).
+``mma.sync`` and ``wgmma`` leave a lane eight sums of each of two tokens: added from there, an instruction would touch half of every 32-byte sector
+that it meets, and each sector twice. A warp therefore hands its sums through shared memory and adds whole rows (docs/tried.md).
 
     accumulators ──st.shared──► eight rows of 256 bytes ──ld.shared──► x scale of the row ──red.v4──► two rows an instruction, four whole lines
 """
@@ -20,13 +19,13 @@ from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels.sm90_conversion import ROW_BYTES
 from densemoe.compile.kernels.sm90_epilogue import multiply
-from densemoe.compile.kernels.sm90_fc2 import OUTPUTS, add_to_workspace, token_values
+from densemoe.compile.kernels.sm90_fc2 import add_to_workspace, token_values
 
-STAGED_ROW = ROW_BYTES + 16  # 16 bytes apart from the next, so that few lanes meet in a bank
+CHUNK = 16  # bytes of one access to shared memory
 MMA_ROWS = common.MMA_TOKENS  # rows that a warp of the ``mma.sync`` kernels hands through shared memory at a time
-DIRECT_ROWS = 2  # of eight, up to which they are added without that
 STEPS = 2  # red.v4 of a lane whose loads are in flight together
-ROWS_A_STEP = 2  # 16 lanes hold a row
+LANES_A_ROW = ROW_BYTES // CHUNK
+ROWS_A_STEP = 32 // LANES_A_ROW
 
 
 def add_item(
@@ -40,10 +39,7 @@ def add_item(
         scale, token: of ``row_of``; count: rows of the tile.
     """
     columns = partials + Int64(row_block) * Int64(tokens_total) * ROW_BYTES
-    if config.token_blocks == 1:
-        add_few_rows(config, columns, staged, accumulators, scale, token, count, lane)
-    else:
-        add_rows(config, MMA_ROWS, columns, staged, accumulators, [scale], [token], count, lane)
+    add_rows(config, MMA_ROWS, columns, staged, accumulators, [scale], [token], count, lane)
 
 
 def row_of(rows: Any, row_alpha: Any, words: list[Any], lane: Any) -> tuple[Any, Any]:
@@ -55,34 +51,15 @@ def row_of(rows: Any, row_alpha: Any, words: list[Any], lane: Any) -> tuple[Any,
 
 
 @cute.jit
-def add_few_rows(config: cutlass.Constexpr, columns, staged, accumulators, scale, token, count, lane):
-    """``add_item`` of eight rows, where most tiles have one or two: these are added from where ``mma.sync`` left them."""
-    if count > DIRECT_ROWS:
-        add_rows(config, MMA_ROWS, columns, staged, accumulators, [scale], [token], count, lane)
-    else:
-        for pair in cutlass.range_constexpr(2):
-            row = (lane % 4) * 2 + pair
-            own_token, own_scale = common.shuffle_from(token, row), common.shuffle_from(scale, row)
-            address = columns + Int64(own_token) * ROW_BYTES + Int64((lane // 4) * (OUTPUTS * 4))
-            live = Int32(own_token >= 0) & common.differs_from_zero(own_scale)
-            sums = scaled(config, token_values(accumulators, 0, pair), own_scale)
-            add_to_workspace(address, live, sums[:4])
-            add_to_workspace(address + 16, live, sums[4:])
-
-
-@cute.jit
-def add_rows(
-    config: cutlass.Constexpr, staged_rows: cutlass.Constexpr, columns, staged, accumulators, scales, tokens, count, lane
-):
+def add_rows(config: cutlass.Constexpr, staged_rows: cutlass.Constexpr, columns, staged, accumulators, scales, tokens, count, lane):
     """``add_item`` through shared memory, ``staged_rows`` rows at a time: 4 or 8.
 
     Args:
         columns: the row block's sums of token 0; staged: free since the warp's last sync.
         scales, tokens: of row ``lane`` of the tile, of row ``lane + 32`` …
     """
-    g = lane // 4
     t = lane % 4
-    column = (lane % 16) * 16
+    own = ((lane // 4 * 2) ^ swizzle(t)) * CHUNK  # of the lane's two chunks the first, the other beside it
     for block in cutlass.range_constexpr(config.token_blocks):
         for part in cutlass.range_constexpr(common.MMA_TOKENS // staged_rows):
             first = block * common.MMA_TOKENS + part * staged_rows
@@ -90,22 +67,30 @@ def add_rows(
                 if t * 2 // staged_rows == part:
                     for pair in cutlass.range_constexpr(2):
                         values = token_values(accumulators, block, pair)
-                        place = staged + (t * 2 + pair - part * staged_rows) * STAGED_ROW + g * (OUTPUTS * 4)
-                        reduction.store_shared_v4(place, values[:4])
-                        reduction.store_shared_v4(place + 16, values[4:])
+                        row = staged + (t * 2 + pair - part * staged_rows) * ROW_BYTES
+                        reduction.store_shared_v4(row + own, values[:4])
+                        reduction.store_shared_v4(row + (own ^ CHUNK), values[4:])
                 cute.arch.sync_warp()
                 for start in cutlass.range_constexpr(0, staged_rows, STEPS * ROWS_A_STEP):
                     if first + start < count:
-                        rows = [start + step * ROWS_A_STEP + lane // 16 for step in range(STEPS)]
+                        rows = [start + step * ROWS_A_STEP + lane // LANES_A_ROW for step in range(STEPS)]
+                        swizzles = [swizzle((part * staged_rows + start) // 2 + step) for step in range(STEPS)]
                         own_tokens = [common.shuffle_from(tokens[first // 32], first % 32 + row) for row in rows]
                         own_scales = [common.shuffle_from(scales[first // 32], first % 32 + row) for row in rows]
-                        loaded = [reduction.load_shared_v4(staged + row * STAGED_ROW + column) for row in rows]
+                        places = [row * ROW_BYTES + ((lane % LANES_A_ROW) ^ bits) * CHUNK for row, bits in zip(rows, swizzles, strict=True)]
+                        loaded = [reduction.load_shared_v4(staged + place) for place in places]
                         for step in cutlass.range_constexpr(STEPS):
                             sums = scaled(config, loaded[step], own_scales[step])
                             live = Int32(own_tokens[step] >= 0) & common.differs_from_zero(own_scales[step])
-                            add_to_workspace(columns + Int64(own_tokens[step]) * ROW_BYTES + Int64(column), live, sums)
+                            address = columns + Int64(own_tokens[step]) * ROW_BYTES + Int64((lane % LANES_A_ROW) * CHUNK)
+                            add_to_workspace(address, live, sums)
                 if cutlass.const_expr(first + staged_rows < config.tile_m):
                     cute.arch.sync_warp()  # the rows have been read
+
+
+def swizzle(t: Any) -> Any:
+    """What the chunks of rows 2t and 2t + 1 are exchanged by: neither lanes that store together nor those that load together meet in a bank."""
+    return (t & 1) | ((t & 2) << 1)
 
 
 def scaled(config: Any, sums: list[Any], scale: Any) -> list[Any]:
@@ -120,7 +105,7 @@ def cleared(count: int) -> list[Any]:
 
 def staged_bytes(rows: int) -> int:
     """Shared memory of a warp for so many rows on their way."""
-    return rows * STAGED_ROW
+    return rows * ROW_BYTES
 
 
 def staged_rows(rows: int, warps: int) -> Any:
