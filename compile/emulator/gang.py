@@ -69,6 +69,7 @@ class Gang:
         self.wait: list[Condition | None] | None = None
         self.votes: list[list[bool] | None] = []
         self.ended = False
+        self.sleeps = False  # it executed `nanosleep`, so it is polling: its turn ends
         self.race_rows: Any = None
         self.local_data: Any = None
         self.local_written: Any = None
@@ -220,7 +221,8 @@ class Gang:
         """Runs up to `budget` blocks. Returns ``yield``, ``wait``, ``linger`` or ``end``."""
         executed = self.run.executed
         try:
-            while budget > 0:
+            self.sleeps = False
+            while budget > 0 and not self.sleeps:
                 budget -= 1
                 version = self.version
                 way = version.run(self, self.registers)

@@ -84,7 +84,6 @@ def _proxy_fence(e: Emitter, i: Instruction) -> None:
 
 
 @operation("fence.proxy.tensormap::generic.acquire.{cta|cluster|gpu|sys}", operands=2, destinations=0)
-@operation("nanosleep.u32", operands=1, destinations=0)
 @operation("setmaxnreg.{inc|dec}.sync.aligned.u32", operands=1, destinations=0)
 @operation("griddepcontrol.launch_dependents", "pmevent", operands=(0, 1), destinations=0)
 def _harmless(e: Emitter, i: Instruction) -> None:
@@ -92,6 +91,11 @@ def _harmless(e: Emitter, i: Instruction) -> None:
         registers = e.value(i.operands[0], 32).literal
         if registers is None or not 24 <= registers <= 256 or registers % 8:
             raise EmulatorError(f"setmaxnreg {registers}: 24 to 256, a multiple of 8")
+
+
+@operation("nanosleep.u32", operands=1, destinations=0)
+def _sleep(e: Emitter, i: Instruction) -> None:
+    e.emit("g.sleeps = True")  # a polling warp: its turn is over
 
 
 @operation("griddepcontrol.wait", operands=0, destinations=0)

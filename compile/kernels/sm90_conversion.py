@@ -79,7 +79,7 @@ def convert(
     begun = Int32(-1)
     if tid == 0:
         while load_counter(counters) != adding:
-            pass
+            pr.inline_ptx_hl("nanosleep.u32 20;", read_only_args=[])
         cute.arch.fence_acq_rel_gpu()
         begun = add_if(counters + 4, Int32(1))
     pr.barrier_cta_sync(0)

@@ -67,16 +67,15 @@ class Shape:
 
 SHAPES: Final = {
     16: Shape(1, 2, 4, (16,)),
-    32: Shape(1, 2, 3, (16, 32)),
+    32: Shape(1, 2, 3, (24, 32)),
     64: Shape(1, 3, 2, (32, 48, 64)),
     128: Shape(2, 3, 1, (64, 128)),
 }
-#: (op, tile_m, activations, outputs, widths): kernels that would spill with a loop more; an empty dtype stands for each.
-FEWER_WIDTHS: Final = (
+#: (op, tile_m, activations, outputs, widths): kernels that would spill with those of the shape, or gain nothing by them; "" stands for each.
+OTHER_WIDTHS: Final = (
     ("groupedfc1", 64, "", "nvfp4", (32, 64)),
     ("groupedfc1", 128, "", "nvfp4", (128,)),
-    ("groupedfc2", 32, "nvfp4", "f32", (32,)),
-    ("groupedfc2", 64, "", "", (32, 64)),
+    ("groupedfc2", 64, "", "", (40, 64)),
 )
 STAGED_ROWS: Final = {16: 4, 32: 8, 64: 8, 128: 0}  # two warpgroups have half of a row each
 LARGEST_COPIED: Final = 64  # tile_m up to which bf16 tokens are copied past the registers; beyond, copies of four bytes cost more than they save
@@ -108,7 +107,7 @@ class Config:
     @property
     def widths(self) -> tuple[int, ...]:
         """Columns of ``wgmma`` that the kernel has a loop for: those of the shape, fewer where registers end."""
-        for op, tile_m, activations, outputs, fewer in FEWER_WIDTHS:
+        for op, tile_m, activations, outputs, fewer in OTHER_WIDTHS:
             if (op, tile_m) == (self.op, self.tile_m) and activations in ("", self.activations) and outputs in ("", self.c_dtype):
                 return fewer
         return self.shape.widths

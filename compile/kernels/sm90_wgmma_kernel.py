@@ -37,6 +37,7 @@ from densemoe.compile.kernels.sm90_fc2 import add_to_workspace
 TILE_BYTES = 16  # of a tile of ``route``, and of the list's head
 SMALLEST_SPAN = 4  # K 128 blocks of a CTA
 SLOT_BATCH = {1: 8, 2: 4}  # by warpgroups: vectors of a slot whose loads are in flight together, as registers allow
+CONVERTED_AT_ONCE = {16: 1, 32: 2, 64: 2, 128: 2}  # pieces whose loads a warp that converts has in flight, as registers allow
 VECTOR = 4  # float32 of one access to a slot
 FC2_OUTPUTS = 8  # consecutive output columns that the four m16 blocks of a superblock give one lane
 
@@ -269,8 +270,9 @@ def wgmma_kernel(
             conversion.hand_over(counters, tid)
         else:
             row_blocks, converter, converters = hidden // common.SUPERBLOCK_ROWS, bid - adding, ctas - adding
+            at_once = CONVERTED_AT_ONCE[config.tile_m]
             conversion.convert(
-                1, config.warps, config.c_dtype, c, partials, counters, adding, converter, converters, tokens_total, row_blocks, tid
+                at_once, config.warps, config.c_dtype, c, partials, counters, adding, converter, converters, tokens_total, row_blocks, tid
             )
 
 

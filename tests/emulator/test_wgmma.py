@@ -51,11 +51,11 @@ def test_every_schedule_gives_the_same_exact_result(op: str, c_dtype: str, tile:
     assert comparison.passed, comparison.detail
 
 
-@pytest.mark.parametrize(("tile", "widths"), [(32, (16, 32)), (64, (32, 48, 64))])
-def test_a_tile_takes_the_narrowest_width_that_holds_its_rows(tile: int, widths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("op", "tile", "widths"), [("groupedfc1", 32, (24, 32)), ("groupedfc1", 64, (32, 48, 64)), ("groupedfc2", 64, (40, 64))])
+def test_a_tile_takes_the_narrowest_width_that_holds_its_rows(op: str, tile: int, widths: tuple[int, ...]) -> None:
     """An expert for each width and one of a row more than the narrower: every loop has products, and all are right."""
     counts = sorted({1, *widths, *(width + 1 for width in widths[:-1])})
-    key = f"groupedfc1.sm90a.t{tile}x256.c1x1.bf16-bf16"
+    key = f"{op}.sm90a.t{tile}x256.c1x1.bf16-bf16"
     comparison, _ = run(key, sum(counts), len(counts), 1, 192, 128, "exact", ids=ids_of(counts), sm_count=2, schedule="random:2")
     assert comparison.passed, comparison.detail
 
