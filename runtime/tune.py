@@ -191,7 +191,8 @@ def cases_of(
 
     Args:
         forms: with a list of active experts, or dense.
-        tiles: by dtypes, the tiles of the grouped kernels that are measured beside the form with a list; each is a case of its own.
+        tiles: by dtypes, the tiles of the grouped kernels that are measured beside the form with a list; each is a case of its own where it is worth
+            one, and at the fewest tokens: what a launch costs by itself is hardly to be told from long ones.
     """
     found: dict[tuple[Shape, str], list[Case]] = {}
     for shape in shapes:
@@ -203,7 +204,7 @@ def cases_of(
             cases = found[shape, op] = []
             for m in in_order(tokens):
                 cases += [Case(op, shape, m, a, c, active) for active in forms for a, c in by_pair]
-                worth = [(pair, tile) for pair, own in by_pair.items() for tile in sorted(own) if worth_a_tile(shape, m, tile)]
+                worth = [(pair, tile) for pair, own in by_pair.items() for tile in sorted(own) if m == min(tokens) or worth_a_tile(shape, m, tile)]
                 cases += [Case(f"grouped{op}", shape, m, a, c, False, tile) for (a, c), tile in worth]
     return found
 

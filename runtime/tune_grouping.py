@@ -172,6 +172,18 @@ def _segments(points: Sequence[LayerPoint]) -> tuple[float, list[tuple[float, in
     segments = []
     for place, at in enumerate(path):
         if place + 1 == len(path) or path[place + 1] != at:
-            after = shares[min(place + 1, len(shares) - 1)]
-            segments.append((round(math.sqrt(shares[place] * after), 3), tiles[at]))
+            behind = min(place + 1, len(path) - 1)
+            segments.append((round(_border(points, (shares[place], shares[behind]), (tiles[at], tiles[path[behind]])), 3), tiles[at]))
     return total, segments
+
+
+def _border(points: Sequence[LayerPoint], shares: tuple[float, float], tiles: tuple[int, int]) -> float:
+    """The share between two measured ones up to which the smaller of two tiles is taken: where both would be as fast, were the logarithm of their
+    times' ratio linear in that of the share. Their geometric mean where one was not measured at both, or each is not the faster at its own share."""
+    tilts = []
+    for share in shares:
+        both = [each.tiles for each in points if each.share == share and all(tile in each.tiles for tile in tiles)]
+        tilts.append(sum(math.log(times[tiles[0]] / times[tiles[1]]) for times in both) / len(both) if both else 0.0)
+    below, above = shares
+    place = tilts[0] / (tilts[0] - tilts[1]) if tilts[0] < 0 < tilts[1] else 0.5
+    return below * (above / below) ** place

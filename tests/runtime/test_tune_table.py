@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import json
 import random
 from collections.abc import Mapping
@@ -289,7 +290,22 @@ def test_a_form_that_is_never_faster_is_not_taken() -> None:
     fast = [replace(each, listed=100.0) for each in slow]
     found = grouping_of(fast)
     assert found is not None
-    assert (found["dense_to"], found["tiles"]) == (0, [{"share_to": 5.657, "tile_m": 8}, {"tile_m": 16}])
+    border = 2 * 8 ** (math.log(30 / 20) / (math.log(30 / 20) + math.log(20 / 18)))  # between shares of 2 and 16
+    assert (found["dense_to"], found["tiles"]) == (0, [{"share_to": round(border, 3), "tile_m": 8}, {"tile_m": 16}])
+
+
+def test_a_border_lies_where_both_tiles_would_be_as_fast() -> None:
+    """Measured at shares of 4 and 16: 8 rows a tenth faster at 4, three times as far behind at 16, as logarithms go; so a quarter of the way."""
+    shape = Shape("", 8, 2, 512, 256)
+    slope = 1.1
+    points = [LayerPoint(shape, 16, 99.0, {8: 1.0, 16: slope}), LayerPoint(shape, 64, 99.0, {8: slope**3, 16: 1.0})]
+    found = grouping_of(points)
+    assert found is not None
+    assert found["tiles"] == [{"share_to": round(4 * 4 ** (1 / 4), 3), "tile_m": 8}, {"tile_m": 16}]
+    alone = [LayerPoint(shape, 16, 99.0, {8: 1.0}), LayerPoint(shape, 64, 99.0, {16: 1.0})]
+    found = grouping_of(alone)
+    assert found is not None
+    assert found["tiles"][0]["share_to"] == 8.0  # nothing to compare: half-way
 
 
 def test_the_table_takes_the_measured_form_and_family() -> None:
