@@ -146,8 +146,17 @@ class LayerBench(Bench):
             if tile != wanted and not worth_a_tile(shape, m, tile):
                 continue
             own = gathered.bind(m, tile, count)
-            steps = [self._planned(of, problem, each[0]) for problem, each in zip(gathered.problems(m, tile), own, strict=True)]
-            plans += steps
+            steps: list[Plan] = []
+            try:
+                for problem, each in zip(gathered.problems(m, tile), own, strict=True):
+                    steps.append(self._planned(of, problem, each[0]))
+            except SelectionError as error:
+                if not of.name:
+                    raise
+                point.missing[f"{of.name}{GATHERED} t{tile} with route"] = str(error)
+                continue
+            finally:
+                plans += steps
             gathered.poison(m, tile)
             for plan in steps:
                 plan.launch(tuner.timer.stream)

@@ -5,14 +5,15 @@ of row blocks: all tiles of one group, then those of the next; of a tile the gro
 in a row and its activations from the L1. All items' K 128 blocks are cut into equal spans, one a warp, wherever that is:
 
     per item:  ring ─ wait ─ decode ─ mma.sync ─ refill;  workspace[token] += row_alpha · accumulators (sm90_workspace: whole rows)
-    per CTA:   behind its spans it adds the number of its blocks to the ticket of each row block that it touched; where a row block's blocks are
-               all there, the CTA converts and stores it and clears workspace and ticket
+    per CTA:   when it has added all, it says so; then the sums are converted, by the CTA that completes a row block or by CTAs behind all that add, and
+               are zero again (sm90_conversion)
 
-All CTAs end at about the same time, so what the last of them converts prolongs the launch: a group has few row blocks (LARGEST_FINISH). Words, rows
-and scales of a tile are loaded a tile ahead of their use, the expert whose weights the ring fetches too, and at 8 tokens activations a block ahead.
+Up to 64 tokens a group has as few row blocks as leaves little to convert for the CTA that completes it; beyond, four: an expert's next tile still
+finds the weights in the L2. Words, rows and scales of a tile are loaded a tile ahead of their use, the expert whose weights the ring fetches too, and
+at 8 tokens activations a block ahead.
 
 Run-time setting ``early_list``: what ``route`` wrote was complete before the launch that precedes this one began, so that weights are fetched before
-it ends. The workspace and the tickets are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
+it ends. The workspace and the counters are zero between launches: each launch leaves them as it found them, so CUDA graphs may replay it.
 """
 
 from __future__ import annotations

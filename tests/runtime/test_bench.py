@@ -343,6 +343,17 @@ def test_another_artifact_root_stands_beside_ours(command: Run, what: str, tmp_p
     assert sets["set/older"].open_plans == 0
 
 
+def test_a_root_without_a_kernel_leaves_the_column_empty(command: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has grouped kernels, but sorts only a router's choice of 64-bit numbers."""
+    sets = {"set/older": older(keys={key.replace("4096.c1x1.i32", "4096.c1x1.i64") if key.startswith("route") else key: KEYS[key] for key in KEYS})}
+    assert command("bench", "layer", *BESIDE, "--beside", "set/older", beside=sets) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert "older: densemoe" in row["us"]
+    assert not any(name.startswith("older: gathered") for name in row["us"])
+    assert "no variant runs route" in row["missing"]["older: gathered t8 with route"]
+    assert sets["set/older"].open_plans == 0
+
+
 def test_a_name_is_given_to_a_root(command: Run, capsys: pytest.CaptureFixture[str]) -> None:
     sets = {"a/set": older(), "b/set": older()}
     assert command("bench", "ops", *BESIDE, "--beside", "one=a/set", "--beside", "b/set", beside=sets) == 0
