@@ -6,8 +6,11 @@ Two ways, by the number of tokens:
     beyond    CTAs behind all that add wait until these have added, then convert, each its share: one counter a launch     ``hand_over``, ``convert``
 
 The second takes 1 us more from the last sum to the first conversion; but since all row blocks are complete at about the same time, the first leaves
-all of the conversion to few CTAs, which at 512 tokens took a quarter of the launch (docs/tried.md). CTAs that convert wait for those with a lower
-index alone, which have begun when they begin (``sm90_reduction``). Accesses cover whole rows: the L2 would merge half sectors one by one.
+all of the conversion to few CTAs, which at 512 tokens took a quarter of the launch (docs/tried.md). Accesses cover whole rows: the L2 would merge
+half sectors one by one.
+
+No deadlock: CTAs that convert wait for those with a lower index alone, which have begun when they begin (``sm90_reduction``); and in whatever order
+CTAs begin, those that convert are at most half of what an idle device holds, so that those that add find a place.
 """
 
 from __future__ import annotations
@@ -40,16 +43,21 @@ def workspaces(tickets: bool) -> tuple[Workspace, ...]:
     return Workspace("workspace.partials", "M * H * 4", zeroed=True), Workspace("workspace.counters", nbytes, zeroed=True)
 
 
-def converting(warps: int, beyond: int = 0) -> str:
-    """How many CTAs of ``warps`` warps convert, as a recipe has it: a warp a piece, but no more CTAs than SMs; none up to ``beyond`` tokens."""
-    return f"(M > {beyond}) * min(ceil_div(row_blocks * ceil_div(M, {PIECE_TOKENS}), {warps}), sm_count)"
+def converting(warps: int, resident_ctas: int, beyond: int = 0) -> str:
+    """How many CTAs of ``warps`` warps convert, as a recipe has it: a warp a piece, but no more CTAs than SMs, nor than half of what the device holds
+    at ``resident_ctas`` an SM; none up to ``beyond`` tokens."""
+    most = "sm_count" if resident_ctas > 1 else "sm_count // 2"
+    return f"(M > {beyond}) * min(ceil_div(row_blocks * ceil_div(M, {PIECE_TOKENS}), {warps}), max({most}, 1))"
 
 
 @cute.jit
-def converting_ctas(tokens_total, row_blocks, sm_count, warps: cutlass.Constexpr, beyond: cutlass.Constexpr = 0):
+def converting_ctas(
+    tokens_total, row_blocks, sm_count, warps: cutlass.Constexpr, resident_ctas: cutlass.Constexpr, beyond: cutlass.Constexpr = 0
+):
     """``converting`` on the compiler's own host side."""
     pieces = row_blocks * ((tokens_total + (PIECE_TOKENS - 1)) // PIECE_TOKENS)
-    return min((pieces + (warps - 1)) // warps, sm_count) * Int32(tokens_total > beyond)
+    most = sm_count if cutlass.const_expr(resident_ctas > 1) else sm_count // 2
+    return min((pieces + (warps - 1)) // warps, max(most, Int32(1))) * Int32(tokens_total > beyond)
 
 
 # ---- CTAs that convert

@@ -5,8 +5,8 @@ of row blocks: all tiles of one group, then those of the next; of a tile the gro
 in a row and its activations from the L1. All items' K 128 blocks are cut into equal spans, one a warp, wherever that is:
 
     per item:  ring ─ wait ─ decode ─ mma.sync ─ refill;  workspace[token] += row_alpha · accumulators (sm90_workspace: whole rows)
-    per CTA:   when it has added all, it says so; then the sums are converted, by the CTA that completes a row block or by CTAs behind all that add, and
-               are zero again (sm90_conversion)
+    per CTA:   when it has added all, it says so; then the sums are converted, by the CTA that completes a row block or by CTAs behind all that add,
+               and are zero again (sm90_conversion)
 
 Up to 64 tokens a group has as few row blocks as leaves little to convert for the CTA that completes it; beyond, four: an expert's next tile still
 finds the weights in the L2. Words, rows and scales of a tile are loaded a tile ahead of their use, the expert whose weights the ring fetches too, and
@@ -308,7 +308,8 @@ def groupedfc2_host(
     k_blocks = (intermediate + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K
     row_blocks = hidden // common.SUPERBLOCK_ROWS
     adding = min((tokens_total * top_k * k_blocks * row_blocks + (common.WARPS - 1)) // common.WARPS, sm_count * config.resident_ctas)
-    converting = conversion.converting_ctas(tokens_total, row_blocks, sm_count, common.WARPS, conversion.LARGEST_FINISHED)
+    beyond = conversion.LARGEST_FINISHED
+    converting = conversion.converting_ctas(tokens_total, row_blocks, sm_count, common.WARPS, config.resident_ctas, beyond)
     groupedfc2_kernel(
         a.raw_ptr(),
         a_scales.raw_ptr(),
@@ -372,7 +373,7 @@ def recipe(variant: Variant) -> Recipe:
             ("blocks", f"M * top_k * ceil_div(I, {common.SUPERBLOCK_K}) * row_blocks"),
             ("adding", f"min(ceil_div(blocks, {common.WARPS}), sm_count * {config.resident_ctas})"),
         ),
-        grid=(f"adding + {conversion.converting(common.WARPS, conversion.LARGEST_FINISHED)}", 1, 1),
+        grid=(f"adding + {conversion.converting(common.WARPS, config.resident_ctas, conversion.LARGEST_FINISHED)}", 1, 1),
         block=(common.WARPS * 32, 1, 1),
         # the rings, rows on their way, the mask
         dynamic_smem=common.shared_memory_bytes(config) + common.WARPS * workspace.staged_bytes(workspace.MMA_ROWS) + 4,

@@ -54,7 +54,8 @@ def wgmma_host(
     adding = min((blocks + (SMALLEST_SPAN - 1)) // SMALLEST_SPAN, sm_count * config.shape.resident_ctas)
     ctas = adding
     if cutlass.const_expr(config.op == "groupedfc2"):
-        ctas += conversion.converting_ctas(tokens_total, hidden // common.SUPERBLOCK_ROWS, sm_count, config.warps)
+        row_blocks = hidden // common.SUPERBLOCK_ROWS
+        ctas += conversion.converting_ctas(tokens_total, row_blocks, sm_count, config.warps, config.shape.resident_ctas)
     wgmma_kernel(
         a.raw_ptr(),
         a_scales.raw_ptr(),
@@ -91,7 +92,7 @@ def recipe(variant: Variant) -> Recipe:
     if fc2:
         weight_rows, k_length, scales = "H", "I", "row_alpha"
         workspaces = conversion.workspaces(tickets=False)
-        grid = f"adding + {conversion.converting(config.warps)}"
+        grid = f"adding + {conversion.converting(config.warps, config.shape.resident_ctas)}"
     else:
         weight_rows, k_length, scales = "2 * I", "H", "alpha"
         workspaces = (Workspace("workspace.partials", f"adding * {slot_bytes(config)}", zeroed=True),)

@@ -64,6 +64,14 @@ def test_who_converts() -> None:
     assert [grid(WGMMA, m, 1024, 132)[1] for m in (1, 64, 65)] == [4, 8, 12]
 
 
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("sm_count", [2, 7, 132])
+def test_those_that_convert_leave_room_for_those_that_add(key: str, sm_count: int) -> None:
+    """At most half of the CTAs that an idle device holds, or they could wait for ever were they to begin first."""
+    adding, converting = grid(key, 4096, 7168, sm_count)  # as many add as the device holds
+    assert 0 < 2 * converting <= adding
+
+
 # ---- what it rests on: taken away, the emulator notices
 
 
