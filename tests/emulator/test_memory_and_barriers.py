@@ -238,6 +238,17 @@ def test_polling_sees_what_others_do(schedule: str) -> None:
     assert one(flag, np.zeros(4, np.uint32), grid=2, schedule=schedule)[0] == 7
 
 
+def test_nanosleep_ends_the_turn_of_a_warp_that_polls() -> None:
+    def polls(sleep: str) -> int:
+        body = f"""mov.u32 %r1, %ctaid.x; mov.u32 %r3, 0; setp.eq.u32 %p1, %r1, 1; @%p1 bra FLAG;
+            SPIN: add.u32 %r3, %r3, 1; {sleep} ld.acquire.gpu.global.b32 %r2, [%x1]; setp.eq.u32 %p2, %r2, 0; @%p2 bra SPIN;
+            st.global.b32 [%x1+128], %r3; bra.uni OUT;
+            FLAG: st.release.gpu.global.b32 [%x1], 7; OUT:"""
+        return int(one(body, np.zeros(4, np.uint32), 64, threads=32, grid=2)[32])
+
+    assert polls("nanosleep.u32 20;") < 10 < 1000 < polls("")
+
+
 def test_a_loop_without_an_end_is_an_error() -> None:
     with pytest.raises(EmulatorError, match=r"livelock.*PTX line \d+"):
         one("SPIN: ld.volatile.global.b32 %r2, [%x1]; setp.eq.u32 %p2, %r2, 0; @%p2 bra SPIN;", np.zeros(4, np.uint32))
