@@ -239,11 +239,14 @@ def test_polling_sees_what_others_do(schedule: str) -> None:
 
 
 def test_nanosleep_ends_the_turn_of_a_warp_that_polls() -> None:
+    """The other CTA sets the flag after more steps than its first turn has: a warp that polls has a whole turn meanwhile, or one step."""
+
     def polls(sleep: str) -> int:
-        body = f"""mov.u32 %r1, %ctaid.x; mov.u32 %r3, 0; setp.eq.u32 %p1, %r1, 1; @%p1 bra FLAG;
+        body = f"""mov.u32 %r1, %ctaid.x; mov.u32 %r3, 0; setp.eq.u32 %p1, %r1, 1; @%p1 bra WORK;
             SPIN: add.u32 %r3, %r3, 1; {sleep} ld.acquire.gpu.global.b32 %r2, [%x1]; setp.eq.u32 %p2, %r2, 0; @%p2 bra SPIN;
             st.global.b32 [%x1+128], %r3; bra.uni OUT;
-            FLAG: st.release.gpu.global.b32 [%x1], 7; OUT:"""
+            WORK: add.u32 %r3, %r3, 1; setp.lt.u32 %p2, %r3, 5000; @%p2 bra WORK;
+            st.release.gpu.global.b32 [%x1], 7; OUT:"""
         return int(one(body, np.zeros(4, np.uint32), 64, threads=32, grid=2)[32])
 
     assert polls("nanosleep.u32 20;") < 10 < 1000 < polls("")
