@@ -17,15 +17,13 @@ from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_reduction as reduction
-from densemoe.compile.kernels.sm90_conversion import ROW_BYTES
+from densemoe.compile.kernels.sm90_conversion import LANES_A_ROW, ROW_BYTES, ROWS_AT_ONCE
 from densemoe.compile.kernels.sm90_epilogue import multiply
 from densemoe.compile.kernels.sm90_fc2 import add_to_workspace, token_values
 
 CHUNK = 16  # bytes of one access to shared memory
 MMA_ROWS = common.MMA_TOKENS  # rows that a warp of the ``mma.sync`` kernels hands through shared memory at a time
 STEPS = 2  # red.v4 of a lane whose loads are in flight together
-LANES_A_ROW = ROW_BYTES // CHUNK
-ROWS_A_STEP = 32 // LANES_A_ROW
 
 
 def add_item(
@@ -71,9 +69,9 @@ def add_rows(config: cutlass.Constexpr, staged_rows: cutlass.Constexpr, columns,
                         reduction.store_shared_v4(row + own, values[:4])
                         reduction.store_shared_v4(row + (own ^ CHUNK), values[4:])
                 cute.arch.sync_warp()
-                for start in cutlass.range_constexpr(0, staged_rows, STEPS * ROWS_A_STEP):
+                for start in cutlass.range_constexpr(0, staged_rows, STEPS * ROWS_AT_ONCE):
                     if first + start < count:
-                        rows = [start + step * ROWS_A_STEP + lane // LANES_A_ROW for step in range(STEPS)]
+                        rows = [start + step * ROWS_AT_ONCE + lane // LANES_A_ROW for step in range(STEPS)]
                         swizzles = [swizzle((part * staged_rows + start) // 2 + step) for step in range(STEPS)]
                         own_tokens = [common.shuffle_from(tokens[first // 32], first % 32 + row) for row in rows]
                         own_scales = [common.shuffle_from(scales[first // 32], first % 32 + row) for row in rows]
