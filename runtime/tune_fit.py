@@ -1,12 +1,15 @@
 """Coefficients of ``cost_model`` from measurements, and what choosing by them costs on shapes that they have not seen. Needs numpy.
 
 For fixed (decode / stream, slots, gathered) the formula is linear in launch, stream, move and token: least squares of relative errors with no
-negative coefficient, exact by trying which of the four are 0. The fixed ones are tried on a grid. The best fit wins; the simplest of equals.
+negative coefficient, exact by trying which of the four are 0. The fixed ones are tried on a grid. The best fit wins; the simplest of equals. Where
+the device's read speed is known, no kernel reads much slower than that: at few tokens alone a launch's fixed part and its reading are hardly told
+apart, and the times of more tokens that follow from a slow reading are wrong.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -26,6 +29,7 @@ RATIOS: Final = tuple(float(each) for each in np.geomspace(0.05, 30, 49))
 SLOTS: Final = (0, 1, 2, 3, 4, 8, 12, 16)
 LEAST_POINTS: Final = 5  # as many as there are coefficients
 RIDGE: Final = 1e-12  # of unit columns: where two of them are the same
+SLOWEST_READ: Final = 1.15  # a megabyte's time where reading is what limits, of that of the kernel that only reads
 BETTER: Final = 0.98  # a more complicated form must lower the squared error by this factor
 
 
@@ -98,8 +102,12 @@ def _least_squares(columns: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.flo
     return best / np.where(size > 0, size, 1)[:, 0], lowest
 
 
-def fit_class(kernel: KernelClass, measured: Sequence[Measurement], sm_count: int) -> Fit | None:
-    """Coefficients of one class from its measurements; None where there are too few of them."""
+def fit_class(kernel: KernelClass, measured: Sequence[Measurement], sm_count: int, read: float = math.inf) -> Fit | None:
+    """Coefficients of one class from its measurements; None where there are too few of them.
+
+    Args:
+        read: microseconds a megabyte of the kernel that only reads.
+    """
     points = [each for each in measured if each.sample is not None and each.passed]
     if len(points) < LEAST_POINTS:
         return None
@@ -116,6 +124,7 @@ def fit_class(kernel: KernelClass, measured: Sequence[Measurement], sm_count: in
             body = np.maximum(weights, ratios * (decoded * idle))
             columns = np.stack([np.ones_like(body), body, *(np.broadcast_to(each, body.shape) for each in (moved, tokens))], axis=2) / times[:, None]
             found, errors = _least_squares(columns)
+            errors = errors + len(points) * (found[:, 1] > SLOWEST_READ * read)  # taken where nothing else is left
             at = int(np.argmin(errors))
             if best is None or errors[at] < best[0] * BETTER:
                 launch, stream, move, token = (float(each) for each in found[at])
@@ -127,12 +136,12 @@ def fit_class(kernel: KernelClass, measured: Sequence[Measurement], sm_count: in
     return Fit(coefficients, len(points), geometric_mean(off) - 1, max(off) - 1)
 
 
-def fit(measured: Iterable[Measurement], sm_count: int) -> dict[KernelClass, Fit]:
-    """Coefficients of every class that has enough measurements."""
+def fit(measured: Iterable[Measurement], sm_count: int, read: float = math.inf) -> dict[KernelClass, Fit]:
+    """Coefficients of every class that has enough measurements; arguments as ``fit_class`` has them."""
     by_class: dict[KernelClass, list[Measurement]] = {}
     for each in measured:
         by_class.setdefault(class_of(each), []).append(each)
-    fits = {kernel: fit_class(kernel, own, sm_count) for kernel, own in by_class.items()}
+    fits = {kernel: fit_class(kernel, own, sm_count, read) for kernel, own in by_class.items()}
     return {kernel: found for kernel, found in fits.items() if found is not None}
 
 
@@ -175,7 +184,7 @@ def by_model(fits: Mapping[KernelClass, Fit], sm_count: int) -> Callable[[Case, 
     return choose
 
 
-def held_out_regret(measured: Sequence[Measurement], sm_count: int) -> Regret:
+def held_out_regret(measured: Sequence[Measurement], sm_count: int, read: float = math.inf) -> Regret:
     """Regret of the cost model on each shape, fitted without it: leave one (E, k, H, I) out."""
     found: dict[str, float] = {}
     shapes = {(each.case.shape.experts, each.case.shape.hidden, each.case.shape.intermediate) for each in measured}
@@ -186,7 +195,7 @@ def held_out_regret(measured: Sequence[Measurement], sm_count: int) -> Regret:
         return (each.case.shape.experts, each.case.shape.hidden, each.case.shape.intermediate)
 
     for shape in sorted(shapes):
-        choose = by_model(fit([each for each in measured if own(each) != shape], sm_count), sm_count)
+        choose = by_model(fit([each for each in measured if own(each) != shape], sm_count, read), sm_count)
         for case, times in times_by_case(each for each in measured if own(each) == shape).items():
             chosen = choose(case, times)
             if chosen is not None:

@@ -125,10 +125,10 @@ def choose(
     return chosen
 
 
-def between_regret(measured: Sequence[Measurement], sm_count: int) -> Regret:
+def between_regret(measured: Sequence[Measurement], sm_count: int, read: float = math.inf) -> Regret:
     """Regret of the interpolation: each M but the first and last, chosen for from the others, which the cost model was fitted to alone."""
     by_group = _times(measured)
-    fits = {m: fit([each for each in measured if each.case.m != m], sm_count) for m in {each.case.m for each in measured}}
+    fits = {m: fit([each for each in measured if each.case.m != m], sm_count, read) for m in {each.case.m for each in measured}}
 
     def pick(case: Case, times: Mapping[Candidate, float]) -> Candidate | None:
         group = group_of(case)
@@ -161,6 +161,11 @@ def _roofline_of(group: Group, m: int, nbytes: int, arch: str, bandwidth: float)
     return roofline(nbytes, flops(_case_of(group, m)), bandwidth, PEAK_FLOPS[arch])
 
 
+def _read(provenance: Mapping[str, Any]) -> float:
+    """Microseconds a megabyte of the kernel that only reads."""
+    return 1e12 / float(provenance["read_bytes_per_second"])
+
+
 def quality(measured: Sequence[Measurement], provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Regrets, cliffs and falls of what ``build`` makes of the same measurements.
 
@@ -170,8 +175,8 @@ def quality(measured: Sequence[Measurement], provenance: Mapping[str, Any]) -> d
     points = layer_points(measured)
     grouping = grouping_of(points)
     regrets = [
-        ("other_shapes", held_out_regret(measured, provenance["sm_count"])),
-        ("between_buckets", between_regret(measured, provenance["sm_count"])),
+        ("other_shapes", held_out_regret(measured, provenance["sm_count"], _read(provenance))),
+        ("between_buckets", between_regret(measured, provenance["sm_count"], _read(provenance))),
     ]
     if grouping is not None:
         regrets += [("forms", layer_regret(points, grouping)), ("forms_other_shapes", held_out_forms(points))]
@@ -233,7 +238,7 @@ def build(measured: Sequence[Measurement], provenance: Mapping[str, Any], before
 
     samples = {(group_of(each.case), each.case.m, each.candidate): each.sample for each in measured}
     grouping = grouping_of(layer_points(measured)) or before.get("grouping")
-    fits = fit(measured, provenance["sm_count"])
+    fits = fit(measured, provenance["sm_count"], _read(provenance))
     shapes: dict[str, list[list[Any]]] = {}
     for group, times in sorted(_times(measured).items()):
         rows: list[list[Any]] = []

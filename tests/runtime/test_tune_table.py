@@ -186,6 +186,23 @@ def test_a_fit_finds_what_each_token_costs() -> None:
     assert own.coefficients.token == pytest.approx(0.05, rel=0.2)
 
 
+def test_no_kernel_reads_much_slower_than_the_one_that_only_reads() -> None:
+    """One shape at 1 to 7 tokens tells nothing of a launch's fixed part and its reading but their sum: all of it might be reading."""
+    kernel = KernelClass.of(Variant.parse(key_of("fc1", 8)), {}, False)
+    shape = Shape("", 8, 2, 2048, 896)
+    cases = [Case("fc1", shape, m, "bf16", "bf16", False) for m in range(1, 8)]
+    megabytes = work_of(cases[0].problem(), (8, 64)).weights
+    points = [measured(case, 8, 8 + 0.22 * megabytes) for case in cases]
+    unbounded, bounded = fit_class(kernel, points, SMS), fit_class(kernel, points, SMS, 0.22)
+    assert unbounded is not None
+    assert unbounded.coefficients.stream > 1.15 * 0.22
+    assert bounded is not None
+    assert bounded.coefficients.stream <= 1.15 * 0.22
+    assert bounded.worst < 0.01
+    impossible = fit_class(kernel, [measured(case, 8, 100 * megabytes) for case in cases], SMS, 1e-9)
+    assert impossible is not None  # nothing is as fast: the best there is
+
+
 def test_a_fit_has_no_negative_coefficient_and_needs_points() -> None:
     few = [each for each in synthetic() if each.case.m <= 16 and ".t8x" in each.candidate.key and each.case.op == "fc1"]
     kernel = KernelClass.of(Variant.parse(key_of("fc1", 8)), {}, False)
