@@ -55,7 +55,7 @@ def converting_ctas(
     tokens_total, row_blocks, sm_count, warps: cutlass.Constexpr, resident_ctas: cutlass.Constexpr, beyond: cutlass.Constexpr = 0
 ):
     """``converting`` on the compiler's own host side."""
-    pieces = row_blocks * ((tokens_total + (PIECE_TOKENS - 1)) // PIECE_TOKENS)
+    pieces = row_blocks * pieces_of(tokens_total)
     most = sm_count if cutlass.const_expr(resident_ctas > 1) else sm_count // 2
     return min((pieces + (warps - 1)) // warps, max(most, Int32(1))) * Int32(tokens_total > beyond)
 
@@ -91,7 +91,7 @@ def convert(
         cute.arch.fence_acq_rel_gpu()
         begun = add_if(counters + 4, Int32(1))
     pr.barrier_cta_sync(0)
-    pieces_a_row = (tokens_total + (PIECE_TOKENS - 1)) // PIECE_TOKENS
+    pieces_a_row = pieces_of(tokens_total)
     pieces = row_blocks * pieces_a_row
     step = converters * warps
     for piece in cutlass.range(converter * warps + warp, pieces, step * at_once, unroll=1):
@@ -149,7 +149,7 @@ def finish_rows(
             row_block = first_row + base + lowest_bit(mask)
             mask = mask & (mask - 1)
             start = ((warp + turn) & (common.WARPS - 1)) * PIECE_TOKENS
-            turn += (tokens_total + (PIECE_TOKENS - 1)) // PIECE_TOKENS
+            turn += pieces_of(tokens_total)
             if start < tokens_total:
                 convert_pieces(c_dtype, c, partials, [(row_block, start, tokens_total - start)], tokens_total, row_blocks, lane)
         pr.barrier_cta_sync(0)
@@ -172,6 +172,11 @@ def before_in_row(block, row, group_rows, k_blocks, of_group):
 
 
 # ---- what both do
+
+
+def pieces_of(tokens_total: Any) -> Any:
+    """Pieces of one row block."""
+    return (tokens_total + (PIECE_TOKENS - 1)) // PIECE_TOKENS
 
 
 def convert_pieces(c_dtype: str, c: Any, partials: Any, chosen: list[Any], tokens_total: Any, row_blocks: Any, lane: Any) -> None:

@@ -106,10 +106,10 @@ class Config:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Columns of ``wgmma`` that the kernel has a loop for: those of the shape, fewer where registers end."""
-        for op, tile_m, activations, outputs, fewer in OTHER_WIDTHS:
+        """Columns of ``wgmma`` that the kernel has a loop for: those of the shape, or of OTHER_WIDTHS."""
+        for op, tile_m, activations, outputs, other in OTHER_WIDTHS:
             if (op, tile_m) == (self.op, self.tile_m) and activations in ("", self.activations) and outputs in ("", self.c_dtype):
-                return fewer
+                return other
         return self.shape.widths
 
     @property

@@ -65,11 +65,11 @@ def wgmma_kernel(
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
-    worker = bid if config.op == "groupedfc2" else reduction.worker_of(bid, ctas)
+    fc2 = config.op == "groupedfc2"
+    worker = bid if fc2 else reduction.worker_of(bid, ctas)
+    workers_most = adding if fc2 else ctas  # FC1 has no others; the grid's size takes no register
     warp = cute.arch.make_warp_uniform(tid // 32)
     lane = tid % 32
-    fc2 = config.op == "groupedfc2"
-    workers_most = adding if fc2 else ctas  # FC1 has no others; the grid's size takes no register
     owner = warp % wgmma.WARPGROUP_WARPS  # the superblock row of the unit that this warp multiplies
     first_block = (warp // wgmma.WARPGROUP_WARPS) * config.blocks
     k_length = intermediate if fc2 else hidden
