@@ -41,7 +41,7 @@ __all__ = [
 MODELS: Final = ("deepseek-v3:tp8", "qwen3-30b-a3b", "qwen3-235b-a22b:tp4", "mixtral-8x7b:tp8", "kimi-k2:tp8")
 #: Shapes that no table is made of, for regret: models of other sizes, odd expert counts, an I that is no multiple of 256.
 HELD_OUT: Final = ("glm-4.5:tp4", "glm-4.5-air:tp2", "64x6x2048x1408", "512x10x2048x128", "8x2x6144x2048")
-TUNE_TOKENS: Final = (1, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
+TUNE_TOKENS: Final = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 BENCH_TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 FEWEST_ROWS: Final = 8  # of a tile, which is measured however few rows an expert has
 LEAST_FILLED: Final = 8  # a tile is measured where an expert's rows fill an eighth of it

@@ -21,6 +21,7 @@ from densemoe.runtime.tune_fit import Regret
 
 __all__ = ["LayerPoint", "chosen", "grouping_of", "held_out_forms", "in_layer", "layer_points", "layer_regret", "layer_series"]
 
+DEVIATIONS: Final = 2.0  # by which an expert's rows exceed their mean in a tile that still holds them: measured borders lie at 1.6 to 2.1 (docs/tried.md)
 UNMEASURED: Final = math.log(100.0)  # what a tile that was not measured at a point counts: never taken where another was
 _DTYPES: Final = DTYPES[0]
 
@@ -110,7 +111,7 @@ def layer_series(points: Iterable[LayerPoint], grouping: Mapping[str, Any] | Non
 
 
 def grouping_of(points: Sequence[LayerPoint]) -> dict[str, Any] | None:
-    """``dense_to`` and ``tiles`` of least regret, in the geometric mean; None where there is no point."""
+    """``dense_to`` and ``tiles`` of least regret, in the geometric mean, and larger tiles for shares beyond; None where there is no point."""
     if not points:
         return None
     tokens = sorted({each.m for each in points})
@@ -124,6 +125,7 @@ def grouping_of(points: Sequence[LayerPoint]) -> dict[str, Any] | None:
     _, dense_to, segments = best
     if not segments:  # every measured M in the first form: tiles for what lies beyond, by all points
         segments = _segments(points)[1]
+    segments = _beyond(points, segments)
     tiles = [{"share_to": share, "tile_m": tile} for share, tile in segments[:-1]]
     found: dict[str, Any] = {"dense_to": _end_of(dense_to, tokens), "tiles": [*tiles, {"tile_m": segments[-1][1]}]}
     regret = layer_regret(points, found)
@@ -175,6 +177,19 @@ def _segments(points: Sequence[LayerPoint]) -> tuple[float, list[tuple[float, in
             behind = min(place + 1, len(path) - 1)
             segments.append((round(_border(points, (shares[place], shares[behind]), (tiles[at], tiles[path[behind]])), 3), tiles[at]))
     return total, segments
+
+
+def _beyond(points: Sequence[LayerPoint], segments: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """``segments`` with what lies beyond the largest share measured, modelled: an expert's rows vary about their mean by its square root, and a tile
+    is taken while it holds DEVIATIONS of that more."""
+    largest_share, last = max(each.share for each in points), segments[-1][1]
+    larger = sorted(tile for each in points for tile in {*each.tiles} if tile > last)
+    found = [*segments[:-1]]
+    for tile in (last, *dict.fromkeys(larger)):
+        share = round((math.sqrt(tile + DEVIATIONS**2 / 4) - DEVIATIONS / 2) ** 2, 3)
+        if share > largest_share or tile == last:
+            found.append((max(share, largest_share), tile))
+    return found
 
 
 def _border(points: Sequence[LayerPoint], shares: tuple[float, float], tiles: tuple[int, int]) -> float:

@@ -48,6 +48,7 @@ TILES_M = (8, 16, 32)
 STAGES = {8: 2, 16: 2, 32: 3}
 
 EVICT_FIRST = 0x12F0000000000000  # L2 policy of weights: they are read once, and would drive out activations, lists and sums
+MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"  # of a superblock, as PTX spells it
 
 SIGN_AND_MAGNITUDE = 0x81C081C0  # bits 15, 8, 7, 6 of both halves: an e2m1 value times 2**-126 as bf16
@@ -181,6 +182,11 @@ def differs_from_zero(value: Any) -> Any:
 def store_shared(address: Any, word: Any) -> None:
     """Four bytes to shared memory."""
     pr.inline_ptx_hl("st.shared.b32 [{$r0}], {$r1};", read_only_args=[address, word])
+
+
+def store_shared_v4(address: Any, words: list[Any]) -> None:
+    """Sixteen bytes to shared memory."""
+    pr.inline_ptx_hl("st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *words])
 
 
 def store_shared_if(address: Any, valid: Any, word: Any) -> None:
@@ -454,7 +460,7 @@ def expected(config: Config, unroll: int) -> Expected:
     products = K64_HALVES * K16_STEPS * M16_BLOCKS * config.token_blocks
     return Expected(
         ptx_counts={
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": products * unroll,
+            MMA: products * unroll,
             COPY: config.stages + unroll,  # one per ring stage before the loop, one to refill in each step of it
         },
         max_registers=65536 // (WARPS * 32 * config.resident_ctas),

@@ -6,7 +6,7 @@ The kernel is ``sm90_wgmma_kernel``.
 from __future__ import annotations
 
 from densemoe.compile.kernels import sm90_common as common
-from densemoe.compile.kernels.sm90_wgmma import check_tile as check
+from densemoe.compile.kernels.sm90_wgmma_config import check_tile as check
 from densemoe.compile.kernels.sm90_wgmma_launch import compile_arguments, expected, oracle_arguments, recipe
 
 __all__ = ["ARCHITECTURES", "OP", "WEIGHT_LAYOUT", "check", "compile_arguments", "expected", "oracle_arguments", "recipe"]

@@ -30,14 +30,16 @@ from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_conversion as conversion
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels import sm90_wgmma as wgmma
+from densemoe.compile.kernels import sm90_wgmma_tokens as staging
 from densemoe.compile.kernels import sm90_workspace as workspace
 from densemoe.compile.kernels.sm90_epilogue import fc1_pairs, store_fc1_outputs, store_fc1_pairs
 from densemoe.compile.kernels.sm90_fc2 import add_to_workspace
+from densemoe.compile.kernels.sm90_wgmma_config import GROUP_ROWS, TABLE_SLOTS, WARPGROUP_WARPS, Config
 
 TILE_BYTES = 16  # of a tile of ``route``, and of the list's head
 SMALLEST_SPAN = 4  # K 128 blocks of a CTA
 SLOT_BATCH = {1: 8, 2: 4}  # by warpgroups: vectors of a slot whose loads are in flight together, as registers allow
-CONVERTED_AT_ONCE = {16: 1, 32: 2, 64: 2, 128: 2}  # pieces whose loads a warp that converts has in flight, as registers allow
+CONVERTED_AT_ONCE = {4: 1, 3: 2, 2: 2, 1: 2}  # by resident CTAs: pieces whose loads a warp that converts has in flight, as registers allow
 VECTOR = 4  # float32 of one access to a slot
 FC2_OUTPUTS = 8  # consecutive output columns that the four m16 blocks of a superblock give one lane
 
@@ -70,8 +72,8 @@ def wgmma_kernel(
     workers_most = adding if fc2 else ctas  # FC1 has no others; the grid's size takes no register
     warp = cute.arch.make_warp_uniform(tid // 32)
     lane = tid % 32
-    owner = warp % wgmma.WARPGROUP_WARPS  # the superblock row of the unit that this warp multiplies
-    first_block = (warp // wgmma.WARPGROUP_WARPS) * config.blocks
+    owner = warp % WARPGROUP_WARPS  # the superblock row of the unit that this warp multiplies
+    first_block = (warp // WARPGROUP_WARPS) * config.blocks
     k_length = intermediate if fc2 else hidden
     k_blocks = (k_length + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K
     stages = config.shape.weight_stages
@@ -84,7 +86,7 @@ def wgmma_kernel(
     staged = Int32(0)  # where FC2's sums pass through on their way to the workspace
     if cutlass.const_expr(config.staged_rows > 0):
         staged = shared.staged + warp * workspace.staged_bytes(config.staged_rows)
-    copies = Int32(lane == 0) & Int32(warp < wgmma.WARPGROUP_WARPS)  # the lane that starts this superblock row's copies
+    copies = Int32(lane == 0) & Int32(warp < WARPGROUP_WARPS)  # the lane that starts this superblock row's copies
     if copies != 0:
         for i in cutlass.range_constexpr(stages):
             pr.mbarrier_init(barriers.subview(i), 1)
@@ -129,7 +131,7 @@ def wgmma_kernel(
     token_k = k
     tile = work.tile(unit)
     next_tile = work.tile(unit + 1)
-    row, row_step, piece = wgmma.thread_place(config, tid)
+    row, row_step, piece = staging.thread_place(config, tid)
     held = Int32(tid < config.tile_m)
     slot = Int32(0)  # of the table, of the tokens' unit
     store_entry(config, table, Int32(0), tid, held, load_entry(config, rows, scales, tile, tid))
@@ -138,12 +140,12 @@ def wgmma_kernel(
     pr.griddepcontrol("wait")  # weights and lists do not depend on the launch before; activations do
     if cutlass.const_expr(not config.copies_tokens):
         for portion in cutlass.range_constexpr(config.portions):
-            tokens = tokens_of(config, table, slot, tile, row, row_step, wgmma.rows_of_portion(config, portion))
-            pieces = wgmma.load_pieces(config, a, a_scales, tokens, token_k, k_length * Int32(remaining > 0), piece)
-            wgmma.store_pieces(config, activations, row, row_step, piece, pieces, portion)
+            tokens = tokens_of(config, table, slot, tile, row, row_step, staging.rows_of_portion(config, portion))
+            pieces = staging.load_pieces(config, a, a_scales, tokens, token_k, k_length * Int32(remaining > 0), piece)
+            staging.store_pieces(config, activations, row, row_step, piece, pieces, portion)
     else:
-        tokens = tokens_of(config, table, slot, tile, warp, config.warps, range(config.rows_a_warp))
-        wgmma.copy_tokens(config, a, tokens, token_k, k_length * Int32(remaining > 0), activations, warp, lane)
+        tokens = copied_tokens(config, table, slot, tile, warp, lane)
+        staging.copy_tokens(config, a, tokens, token_k, k_length * Int32(remaining > 0), activations, warp, lane)
 
     stage = Int32(0)
     phase = Int32(0)
@@ -162,8 +164,9 @@ def wgmma_kernel(
                 own_sums = common.zero_accumulators(config.accumulators * width // config.tile_m)
                 for step in cutlass.range(run, unroll=1):
                     if cutlass.const_expr(config.copies_tokens):
-                        wgmma.wait_for_tokens()
-                    wgmma.fence_to_async_proxy()
+                        staging.wait_for_tokens()
+                    if cutlass.const_expr(not config.warp_products):
+                        wgmma.fence_to_async_proxy()
                     pr.barrier_cta_sync(0)
                     if (started != 0) & (to_fetch > 0):
                         if copies != 0:
@@ -188,36 +191,38 @@ def wgmma_kernel(
                     k_ahead = k_length * Int32((step + 1 < run) | (remaining > 0))  # nothing is loaded behind the span
                     at = activations + activation_stage * config.stage_bytes
                     activation_stage += 1
-                    if activation_stage == wgmma.ACTIVATION_STAGES:
+                    if activation_stage == config.activation_stages:
                         activation_stage = Int32(0)
                     ahead = activations + activation_stage * config.stage_bytes
-                    low = wgmma.descriptor_low(at)
+                    low = wgmma.operand(config, at, lane)
                     superblock = ring.subview(stage * common.SUPERBLOCK_BYTES + lane * 16).data_ptr()
                     if cutlass.const_expr(config.copies_tokens):
-                        tokens = tokens_of(config, table, slot, tile, warp, config.warps, range(config.rows_a_warp))
-                        wgmma.copy_tokens(config, a, tokens, token_k, k_ahead, ahead, warp, lane)
+                        tokens = copied_tokens(config, table, slot, tile, warp, lane)
+                        staging.copy_tokens(config, a, tokens, token_k, k_ahead, ahead, warp, lane)
                     for half in cutlass.range_constexpr(common.K64_HALVES):
                         if cutlass.const_expr(not config.copies_tokens and half < config.portions):
-                            tokens = tokens_of(config, table, slot, tile, row, row_step, wgmma.rows_of_portion(config, half))
-                            pieces = wgmma.load_pieces(config, a, a_scales, tokens, token_k, k_ahead, piece)
+                            tokens = tokens_of(config, table, slot, tile, row, row_step, staging.rows_of_portion(config, half))
+                            pieces = staging.load_pieces(config, a, a_scales, tokens, token_k, k_ahead, piece)
                         if cutlass.const_expr(half == 0):
                             common.wait(barriers.subview(stage), phase)
                         own_sums = wgmma.multiply_half(config, own_sums, superblock, first_block, low, width, half)
                         if cutlass.const_expr(half == 0):
                             entry = load_entry(config, rows, scales, [next_tile[0], next_tile[1], next_tile[2] * entering], tid)
                         if cutlass.const_expr(not config.copies_tokens and (config.portions == 2 or half == 1)):
-                            wgmma.store_pieces(config, ahead, row, row_step, piece, pieces, half % config.portions)
+                            staging.store_pieces(config, ahead, row, row_step, piece, pieces, half % config.portions)
                     stage += 1
                     if stage == stages:
                         stage = Int32(0)
                         phase = phase ^ 1
                     if entering != 0:
                         store_entry(config, table, next_slot(slot), tid, held, entry)
-                sums = wgmma.widened(config, wgmma.wait_for_products(own_sums), width)
+                if cutlass.const_expr(not config.warp_products):
+                    own_sums = wgmma.wait_for_products(own_sums)
+                sums = wgmma.widened(config, own_sums, width)
 
         if cutlass.const_expr(fc2):
             # ---- add the tile's part to the workspace
-            row_block = work.group(unit) * wgmma.WARPGROUP_WARPS + owner
+            row_block = work.group(unit) * WARPGROUP_WARPS + owner
             exists = Int32(row_block < work.row_blocks)
             add_tile(config, sums, partials, table, own_slot, own_count * exists, row_block, tokens_total, staged, first_block, lane)
         else:
@@ -239,8 +244,8 @@ def wgmma_kernel(
                 own_expert, own_first, own_count = work.tile(unit)  # again: registers are short
                 thread = again(tid)  # what follows from it would otherwise be kept in registers all the time
                 own_lane, own_warp = thread % 32, thread // 32
-                own_g, own_t, half_of_row = own_lane // 4, own_lane % 4, own_warp // wgmma.WARPGROUP_WARPS
-                own_row = work.group(unit) * wgmma.WARPGROUP_WARPS + own_warp % wgmma.WARPGROUP_WARPS
+                own_g, own_t, half_of_row = own_lane // 4, own_lane % 4, own_warp // WARPGROUP_WARPS
+                own_row = work.group(unit) * WARPGROUP_WARPS + own_warp % WARPGROUP_WARPS
                 end = own_first + own_count * Int32(own_row < work.row_blocks)
                 column = own_row * (common.SUPERBLOCK_ROWS // 2)
                 if cutlass.const_expr(config.shape.warpgroups == 1):
@@ -250,7 +255,7 @@ def wgmma_kernel(
                         own_first, end, own_expert, Int32(0), column, intermediate, own_g, own_t,
                     )  # fmt: skip
                 else:
-                    peaks = shared.peaks.data_ptr().toint(Int32) + (own_warp % wgmma.WARPGROUP_WARPS) * wgmma.peak_bytes(config)
+                    peaks = shared.peaks.data_ptr().toint(Int32) + (own_warp % WARPGROUP_WARPS) * wgmma.peak_bytes(config)
                     scale = common.load_global_f32_if(scales + Int64(own_expert) * 4, Int32(1))
                     pairs = fc1_pairs(config, sums, scale, peaks, half_of_row, own_g, own_t)
                     if cutlass.const_expr(config.c_dtype == "nvfp4"):
@@ -264,13 +269,13 @@ def wgmma_kernel(
             k = Int32(0)
             unit += 1
     if cutlass.const_expr(config.copies_tokens):
-        wgmma.wait_for_tokens()
+        staging.wait_for_tokens()
     if cutlass.const_expr(fc2):
         if bid < adding:
             conversion.hand_over(counters, tid)
         else:
             row_blocks, converter, converters = hidden // common.SUPERBLOCK_ROWS, bid - adding, ctas - adding
-            at_once = CONVERTED_AT_ONCE[config.tile_m]
+            at_once = CONVERTED_AT_ONCE[config.shape.resident_ctas]
             conversion.convert(
                 at_once, config.warps, config.c_dtype, c, partials, counters, adding, converter, converters, tokens_total, row_blocks, tid
             )
@@ -288,7 +293,7 @@ class Work:
         size: H of FC2, I of FC1.
     """
 
-    config: wgmma.Config
+    config: Config
     tiles: Any
     tile_count: Any
     size: Any
@@ -307,7 +312,7 @@ class Work:
     @property
     def groups(self) -> Any:
         """Units that an expert's rows make with one tile."""
-        return (self.weight_rows + (wgmma.GROUP_ROWS - 1)) // wgmma.GROUP_ROWS
+        return (self.weight_rows + (GROUP_ROWS - 1)) // GROUP_ROWS
 
     @property
     def units(self) -> Any:
@@ -337,7 +342,7 @@ class Work:
     def superblock_row(self, expert: Any, unit: Any, owner: Any, k_blocks: Any) -> Any:
         """Offset of the superblock row that a warp multiplies; the expert's last where the unit has fewer than four."""
         row_blocks = self.row_blocks
-        row = smaller(self.group(unit) * wgmma.WARPGROUP_WARPS + owner, row_blocks - 1)
+        row = smaller(self.group(unit) * WARPGROUP_WARPS + owner, row_blocks - 1)
         return (Int64(expert) * Int64(row_blocks) + Int64(row)) * Int64(k_blocks) * common.SUPERBLOCK_BYTES
 
 
@@ -355,7 +360,7 @@ def shares(units: Any, k_blocks: Any, ctas: Any) -> tuple[Any, Any]:
     return total, workers
 
 
-def is_width(config: wgmma.Config, index: int, count: Any) -> Any:
+def is_width(config: Config, index: int, count: Any) -> Any:
     """Whether a tile of ``count`` rows is multiplied with the ``index``-th of the kernel's widths, the smallest that holds it."""
     widths = config.widths
     if len(widths) == 1:
@@ -377,10 +382,10 @@ def smaller(x: Any, y: Any) -> Any:
 
 def next_slot(slot: Any) -> Any:
     """The slot after ``slot``, of three."""
-    return (slot + 1) * Int32(slot != wgmma.TABLE_SLOTS - 1)
+    return (slot + 1) * Int32(slot != TABLE_SLOTS - 1)
 
 
-def load_entry(config: wgmma.Config, rows: Any, scales: Any, tile: list[Any], tid: Any) -> list[Any]:
+def load_entry(config: Config, rows: Any, scales: Any, tile: list[Any], tid: Any) -> list[Any]:
     """A thread's row of a tile: its token, or −1 where there is none; for FC2 its alpha too."""
     live = Int32(tid < tile[2])
     at = Int64(tile[1] + tid) * 4
@@ -390,14 +395,14 @@ def load_entry(config: wgmma.Config, rows: Any, scales: Any, tile: list[Any], ti
     return entry
 
 
-def store_entry(config: wgmma.Config, table: Any, slot: Any, tid: Any, held: Any, entry: list[Any]) -> None:
+def store_entry(config: Config, table: Any, slot: Any, tid: Any, held: Any, entry: list[Any]) -> None:
     """Stores a thread's row where it has one: first the tokens of all rows, then their alphas."""
     at = table + slot * (config.table_words * config.tile_m * 4) + tid * 4
     for index, word in enumerate(entry):
         common.store_shared_if(at + index * (config.tile_m * 4), held, word)
 
 
-def tokens_of(config: wgmma.Config, table: Any, slot: Any, tile: list[Any], row: Any, step: int, indices: range) -> list[Any]:
+def tokens_of(config: Config, table: Any, slot: Any, tile: list[Any], row: Any, step: int, indices: range) -> list[Any]:
     """Activation rows of every ``step``-th row of a tile from ``row`` on, −1 where there is none: FC1 reads tokens, FC2 the tile's compact rows."""
     places = [row + index * step for index in indices]
     if config.op == "groupedfc2":
@@ -406,25 +411,30 @@ def tokens_of(config: wgmma.Config, table: Any, slot: Any, tile: list[Any], row:
     return [common.load_shared(at + place * 4) for place in places]
 
 
+def copied_tokens(config: Config, table: Any, slot: Any, tile: list[Any], warp: Any, lane: Any) -> list[Any]:
+    """``tokens_of`` the rows that a lane copies parts of."""
+    return tokens_of(config, table, slot, tile, *staging.copied_rows(config, warp, lane))
+
+
 # ---- FC1: sums over CTAs
 
 
-def slot_address(config: wgmma.Config, slots: Any, worker: Any, tid: Any) -> Any:
+def slot_address(config: Config, slots: Any, worker: Any, tid: Any) -> Any:
     """Where a thread's sums begin in a worker's slot: sixteen bytes a thread, then the next sixteen of every thread."""
     return slots + Int64(worker) * slot_bytes(config) + Int64(tid * (VECTOR * 4))
 
 
-def slot_bytes(config: wgmma.Config) -> int:
+def slot_bytes(config: Config) -> int:
     """Bytes of one slot."""
-    return config.tile_m * wgmma.GROUP_ROWS * 4
+    return config.tile_m * GROUP_ROWS * 4
 
 
-def vector_address(config: wgmma.Config, address: Any, index: int) -> Any:
+def vector_address(config: Config, address: Any, index: int) -> Any:
     """Where a thread's ``index``-th sixteen bytes of a slot lie."""
     return address + index * (config.threads * VECTOR * 4)
 
 
-def store_slot(config: wgmma.Config, address: Any, sums: list[Any]) -> None:
+def store_slot(config: Config, address: Any, sums: list[Any]) -> None:
     """Stores a thread's sums, as ``sm90_reduction`` has them; added to 0, which makes every NaN the one that is not taken for no sum."""
     for index in range(config.accumulators // VECTOR):
         own = reduction.add(sums[index * VECTOR : (index + 1) * VECTOR], [Float32(0.0)] * VECTOR)
@@ -450,7 +460,7 @@ def add_slot(config: cutlass.Constexpr, sums, address):
 
 
 def add_tile(
-    config: wgmma.Config, sums: list[Any], partials: Any, table: Any, slot: Any, count: Any, row_block: Any, tokens_total: Any, staged: Any,
+    config: Config, sums: list[Any], partials: Any, table: Any, slot: Any, count: Any, row_block: Any, tokens_total: Any, staged: Any,
     first_block: Any, lane: Any,
 ) -> None:  # fmt: skip
     """Adds row_alpha · sums of every row of the tile to its token's sums in the workspace; a row whose alpha is 0 adds nothing."""

@@ -13,8 +13,9 @@ from cutlass import Int32, Uint8
 from densemoe.compile.kernels import Expected
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_conversion as conversion
-from densemoe.compile.kernels import sm90_wgmma as wgmma
 from densemoe.compile.kernels.host import pointer
+from densemoe.compile.kernels.sm90_wgmma import shared_memory_bytes
+from densemoe.compile.kernels.sm90_wgmma_config import GROUP_ROWS, config_of
 from densemoe.compile.kernels.sm90_wgmma_kernel import SMALLEST_SPAN, slot_bytes, wgmma_kernel
 from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
 from densemoe.runtime.variant import Variant
@@ -49,7 +50,7 @@ def wgmma_host(
     weight_rows, k_length = 2 * intermediate, hidden
     if cutlass.const_expr(config.op == "groupedfc2"):
         weight_rows, k_length = hidden, intermediate
-    groups = (weight_rows + (wgmma.GROUP_ROWS - 1)) // wgmma.GROUP_ROWS
+    groups = (weight_rows + (GROUP_ROWS - 1)) // GROUP_ROWS
     blocks = tokens_total * top_k * groups * ((k_length + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K)
     adding = min((blocks + (SMALLEST_SPAN - 1)) // SMALLEST_SPAN, sm_count * config.shape.resident_ctas)
     ctas = adding
@@ -86,7 +87,7 @@ def wgmma_host(
 
 def recipe(variant: Variant) -> Recipe:
     """How the kernel of ``variant`` is launched."""
-    config = wgmma.config_of(variant)
+    config = config_of(variant)
     fc2 = variant.op == "groupedfc2"
     nvfp4_output = config.c_dtype == "nvfp4"
     if fc2:
@@ -118,13 +119,13 @@ def recipe(variant: Variant) -> Recipe:
         ),
         let=(
             ("row_blocks", f"H // {common.SUPERBLOCK_ROWS}"),
-            ("groups", f"ceil_div({weight_rows}, {wgmma.GROUP_ROWS})"),
+            ("groups", f"ceil_div({weight_rows}, {GROUP_ROWS})"),
             ("blocks", f"M * top_k * groups * ceil_div({k_length}, {common.SUPERBLOCK_K})"),
             ("adding", f"min(ceil_div(blocks, {SMALLEST_SPAN}), sm_count * {config.shape.resident_ctas})"),
         ),
         grid=(grid, 1, 1),
         block=(config.threads, 1, 1),
-        dynamic_smem=wgmma.shared_memory_bytes(config),
+        dynamic_smem=shared_memory_bytes(config),
         workspaces=workspaces,
         settings=(("early_list", (0, 1)),),
         programmatic_launch=True,
@@ -143,7 +144,7 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
         pointer(Uint8, 4),
     )
     words = tuple(Int32(value) for value in (8, 2, 256, 128, 0, 132))
-    return wgmma_host, (*pointers, *words, variant.symbol.removesuffix("_0"), wgmma.config_of(variant), cuda.CUstream(0))
+    return wgmma_host, (*pointers, *words, variant.symbol.removesuffix("_0"), config_of(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
@@ -154,10 +155,13 @@ def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapp
 
 def expected(variant: Variant) -> Expected:
     """What the audit must find in the PTX of ``variant``."""
-    config = wgmma.config_of(variant)
+    config = config_of(variant)
     steps = common.K64_HALVES * common.K16_STEPS * config.blocks
     widths = config.widths
-    counts = {f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16": steps for width in widths}
+    if config.warp_products:
+        counts = {common.MMA: steps * sum(width // common.MMA_TOKENS for width in widths)}
+    else:
+        counts = {f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16": steps for width in widths}
     # one per ring stage before the loops, one to refill inside each
     counts[common.COPY] = config.shape.weight_stages + len(widths)
     if variant.op == "groupedfc2":

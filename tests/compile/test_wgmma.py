@@ -22,6 +22,7 @@ from cutlass.experimental import primitives as pr  # noqa: E402
 
 from densemoe.compile.kernels import sm90_wgmma as wgmma  # noqa: E402
 from densemoe.compile.kernels.host import pointer  # noqa: E402
+from densemoe.compile.kernels.sm90_wgmma_config import config_of  # noqa: E402
 
 
 @cute.kernel
@@ -69,14 +70,14 @@ def test_one_group_of_products_has_one_wait() -> None:
     assert serialised(count_opcodes(ptx), cubin) == []
 
 
-@pytest.mark.parametrize("key", ["groupedfc1.sm90a.t16x256.c1x1.bf16-bf16", "groupedfc2.sm90a.t128x256.c1x1.nvfp4-bf16"])
+@pytest.mark.parametrize("key", ["groupedfc1.sm90a.t32x256.c1x1.bf16-bf16", "groupedfc2.sm90a.t128x256.c1x1.nvfp4-bf16"])
 def test_shipped_kernels_wait_once_a_group_and_do_not_spill(key: str) -> None:
     variant = Variant.parse(key)
     name = f"sm90_wgmma_{variant.op}"
     made = compile_variant(variant, name)
     audit(variant, kernels.load(name), made)
     products, waits = warpgroup_products_and_waits(made.cubin)
-    widths = len(wgmma.config_of(variant).widths)  # each has a loop
-    groups = {16: 8, 128: 4}[variant.tile_m]  # of a superblock: m16 blocks of a warp x K 64 halves
+    widths = len(config_of(variant).widths)  # each has a loop
+    groups = {32: 8, 128: 4}[variant.tile_m]  # of a superblock: m16 blocks of a warp x K 64 halves
     assert (products, waits) == (4 * groups * widths, (groups + 1) * widths)
     assert made.facts.stack == 0

@@ -12,7 +12,7 @@ from densemoe.runtime.problem import Problem
 from densemoe.runtime.select import load_table, select
 from densemoe.runtime.variant import Variant
 
-TILES = (8, 16, 32, 64, 128)
+TILES = (8, 16, 32, 48, 64, 96, 128, 160)
 GROUPING: Any = load_table("sm_90a")["grouping"]
 
 
@@ -22,9 +22,9 @@ def variants(*keys: str) -> list[Variant]:
 
 @pytest.mark.parametrize(
     ("m", "top_k", "experts", "expected"),
-    [(1, 8, 128, 0), (8, 8, 128, 0), (9, 8, 128, 8), (16, 2, 8, 8), (60, 8, 128, 8), (77, 8, 128, 8), (78, 8, 128, 16), (227, 8, 128, 16),
-     (228, 8, 128, 32), (502, 8, 128, 32), (503, 8, 128, 64), (2896, 8, 128, 64), (2897, 8, 128, 128), (64, 2, 8, 32), (512, 2, 8, 64),
-     (1024, 2, 8, 128)],
+    [(1, 8, 128, 0), (8, 8, 128, 0), (9, 8, 128, 8), (16, 2, 8, 8), (60, 8, 128, 8), (75, 8, 128, 8), (76, 8, 128, 16), (217, 8, 128, 16),
+     (218, 8, 128, 32), (463, 8, 128, 32), (464, 8, 128, 48), (565, 8, 128, 48), (566, 8, 128, 64), (834, 8, 128, 64), (835, 8, 128, 96),
+     (64, 2, 8, 32), (128, 2, 8, 48), (192, 2, 8, 64), (256, 2, 8, 96), (384, 2, 8, 128), (512, 2, 8, 160), (1024, 2, 8, 128)],
 )  # fmt: skip
 def test_tiles_follow_the_rows_of_an_expert(m: int, top_k: int, experts: int, expected: int) -> None:
     assert group_tile(GROUPING, TILES, m, top_k, experts) == expected
@@ -37,11 +37,18 @@ def test_a_set_without_the_tile_takes_the_nearest() -> None:
     assert group_tile(None, TILES, 4096, 8, 128) == 0
 
 
-@pytest.mark.parametrize(("op", "tile", "first"), [("groupedfc1", 16, 64), ("groupedfc1", 32, 256), ("groupedfc2", 16, 64), ("groupedfc2", 32, 256)])
+@pytest.mark.parametrize(("op", "tile", "first"), [("groupedfc1", 16, 256), ("groupedfc1", 32, 256), ("groupedfc2", 16, 256), ("groupedfc2", 32, 256)])
 def test_of_two_kernels_of_a_tile_the_one_that_was_faster_comes_first(op: str, tile: int, first: int) -> None:
     both = variants(*(f"{op}.sm90a.t{tile}x{n}.c1x1.bf16-bf16" for n in (64, 256)))
     choice = select(Problem(op, 64, 8, 256, 128, top_k=2, group_tile=tile), both, load_table("sm_90a"))
     assert (choice.variant.tile_n, choice.provenance) == (first, "measured")
+
+
+@pytest.mark.parametrize("op", ["groupedfc1", "groupedfc2"])
+@pytest.mark.parametrize(("m", "first"), [(48, 64), (56, 64), (57, 256), (512, 256)])
+def test_tiles_of_16_rows_have_256_weight_rows_from_64_tokens_on(op: str, m: int, first: int) -> None:
+    both = variants(*(f"{op}.sm90a.t16x{n}.c1x1.bf16-bf16" for n in (64, 256)))
+    assert select(Problem(op, m, 8, 256, 128, top_k=2, group_tile=16), both, load_table("sm_90a")).variant.tile_n == first
 
 
 def test_the_other_kernel_of_a_tile_runs_where_the_first_lacks_the_dtypes() -> None:

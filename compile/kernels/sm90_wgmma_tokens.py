@@ -1,0 +1,155 @@
+"""Tokens of a tile on their way to shared memory, for the sm_90a kernels of 256 weight rows a CTA (``sm90_wgmma``).
+
+    mma.sync  rows as they are, 16 bytes apart:      bf16 by cp.async of sixteen bytes; NVFP4 decoded in registers
+    wgmma     K permuted, under the 128-byte swizzle: bf16 up to 64 tokens by cp.async of four bytes; more, and NVFP4, through registers
+
+For ``wgmma`` the activations of a K 128 are two K 64 halves of ``tile_m`` rows of 128 bytes. Inside a half K is permuted as in the weights' lanes:
+16-byte chunk 2s + c of a row, word t, is logical word 8t + 2s + c, so that k16 step s reads chunks 2s, 2s + 1. The tensor core takes both operands'
+K from there; ``mma.sync`` takes each lane's from registers, which need no permutation: a lane loads the 32 bytes that it owns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from cutlass import Int32, Int64, Uint32
+from cutlass.experimental import primitives as pr
+
+from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels.sm90_wgmma_config import ROW_BYTES, TOKEN_STRIDE, Config
+
+SWIZZLE_ROWS: Final = 8  # the 128-byte swizzle repeats after so many rows
+CHUNK: Final = 16  # bytes that the swizzle moves as one
+HALF_WARP: Final = 16  # lanes that copy a row for ``mma.sync`` together, sixteen bytes each
+LANE_BYTES: Final = 32  # of a token in a K 64 half that one lane multiplies by ``mma.sync``
+
+
+def thread_place(config: Config, tid: Any) -> tuple[Any, Any, Any]:
+    """(first row, row step, piece) of a thread: it brings piece ``piece`` of ``rows_a_thread`` rows, which are ``row step`` apart.
+
+    The row step is a multiple of 8, so that all of a thread's rows have the same swizzle. A piece of bf16 is the 16-byte chunk of the K 128; of
+    NVFP4 it is 4·half + group, such that a warp's rows are eight and its half is one: no two lanes then store to one bank.
+    """
+    if config.nvfp4_activations:
+        task = tid // 32
+        return (task // 2) * 8 + (tid % 32) // 4, config.warps // 2 * 8, (task % 2) * 4 + tid % 4
+    return tid // 16, config.threads // 16, tid % 16
+
+
+def load_pieces(config: Config, a: Any, a_scales: Any, tokens: list[Any], k_block: Any, k_total: Any, piece: Any) -> list[Any]:
+    """A thread's pieces of one K 128, as stored: loads only, so that they may fly while the block before is multiplied.
+
+    Args:
+        a: bf16 ``[rows, k_total]``, or codes ``[rows, k_total / 2]``; a_scales: tiled scales of the codes.
+        tokens: the activation row of each piece, negative where there is none: it counts as 0 and is not read.
+        piece: of the K 128 (``thread_place``).
+
+    Returns:
+        For each row four words, or two words of codes and a scale byte.
+    """
+    words: list[Any] = []
+    column = k_block * common.SUPERBLOCK_K + piece * (16 if config.nvfp4_activations else 8)
+    inside = Int32(column < k_total)
+    if config.nvfp4_activations:
+        codes = a + Int64(column) // 2
+        for token in tokens:
+            valid = Int32(token >= 0) & inside
+            scale = a_scales + common.scale_offset(Uint32(token), Uint32(column // 16), Uint32(k_total // 16))
+            words += [*common.load_global_v2_if(codes + Int64(token) * Int64(k_total // 2), valid), common.load_global_u8_if(scale, valid)]
+    else:
+        values = a + Int64(column) * 2
+        for token in tokens:
+            words += common.load_global_v4_if(values + Int64(token) * Int64(k_total * 2), Int32(token >= 0) & inside)
+    return words
+
+
+def rows_of_portion(config: Config, portion: int) -> range:
+    """Which of a thread's rows a portion has."""
+    count = config.rows_a_thread // config.portions
+    return range(portion * count, (portion + 1) * count)
+
+
+def store_pieces(config: Config, stage: Any, row: Any, step: int, piece: Any, words: list[Any], portion: int) -> None:
+    """Stores what ``load_pieces`` gave for a portion at its permuted and swizzled place.
+
+    Args:
+        stage: shared-memory address of the K 128's first half.
+        row, step, piece: of ``thread_place``.
+    """
+    swizzle = row % SWIZZLE_ROWS
+    each = 3 if config.nvfp4_activations else 4
+    for position, index in enumerate(rows_of_portion(config, portion)):
+        own = words[position * each : (position + 1) * each]
+        if config.nvfp4_activations:
+            low, high, scale = own
+            factor = common.expand_activation_scale(scale)
+            decoded = [common.mul_bf16x2(pair, factor) for word in (low, high) for pair in common.decode_activation_pairs(word)]
+            if config.warp_products:
+                at = stage + (row + index * step) * TOKEN_STRIDE + (piece // 4) * ROW_BYTES + (piece % 4) * LANE_BYTES
+                common.store_shared_v4(at, decoded[:4])
+                common.store_shared_v4(at + CHUNK, decoded[4:])
+                continue
+            base = stage + (piece // 4) * config.half_bytes + row * ROW_BYTES + (piece % 4) * 4
+            places = [(base + ((swizzle ^ chunk) * CHUNK), word) for chunk, word in enumerate(decoded)]
+        else:
+            inside = piece % 8  # 16-byte chunk of the half: words 8t + 4·(inside % 2) + w, t = inside // 2
+            base = stage + (piece // 8) * config.half_bytes + row * ROW_BYTES + (inside // 2) * 4
+            places = [(base + ((swizzle ^ ((inside % 2) * 4 + w)) * CHUNK), word) for w, word in enumerate(own)]
+        for address, word in places:
+            common.store_shared(address + index * step * ROW_BYTES, word)
+
+
+def copied_rows(config: Config, warp: Any, lane: Any) -> tuple[Any, int, range]:
+    """(first row, row step, indices) of the rows that a lane copies parts of: for ``wgmma`` a warp copies one at a time, for ``mma.sync`` two."""
+    first = warp * 2 + lane // HALF_WARP if config.warp_products else warp
+    return first, config.warps * config.rows_at_once, range(config.rows_a_lane)
+
+
+def copy_tokens(config: Config, a: Any, tokens: list[Any], k_block: Any, k_total: Any, stage: Any, warp: Any, lane: Any) -> None:
+    """Starts the copies of a K 128 of a warp's rows of bf16 activations: ``copied_rows``.
+
+    For ``wgmma`` a lane copies words ``lane`` of both halves of a row: neighbours in global memory, and in shared memory in 32 banks.
+
+    Args:
+        a: bf16 ``[rows, k_total]``; tokens: the activation row of each, negative where there is none: it becomes zeros, as what lies behind K does.
+        stage: shared-memory address of the K 128.
+    """
+    if config.warp_products:
+        _copy_rows(config, a, tokens, k_block, k_total, stage, warp, lane)
+        return
+    column = k_block * common.SUPERBLOCK_K + lane * 2
+    values = a + Int64(column) * 2
+    inside = [Int32(column + half * 64 < k_total) * 4 for half in range(common.K64_HALVES)]
+    chunk = (lane % 8) ^ (warp % SWIZZLE_ROWS)
+    place = stage + warp * ROW_BYTES + (lane // 8) * 4
+    for index, token in enumerate(tokens):
+        first = index * config.warps
+        at = place + (chunk ^ (first % SWIZZLE_ROWS)) * CHUNK + first * ROW_BYTES
+        exists = (token >> 31) ^ -1  # all bits, or none: then nothing is read, wherever the address points
+        source = values + Int64(token) * Int64(k_total * 2)
+        for half in range(common.K64_HALVES):
+            pr.inline_ptx_hl(
+                "cp.async.ca.shared.global [{$r0}], [{$r1}], 4, {$r2};",
+                read_only_args=[at + half * config.half_bytes, source + half * ROW_BYTES, inside[half] & exists],
+            )
+    pr.inline_ptx_hl("cp.async.commit_group;")
+
+
+def _copy_rows(config: Config, a: Any, tokens: list[Any], k_block: Any, k_total: Any, stage: Any, warp: Any, lane: Any) -> None:
+    """``copy_tokens`` for ``mma.sync``: half a warp copies a row as it is, sixteen bytes a lane."""
+    column = k_block * common.SUPERBLOCK_K + lane % HALF_WARP * 8
+    values = a + Int64(column) * 2
+    inside = Int32(column < k_total) * CHUNK
+    place = stage + (warp * 2 + lane // HALF_WARP) * TOKEN_STRIDE + lane % HALF_WARP * CHUNK
+    for index, token in enumerate(tokens):
+        source = values + Int64(token) * Int64(k_total * 2)
+        pr.inline_ptx_hl(
+            "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
+            read_only_args=[place + index * 2 * config.warps * TOKEN_STRIDE, source, inside & ((token >> 31) ^ -1)],
+        )
+    pr.inline_ptx_hl("cp.async.commit_group;")
+
+
+def wait_for_tokens() -> None:
+    """Waits for the thread's own copies of ``copy_tokens``; the fence and the barrier behind it make them known to the tensor core."""
+    pr.inline_ptx_hl("cp.async.wait_group 0;")
