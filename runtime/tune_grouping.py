@@ -21,7 +21,7 @@ from densemoe.runtime.tune_fit import Regret
 
 __all__ = ["LayerPoint", "chosen", "grouping_of", "held_out_forms", "in_layer", "layer_points", "layer_regret", "layer_series"]
 
-DEVIATIONS: Final = 2.0  # by which an expert's rows exceed their mean in a tile that still holds them: measured borders lie at 1.6 to 2.1 (docs/tried.md)
+DEVIATIONS: Final = 2.0  # by which an expert's rows may exceed their mean in a tile that is taken: measured borders lie at 1.6 to 2.1 (docs/tried.md)
 UNMEASURED: Final = math.log(100.0)  # what a tile that was not measured at a point counts: never taken where another was
 _DTYPES: Final = DTYPES[0]
 
