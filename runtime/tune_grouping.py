@@ -183,9 +183,8 @@ def _beyond(points: Sequence[LayerPoint], segments: Sequence[tuple[float, int]])
     """``segments`` with what lies beyond the largest share measured, modelled: an expert's rows vary about their mean by its square root, and a tile
     is taken while it holds DEVIATIONS of that more."""
     largest_share, last = max(each.share for each in points), segments[-1][1]
-    larger = sorted(tile for each in points for tile in {*each.tiles} if tile > last)
     found = [*segments[:-1]]
-    for tile in (last, *dict.fromkeys(larger)):
+    for tile in sorted({tile for each in points for tile in each.tiles if tile >= last}):
         share = round((math.sqrt(tile + DEVIATIONS**2 / 4) - DEVIATIONS / 2) ** 2, 3)
         if share > largest_share or tile == last:
             found.append((max(share, largest_share), tile))

@@ -16,7 +16,7 @@ range), so a product of NVFP4 weights and bf16 activations is 2**-8 of the true 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,10 +100,10 @@ def config_of(variant: Variant, resident_ctas: Mapping[int, int], prefetch_up_to
     return Config(tile_m, variant.a_dtype == "nvfp4", variant.c_dtype, tile_m <= prefetch_up_to, resident_ctas[tile_m])
 
 
-def check_tile(variant: Variant) -> None:
-    """Raises VariantError where the sm_90a family has no such tile, cluster or option."""
-    if variant.tile_m not in TILES_M or variant.tile_n != SUPERBLOCK_ROWS:
-        allowed = ", ".join(f"{m}x{SUPERBLOCK_ROWS}" for m in TILES_M)
+def check_tile(variant: Variant, tiles_m: Collection[int] = TILES_M, tile_n: int = SUPERBLOCK_ROWS) -> None:
+    """Raises VariantError where the kernels of these tiles have no such tile, cluster or option."""
+    if variant.tile_m not in tiles_m or variant.tile_n != tile_n:
+        allowed = ", ".join(f"{m}x{tile_n}" for m in tiles_m)
         raise VariantError(f"tile {variant.tile_m}x{variant.tile_n} of {variant.key}: the sm_90a kernels have {allowed}")
     if (variant.cluster_m, variant.cluster_n) != (1, 1):
         raise VariantError(f"cluster {variant.cluster_m}x{variant.cluster_n} of {variant.key}: the sm_90a kernels use no clusters; write 1x1")
@@ -187,6 +187,11 @@ def store_shared(address: Any, word: Any) -> None:
 def store_shared_v4(address: Any, words: list[Any]) -> None:
     """Sixteen bytes to shared memory."""
     pr.inline_ptx_hl("st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *words])
+
+
+def load_shared_v4(address: Any, dtype: Any = Uint32) -> list[Any]:
+    """Sixteen bytes of shared memory as four values."""
+    return list(pr.inline_ptx_hl("ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];", write_only_types=[dtype] * 4, read_only_args=[address]))
 
 
 def store_shared_if(address: Any, valid: Any, word: Any) -> None:

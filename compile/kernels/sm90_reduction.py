@@ -76,16 +76,6 @@ def slot_bytes(config: common.Config) -> int:
     return config.tile_m * common.SUPERBLOCK_ROWS * 4
 
 
-def store_shared_v4(address: Any, values: list[Any]) -> None:
-    """Sixteen bytes to shared memory."""
-    pr.inline_ptx_hl("st.shared.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *values])
-
-
-def load_shared_v4(address: Any) -> list[Any]:
-    """Sixteen bytes of shared memory as four float32."""
-    return list(pr.inline_ptx_hl("ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];", write_only_types=[Float32] * 4, read_only_args=[address]))
-
-
 def add(a: list[Any], b: list[Any]) -> list[Any]:
     """Element by element, each rounded once; never fused with what made an operand."""
     return [
@@ -112,7 +102,7 @@ def share_accumulators(config: common.Config, partials: Any, warp: Any, g: Any, 
             for plane in range(PLANES):
                 at = block * common.M16_BLOCKS * common.ACCUMULATORS + 2 * plane + pair
                 values = [accumulators[at + m16 * common.ACCUMULATORS] for m16 in range(common.M16_BLOCKS)]
-                store_shared_v4(row + plane * (config.tile_m * ROW_BYTES), values)
+                common.store_shared_v4(row + plane * (config.tile_m * ROW_BYTES), values)
 
 
 def shared_rows(config: common.Config, partials: Any, warp: Any, t: Any, g: Any) -> list[Any]:
@@ -123,7 +113,7 @@ def shared_rows(config: common.Config, partials: Any, warp: Any, t: Any, g: Any)
         total: list[Any] = []
         for other in range(common.WARPS):
             address = partials + other * (PLANES * config.tile_m * ROW_BYTES) + place
-            values = load_shared_v4(address) + load_shared_v4(address + config.tile_m * ROW_BYTES)
+            values = [each for at in (address, address + config.tile_m * ROW_BYTES) for each in common.load_shared_v4(at, Float32)]
             total = add(total, values) if total else values
         rows += total
     return rows

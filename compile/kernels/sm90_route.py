@@ -37,7 +37,6 @@ from densemoe.compile.kernels.sm90_prepare import (
     inclusive_scan,
     load_id,
 )
-from densemoe.compile.kernels.sm90_reduction import store_shared_v4
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.recipe import Parameter, Recipe
 from densemoe.runtime.variant import Variant
@@ -118,7 +117,7 @@ def route_kernel(
         end = begin
     at = tid * 4
     while at < chunks * experts:
-        store_shared_v4(chunk_counts.data_ptr().toint(Int32) + at * 4, [Float32(0.0) for _ in range(4)])
+        common.store_shared_v4(chunk_counts.data_ptr().toint(Int32) + at * 4, [Float32(0.0) for _ in range(4)])
         at += THREADS * 4
     pr.griddepcontrol("wait")
     pr.griddepcontrol("launch_dependents")  # not before: CTAs of FC1 that take their places one by one as the launch before ends cost 5 to 8 us

@@ -141,15 +141,8 @@ def _multiply_half_alone(accumulators: list[Any], stage: Any, tokens: Any, n: in
     """``multiply_half`` by ``mma.sync``."""
     codes = [common.shared_words(stage + (block * common.K64_HALVES + half) * common.CHUNK_BYTES) for block in range(common.M16_BLOCKS)]
     places = [tokens + column * common.MMA_TOKENS * TOKEN_STRIDE + half * ROW_BYTES for column in range(n // common.MMA_TOKENS)]
-    fragments = [load_shared_v4(place) + load_shared_v4(place + CHUNK) for place in places]
+    fragments = [common.load_shared_v4(place) + common.load_shared_v4(place + CHUNK) for place in places]
     return common.multiply_half(accumulators, codes, common.superblock_scales(stage), half, fragments)
-
-
-def load_shared_v4(address: Any) -> list[Any]:
-    """Sixteen bytes of shared memory as four words."""
-    return list(
-        pr.inline_ptx_hl("ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];", write_only_types=[Uint32] * 4, read_only_args=[address])
-    )
 
 
 def _scale_words(config: Config, stage: Any, first_block: Any) -> list[Any]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from densemoe.compile.kernels import sm90_common as common
-from densemoe.runtime.errors import VariantError
 from densemoe.runtime.variant import Variant
 
 WARPGROUP_WARPS: Final = 4
@@ -158,16 +157,6 @@ class Config:
         return not self.nvfp4_activations and self.tile_m <= LARGEST_COPIED
 
     @property
-    def rows_at_once(self) -> int:
-        """Rows that a warp copies with one instruction."""
-        return 2 if self.warp_products else 1
-
-    @property
-    def rows_a_lane(self) -> int:
-        """Rows of which a lane copies a part."""
-        return self.tile_m // (self.warps * self.rows_at_once)
-
-    @property
     def portions(self) -> int:
         """Parts in which a thread brings its rows of a K 128, one a K 64 half of the block before: what is on its way lies in registers."""
         return 2 if not self.nvfp4_activations and self.rows_a_thread > LARGEST_PORTION else 1
@@ -185,10 +174,4 @@ def config_of(variant: Variant) -> Config:
 
 def check_tile(variant: Variant) -> None:
     """Raises VariantError where the family has no such tile, cluster or option."""
-    if variant.tile_m not in SHAPES or variant.tile_n != GROUP_ROWS:
-        allowed = ", ".join(f"{m}x{GROUP_ROWS}" for m in SHAPES)
-        raise VariantError(f"tile {variant.tile_m}x{variant.tile_n} of {variant.key}: the sm_90a WGMMA kernels have {allowed}")
-    if (variant.cluster_m, variant.cluster_n) != (1, 1):
-        raise VariantError(f"cluster {variant.cluster_m}x{variant.cluster_n} of {variant.key}: the sm_90a kernels use no clusters; write 1x1")
-    if variant.options:
-        raise VariantError(f"options {[name for name, _ in variant.options]} of {variant.key}: this kernel has none")
+    common.check_tile(variant, SHAPES, GROUP_ROWS)

@@ -4,7 +4,7 @@ A unit is a tile of ``route`` (up to ``tile_m`` rows of one expert) x 256 weight
 spans, one a CTA: FC1 takes a tile's rows of units one after another, FC2 all tiles of the same 256 output columns. A K 128 block at a time:
 
     tokens of the next block ─ shared memory, barrier │ weights of the block after next ─ bulk copy │ tokens of the block after ─ load
-    superblock ─ wait ─ decode ─ wgmma
+    superblock ─ wait ─ decode ─ wgmma, or mma.sync
 
 Three pieces of code run at their own distance along the span: weights, ``weight_stages`` blocks ahead; tokens, one block ahead; and the products.
 What a tile's rows are (``rows``, and FC2's ``row_alpha``) stands in shared memory a tile before it is needed.

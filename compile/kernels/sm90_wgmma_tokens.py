@@ -101,22 +101,25 @@ def store_pieces(config: Config, stage: Any, row: Any, step: int, piece: Any, wo
 
 def copied_rows(config: Config, warp: Any, lane: Any) -> tuple[Any, int, range]:
     """(first row, row step, indices) of the rows that a lane copies parts of: for ``wgmma`` a warp copies one at a time, for ``mma.sync`` two."""
-    first = warp * 2 + lane // HALF_WARP if config.warp_products else warp
-    return first, config.warps * config.rows_at_once, range(config.rows_a_lane)
+    first, step = (warp * 2 + lane // HALF_WARP, 2 * config.warps) if config.warp_products else (warp, config.warps)
+    return first, step, range(config.tile_m // step)
 
 
 def copy_tokens(config: Config, a: Any, tokens: list[Any], k_block: Any, k_total: Any, stage: Any, warp: Any, lane: Any) -> None:
     """Starts the copies of a K 128 of a warp's rows of bf16 activations: ``copied_rows``.
 
-    For ``wgmma`` a lane copies words ``lane`` of both halves of a row: neighbours in global memory, and in shared memory in 32 banks.
-
     Args:
         a: bf16 ``[rows, k_total]``; tokens: the activation row of each, negative where there is none: it becomes zeros, as what lies behind K does.
         stage: shared-memory address of the K 128.
     """
-    if config.warp_products:
-        _copy_rows(config, a, tokens, k_block, k_total, stage, warp, lane)
-        return
+    copy = _copy_whole if config.warp_products else _copy_permuted
+    copy(config, a, tokens, k_block, k_total, stage, warp, lane)
+    pr.inline_ptx_hl("cp.async.commit_group;")
+
+
+def _copy_permuted(config: Config, a: Any, tokens: list[Any], k_block: Any, k_total: Any, stage: Any, warp: Any, lane: Any) -> None:
+    """``copy_tokens`` for ``wgmma``: a lane copies words ``lane`` of both halves of a row, neighbours in global memory, and in shared memory in 32
+    banks."""
     column = k_block * common.SUPERBLOCK_K + lane * 2
     values = a + Int64(column) * 2
     inside = [Int32(column + half * 64 < k_total) * 4 for half in range(common.K64_HALVES)]
@@ -132,22 +135,21 @@ def copy_tokens(config: Config, a: Any, tokens: list[Any], k_block: Any, k_total
                 "cp.async.ca.shared.global [{$r0}], [{$r1}], 4, {$r2};",
                 read_only_args=[at + half * config.half_bytes, source + half * ROW_BYTES, inside[half] & exists],
             )
-    pr.inline_ptx_hl("cp.async.commit_group;")
 
 
-def _copy_rows(config: Config, a: Any, tokens: list[Any], k_block: Any, k_total: Any, stage: Any, warp: Any, lane: Any) -> None:
+def _copy_whole(config: Config, a: Any, tokens: list[Any], k_block: Any, k_total: Any, stage: Any, warp: Any, lane: Any) -> None:
     """``copy_tokens`` for ``mma.sync``: half a warp copies a row as it is, sixteen bytes a lane."""
     column = k_block * common.SUPERBLOCK_K + lane % HALF_WARP * 8
     values = a + Int64(column) * 2
     inside = Int32(column < k_total) * CHUNK
-    place = stage + (warp * 2 + lane // HALF_WARP) * TOKEN_STRIDE + lane % HALF_WARP * CHUNK
+    first, step, _ = copied_rows(config, warp, lane)
+    place = stage + first * TOKEN_STRIDE + lane % HALF_WARP * CHUNK
     for index, token in enumerate(tokens):
         source = values + Int64(token) * Int64(k_total * 2)
         pr.inline_ptx_hl(
             "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
-            read_only_args=[place + index * 2 * config.warps * TOKEN_STRIDE, source, inside & ((token >> 31) ^ -1)],
+            read_only_args=[place + index * step * TOKEN_STRIDE, source, inside & ((token >> 31) ^ -1)],
         )
-    pr.inline_ptx_hl("cp.async.commit_group;")
 
 
 def wait_for_tokens() -> None:

@@ -16,7 +16,6 @@ from cutlass import Float32, Int32, Int64, Uint8
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import sm90_common as common
-from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels.sm90_conversion import LANES_A_ROW, ROW_BYTES, ROWS_AT_ONCE
 from densemoe.compile.kernels.sm90_epilogue import multiply
 from densemoe.compile.kernels.sm90_fc2 import add_to_workspace, token_values
@@ -66,8 +65,8 @@ def add_rows(config: cutlass.Constexpr, staged_rows: cutlass.Constexpr, columns,
                     for pair in cutlass.range_constexpr(2):
                         values = token_values(accumulators, block, pair)
                         row = staged + (t * 2 + pair - part * staged_rows) * ROW_BYTES
-                        reduction.store_shared_v4(row + own, values[:4])
-                        reduction.store_shared_v4(row + (own ^ CHUNK), values[4:])
+                        common.store_shared_v4(row + own, values[:4])
+                        common.store_shared_v4(row + (own ^ CHUNK), values[4:])
                 cute.arch.sync_warp()
                 for start in cutlass.range_constexpr(0, staged_rows, STEPS * ROWS_AT_ONCE):
                     if first + start < count:
@@ -76,7 +75,7 @@ def add_rows(config: cutlass.Constexpr, staged_rows: cutlass.Constexpr, columns,
                         own_tokens = [common.shuffle_from(tokens[first // 32], first % 32 + row) for row in rows]
                         own_scales = [common.shuffle_from(scales[first // 32], first % 32 + row) for row in rows]
                         places = [row * ROW_BYTES + ((lane % LANES_A_ROW) ^ bits) * CHUNK for row, bits in zip(rows, swizzles, strict=True)]
-                        loaded = [reduction.load_shared_v4(staged + place) for place in places]
+                        loaded = [common.load_shared_v4(staged + place, Float32) for place in places]
                         for step in cutlass.range_constexpr(STEPS):
                             sums = scaled(config, loaded[step], own_scales[step])
                             live = Int32(own_tokens[step] >= 0) & common.differs_from_zero(own_scales[step])

@@ -118,12 +118,12 @@ def test_grouped_gemms(loader: Loader, kind: str, m: int, experts: int, top_k: i
 @pytest.mark.parametrize(("hidden", "intermediate"), [(64, 64), (320, 192), (2048, 768)])
 def test_ragged_tiles_of_wgmma(loader: Loader, kind: str, hidden: int, intermediate: int) -> None:
     """Experts of 0, 1, a tile's rows less one, a tile's, one more, and many tokens, for every tile; single K blocks among them."""
-    counts = [0, 1, 8, 9, 16, 17, 25, 32, 33, 48, 49, 64, 65, 96, 97, 128, 129, 160, 161, 300]
+    counts = [0, 1, 8, 9, 15, 16, 17, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 159, 160, 161, 300]
     ids = np.random.default_rng(5).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int32)[:, None]
     judged(loader, kind, ids, len(counts), hidden, intermediate, 256, hidden)
 
 
-@pytest.mark.parametrize("tile", [16, 64, 160])
+@pytest.mark.parametrize("tile", [16, 64, 128, 160])
 def test_fc1_of_wgmma_has_the_same_bits_every_time(loader: Loader, tile: int) -> None:
     """Sums over CTAs have one order, whichever comes last: twenty launches of a problem whose units lie in several spans."""
     import harness
