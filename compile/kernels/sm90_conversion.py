@@ -3,11 +3,12 @@
 Two ways, by the number of tokens:
 
     M <= 64   the CTA that completes a row block (64 columns of all tokens) converts it: a ticket for each row block       ``finish_rows``
-    beyond    CTAs behind all that add wait until these have added, then convert, each its share: one counter a launch     ``hand_over``, ``convert``
+    beyond    CTAs behind all that add wait for a group of row blocks, then convert it: a ticket for each group            ``hand_over``, ``convert``
 
-The second takes 1 us more from the last sum to the first conversion; but since all row blocks are complete at about the same time, the first leaves
-all of the conversion to few CTAs, which at 512 tokens took a quarter of the launch (docs/tried.md). Accesses cover whole rows: the L2 would merge
-half sectors one by one.
+A ticket counts K 128 blocks that have been added. The second way takes 1 us more from the last sum to the first conversion; but since most row blocks
+are complete at about the same time, the first leaves the conversion to few CTAs, which at 512 tokens took a quarter of the launch (docs/tried.md).
+Groups are complete in about their order, since CTAs that begin first have the first ones and end first: those that convert begin with them while the
+last are added. Accesses cover whole rows: the L2 would merge half sectors one by one.
 
 No deadlock: CTAs that convert wait for those with a lower index alone, which have begun when they begin (``sm90_reduction``); and in whatever order
 CTAs begin, those that convert are at most half of what an idle device holds, so that those that add find a place.
@@ -33,14 +34,14 @@ VECTOR: Final = 4  # columns of a lane
 LANES_A_ROW: Final = common.SUPERBLOCK_ROWS // VECTOR
 ROWS_AT_ONCE: Final = 32 // LANES_A_ROW  # of one access
 ROW_BYTES: Final = common.SUPERBLOCK_ROWS * 4  # of a token's sums
-COUNTERS: Final = 2  # CTAs that have added, CTAs that have seen that all have
-TICKETS_AT: Final = COUNTERS * 4  # bytes; K blocks that have been added, of each row block
+COUNTERS: Final = 1  # warps that convert and have seen all tickets that they wait for
+TICKETS_AT: Final = COUNTERS * 4  # bytes; K blocks that have been added, of each row block or group of row blocks
+POLL_NANOSECONDS: Final = 20
 
 
-def workspaces(tickets: bool) -> tuple[Workspace, ...]:
-    """The sums, and the counters of a launch; ``tickets``: of its row blocks too. A recipe that has them says what ``row_blocks`` is."""
-    nbytes = f"(row_blocks + {COUNTERS}) * 4" if tickets else str(COUNTERS * 4)
-    return Workspace("workspace.partials", "M * H * 4", zeroed=True), Workspace("workspace.counters", nbytes, zeroed=True)
+def workspaces() -> tuple[Workspace, ...]:
+    """The sums, and the counters of a launch. A recipe says what ``row_blocks`` is."""
+    return Workspace("workspace.partials", "M * H * 4", zeroed=True), Workspace("workspace.counters", f"(row_blocks + {COUNTERS}) * 4", zeroed=True)
 
 
 def converting(warps: int, resident_ctas: int, beyond: int = 0) -> str:
@@ -64,47 +65,65 @@ def converting_ctas(
 
 
 @cute.jit
-def hand_over(counters, tid):
-    """The last step of a CTA that adds: says that all its sums are in the workspace."""
+def hand_over(counters, group, inside, blocks, of_group, tid):
+    """The last step of a CTA that adds: tells each group how many blocks it has added to the workspace.
+
+    Args:
+        group, inside: the group that the CTA's span begins in, and that many blocks in it; blocks: of the span.
+        of_group: blocks of a group.
+    """
     pr.barrier_cta_sync(0)  # every warp has added
     if tid == 0:
         cute.arch.fence_acq_rel_gpu()
-        add_if(counters, Int32(1))
+        ticket = counters + TICKETS_AT + Int64(group) * 4
+        room = of_group - inside
+        while blocks > 0:
+            added = min(room, blocks)
+            add_if(ticket, added)
+            blocks -= added
+            room = of_group
+            ticket = ticket + 4
 
 
 @cute.jit
 def convert(
-    at_once: cutlass.Constexpr, warps: cutlass.Constexpr, c_dtype: cutlass.Constexpr, c, partials, counters, adding, converter, converters,
-    tokens_total, row_blocks, tid,
+    at_once: cutlass.Constexpr, warps: cutlass.Constexpr, c_dtype: cutlass.Constexpr, c, partials, counters, of_group, group_rows, converter,
+    converters, tokens_total, row_blocks, tid,
 ):  # fmt: skip
-    """A CTA that adds nothing: waits for all that do, then converts its pieces of the sums.
+    """A CTA that adds nothing: its warps take pieces of the sums, wait until all has been added to these and convert them.
 
     Args:
         at_once: pieces whose loads a warp has in flight; warps: of the CTA.
-        adding: CTAs that add; converter: which of the ``converters`` CTAs this one is.
+        of_group: K blocks of a group of ``group_rows`` row blocks.
+        converter: which of the ``converters`` CTAs this one is.
     """
-    warp = cute.arch.make_warp_uniform(tid // 32)
-    begun = Int32(-1)
-    if tid == 0:
-        while load_counter(counters) != adding:
-            pr.inline_ptx_hl("nanosleep.u32 20;", read_only_args=[])
-        cute.arch.fence_acq_rel_gpu()
-        begun = add_if(counters + 4, Int32(1))
-    pr.barrier_cta_sync(0)
+    lane = tid % 32
     pieces_a_row = pieces_of(tokens_total)
     pieces = row_blocks * pieces_a_row
+    own = converter * warps + cute.arch.make_warp_uniform(tid // 32)
     step = converters * warps
-    for piece in cutlass.range(converter * warps + warp, pieces, step * at_once, unroll=1):
+    before = add_if(counters, Int32(own >= pieces) & Int32(lane == 0))  # a warp without pieces waits for nothing
+    for piece in cutlass.range(own, pieces, step * at_once, unroll=1):
+        seen = piece + lane % at_once * step
+        group = Int32(Uint32(seen if seen < pieces else piece) // Uint32(pieces_a_row * group_rows))
+        ticket = counters + TICKETS_AT + Int64(group) * 4
+        while ballot(Int32(load_ticket(ticket) != of_group)) != 0:
+            pr.inline_ptx_hl(f"nanosleep.u32 {POLL_NANOSECONDS};", read_only_args=[])
+        cute.arch.sync_warp()  # a lane converts what another has polled for
+        if piece + step * at_once >= pieces:
+            before = add_if(counters, Int32(lane == 0))
         chosen = []
         for turn in cutlass.range_constexpr(at_once):
-            own = piece + turn * step
-            row_block = Int32(Uint32(own) // Uint32(pieces_a_row))
-            first = (own - row_block * pieces_a_row) * PIECE_TOKENS
-            chosen.append((row_block, first, (tokens_total - first) * Int32(own < pieces)))
-        convert_pieces(c_dtype, c, partials, chosen, tokens_total, row_blocks, tid % 32)
-    if begun == converters - 1:  # nobody reads the counters any more: they are cleared for the next launch
+            place = piece + turn * step
+            row_block = Int32(Uint32(place) // Uint32(pieces_a_row))
+            first = (place - row_block * pieces_a_row) * PIECE_TOKENS
+            chosen.append((row_block, first, (tokens_total - first) * Int32(place < pieces)))
+        convert_pieces(c_dtype, c, partials, chosen, tokens_total, row_blocks, lane)
+    # Who counts last clears the tickets for the next launch: a warp counts when its last poll has ended, so that nobody polls what is cleared
+    if ballot(Int32(lane == 0) & Int32(before == step - 1)) != 0:
         cute.arch.fence_acq_rel_gpu()
-        pr.inline_ptx_hl("st.relaxed.gpu.global.v2.b32 [{$r0}], {{$r1}, {$r1}};", read_only_args=[counters, Uint32(0)])
+        for place in cutlass.range(lane, row_blocks + COUNTERS, 32, unroll=1):
+            pr.inline_ptx_hl("st.relaxed.gpu.global.b32 [{$r0}], {$r1};", read_only_args=[counters + Int64(place) * 4, Uint32(0)])
 
 
 # ---- the CTA that completes a row block
@@ -217,9 +236,9 @@ def add_if(address: Any, value: Any) -> Any:
     )
 
 
-def load_counter(address: Any) -> Any:
-    """A counter at device scope, relaxed."""
-    return pr.inline_ptx_hl("ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
+def load_ticket(address: Any) -> Any:
+    """A ticket at device scope; what was written before it was last added to is seen behind it."""
+    return pr.inline_ptx_hl("ld.acquire.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
 
 
 def ballot(flag: Any) -> Any:

@@ -70,11 +70,12 @@ def groupedfc2_kernel(
     ctas, _, _ = cute.arch.grid_dim()
     row_blocks = Int32(Uint32(hidden) // common.SUPERBLOCK_ROWS)
     if bid < adding:
-        tile_count, span = add_items(
+        tile_count, span, of_group = add_items(
             config, a, a_scales, b, row_alpha, partials, tiles, rows, tokens_total, hidden, intermediate, group_rows, adding, waits_first, tid, bid
         )  # fmt: skip
         if ctas != adding:
-            conversion.hand_over(counters, tid)
+            group = Int32(Uint32(span[0]) // Uint32(of_group))
+            conversion.hand_over(counters, group, span[0] - group * of_group, span[1] - span[0], of_group, tid)
         else:
             tickets = counters + conversion.TICKETS_AT
             k_blocks = Int32((Uint32(intermediate) + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K)
@@ -84,10 +85,13 @@ def groupedfc2_kernel(
     else:
         pr.griddepcontrol("launch_dependents")
         pr.griddepcontrol("wait")
+        k_blocks = Int32((Uint32(intermediate) + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K)
+        of_group = common.load_global_s32_or(tiles, Int32(1), Int32(0)) * group_rows * k_blocks
         at_once = CONVERTED_AT_ONCE[config.tile_m]
         conversion.convert(
-            at_once, common.WARPS, config.c_dtype, c, partials, counters, adding, bid - adding, ctas - adding, tokens_total, row_blocks, tid
-        )
+            at_once, common.WARPS, config.c_dtype, c, partials, counters, of_group, group_rows, bid - adding, ctas - adding, tokens_total,
+            row_blocks, tid,
+        )  # fmt: skip
 
 
 @cute.jit
@@ -98,7 +102,7 @@ def add_items(
     """A CTA's spans of all items, added to the workspace; arguments as the kernel's.
 
     Returns:
-        How many tiles there are, and of all blocks those that were added: (first, end).
+        How many tiles there are; of all blocks those that were added, (first, end); blocks of a group of row blocks.
     """
     warp = cute.arch.make_warp_uniform(tid // 32)
     lane = tid % 32
@@ -236,7 +240,7 @@ def add_items(
         words_after = words_next
     total = Uint32(tile_count * row_blocks * k_blocks)
     borders = [Int32(conversion.span_start(Uint32((bid + i) * common.WARPS), quotient, longer, workers, total)) for i in range(2)]
-    return tile_count, borders
+    return tile_count, borders, tile_count * of_tile
 
 
 def unroll(config: common.Config) -> int:
@@ -377,7 +381,7 @@ def recipe(variant: Variant) -> Recipe:
         block=(common.WARPS * 32, 1, 1),
         # the rings, rows on their way, the mask
         dynamic_smem=common.shared_memory_bytes(config) + common.WARPS * workspace.staged_bytes(workspace.MMA_ROWS) + 4,
-        workspaces=conversion.workspaces(tickets=True),
+        workspaces=conversion.workspaces(),
         settings=(("early_list", (0, 1)),),
         programmatic_launch=True,
         smem_carveout=100,

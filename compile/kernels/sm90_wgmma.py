@@ -14,7 +14,7 @@ K 128, and wants its tokens permuted by words, which costs a copy of four bytes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import cutlass
@@ -31,6 +31,7 @@ from densemoe.compile.kernels.sm90_wgmma_config import ROW_BYTES, TABLE_SLOTS, T
 from densemoe.compile.kernels.sm90_wgmma_tokens import CHUNK, LANE_BYTES, SWIZZLE_ROWS
 
 K16_BYTES: Final = 32
+SPAN_WORDS: Final = 4  # what FC2 keeps of its span for the end, in sixteen bytes
 DESCRIPTOR_UNIT: Final = 16  # bytes that a descriptor's fields count
 SWIZZLE_128B: Final = 1 << 30  # in a descriptor's high word
 STRIDE: Final = ROW_BYTES * SWIZZLE_ROWS // DESCRIPTOR_UNIT  # between groups of eight rows, in the high word
@@ -189,20 +190,27 @@ class Shared:
     table: Any
     staged: Any
     peaks: Any
+    span: Any
 
 
 def shared_memory(config: Config) -> Shared:
-    """Allocates the stages of tokens, the rings, their mbarriers, the table of rows, FC2's rows on their way, the peaks of ``fc1_pairs``."""
+    """Allocates the stages of tokens, the rings, their mbarriers, the table of rows, FC2's rows on their way, the peaks of ``fc1_pairs``, what
+    FC2's ``hand_over`` says at the end, and what makes up ``shared_memory_bytes``."""
     space = cutlass.AddressSpace.smem
     stages = config.shape.weight_stages
-    return Shared(
+    shared = Shared(
         cutlass.Array(cutlass.Uint8, activation_bytes(config), space=space, alignment=1024),
         cutlass.Array(cutlass.Uint8, WARPGROUP_WARPS * stages * common.SUPERBLOCK_BYTES, space=space, alignment=128),
         cutlass.Array(Int64, WARPGROUP_WARPS * stages, space=space, alignment=8),
         cutlass.Array(Int32, TABLE_SLOTS * config.table_words * config.tile_m, space=space, alignment=16),
         workspace.staged_rows(config.staged_rows, WARPGROUP_WARPS) if config.staged_rows else None,
         cutlass.Array(cutlass.Uint8, WARPGROUP_WARPS * peak_bytes(config), space=space, alignment=16) if peak_bytes(config) else None,
+        cutlass.Array(Int32, SPAN_WORDS, space=space, alignment=16).data_ptr().toint(Int32) if config.op == "groupedfc2" else None,
     )
+    unused = shared_memory_bytes(config) - used_bytes(config)
+    if unused:
+        cutlass.Array(cutlass.Uint8, unused, space=space, alignment=16)
+    return shared
 
 
 def activation_bytes(config: Config) -> int:
@@ -216,8 +224,15 @@ def peak_bytes(config: Config) -> int:
 
 
 def shared_memory_bytes(config: Config) -> int:
-    """Bytes that ``shared_memory`` allocates."""
+    """Bytes that ``shared_memory`` allocates: those that are used, and for FC1 no fewer than for FC2 over the same tiles, whose CTAs take the places
+    of FC1's one by one: a hole that is too small for them stays empty until its neighbour ends (up to 15 % of FC2, docs/tried.md)."""
+    return max(used_bytes(config), used_bytes(replace(config, op="groupedfc2", c_dtype="bf16")))
+
+
+def used_bytes(config: Config) -> int:
+    """Bytes of ``shared_memory`` that a kernel uses."""
     rings = WARPGROUP_WARPS * config.shape.weight_stages * (common.SUPERBLOCK_BYTES + 8)
     table = TABLE_SLOTS * config.table_words * config.tile_m * 4
     warps = WARPGROUP_WARPS * (peak_bytes(config) + workspace.staged_bytes(config.staged_rows))
-    return activation_bytes(config) + rings + table + warps  # all but the last are multiples of 16
+    span = SPAN_WORDS * 4 if config.op == "groupedfc2" else 0
+    return activation_bytes(config) + rings + table + warps + span  # all are multiples of 16

@@ -107,6 +107,11 @@ def wgmma_kernel(
     unit = Int32(first // Int64(k_blocks))
     k = Int32(first - Int64(unit) * Int64(k_blocks))
 
+    if cutlass.const_expr(fc2):  # for the end, in no registers
+        group = work.group(unit)
+        for word, value in enumerate((group, (unit - group * again(work.tile_count)) * k_blocks + k, remaining)):
+            common.store_shared_if(shared.span + word * 4, Int32(tid == 0), value)
+
     # ---- weights: `to_fetch` blocks from (weight_unit, weight_k) on, whose first superblock is at `source`
     to_fetch = remaining
     weight_unit = unit
@@ -271,14 +276,17 @@ def wgmma_kernel(
     if cutlass.const_expr(config.copies_tokens):
         staging.wait_for_tokens()
     if cutlass.const_expr(fc2):
+        of_group = again(work.tile_count) * k_blocks  # the units of the same 256 weight rows
         if bid < adding:
-            conversion.hand_over(counters, tid)
+            group, inside, blocks = [common.load_shared(shared.span + word * 4) for word in range(3)]
+            conversion.hand_over(counters, group, inside, blocks, of_group, tid)
         else:
             row_blocks, converter, converters = hidden // common.SUPERBLOCK_ROWS, bid - adding, ctas - adding
             at_once = CONVERTED_AT_ONCE[config.shape.resident_ctas]
             conversion.convert(
-                at_once, config.warps, config.c_dtype, c, partials, counters, adding, converter, converters, tokens_total, row_blocks, tid
-            )
+                at_once, config.warps, config.c_dtype, c, partials, counters, of_group, WARPGROUP_WARPS, converter, converters,
+                tokens_total, row_blocks, tid,
+            )  # fmt: skip
 
 
 # ---- units and tiles

@@ -92,7 +92,7 @@ def recipe(variant: Variant) -> Recipe:
     nvfp4_output = config.c_dtype == "nvfp4"
     if fc2:
         weight_rows, k_length, scales = "H", "I", "row_alpha"
-        workspaces = conversion.workspaces(tickets=False)
+        workspaces = conversion.workspaces()
         grid = f"adding + {conversion.converting(config.warps, config.shape.resident_ctas)}"
     else:
         weight_rows, k_length, scales = "2 * I", "H", "alpha"

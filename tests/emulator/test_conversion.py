@@ -72,6 +72,17 @@ def test_those_that_convert_leave_room_for_those_that_add(key: str, sm_count: in
     assert 0 < 2 * converting <= adding
 
 
+@pytest.mark.parametrize("tile", ["8x64", "16x64", "32x64", *(f"{rows}x256" for rows in (16, 32, 48, 64, 96, 128, 160))])
+@pytest.mark.parametrize(("activations", "middle"), [("bf16", "bf16"), ("nvfp4", "nvfp4")])
+def test_a_cta_of_fc2_fits_into_the_shared_memory_that_one_of_fc1_leaves(tile: str, activations: str, middle: str) -> None:
+    """They take each other's places while others still run: a smaller hole would stay empty until its neighbour ends (docs/h200.md)."""
+    one, two = (
+        Variant.parse(f"grouped{op}.sm90a.t{tile}.c1x1.{dtypes}") for op, dtypes in (("fc1", f"{activations}-{middle}"), ("fc2", f"{middle}-bf16"))
+    )
+    left, needed = (kernels.load(kernel_of(each)).recipe(each).dynamic_smem for each in (one, two))
+    assert needed <= left
+
+
 # ---- what it rests on: taken away, the emulator notices
 
 
@@ -91,14 +102,15 @@ def convert(key: str, **options: Any) -> None:
 
 def test_a_converting_cta_that_does_not_wait_races(monkeypatch: pytest.MonkeyPatch) -> None:
     """The poll reads what is wanted at once: sums are read that others have yet to add."""
-    poll = "ld.relaxed.gpu.global.b32"
+    poll = "ld.acquire.gpu.global.b32"
     ptx = grouped_cases.ptx_of(WGMMA)
     line = next(line for line in ptx.split("\n") if poll in line)
     register = line.split(poll)[1].split(",")[0].strip()
-    adding = grid(WGMMA, 70, 128, 2)[0]
-    edited(monkeypatch, WGMMA, line, f"mov.b32 {register}, {adding};")
+    routed = np.array([[0]] * 40 + [[1]] * 20 + [[2]] * 10)
+    tiles = 3 + 2 + 1  # of 16 rows; one K 128 block each
+    edited(monkeypatch, WGMMA, line, f"mov.b32 {register}, {tiles};")
     with pytest.raises(EmulatorError, match="race"):
-        convert(WGMMA, schedule="lazy")
+        convert(WGMMA, schedule="lazy", ids=routed)
 
 
 def test_sums_that_are_counted_without_a_fence_race(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +120,7 @@ def test_sums_that_are_counted_without_a_fence_race(monkeypatch: pytest.MonkeyPa
 
 
 def test_counters_that_are_not_cleared_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    clear = "st.relaxed.gpu.global.v2.b32"
+    clear = "st.relaxed.gpu.global.b32"
     line = next(line for line in grouped_cases.ptx_of(WGMMA).split("\n") if clear in line)
     edited(monkeypatch, WGMMA, line, "")
     with pytest.raises(AssertionError):
