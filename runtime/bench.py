@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from densemoe.runtime import bounds
-from densemoe.runtime.bench_competitors import Competitor, Unavailable, Workload
+from densemoe.runtime.bench_competitors import Competitor, Searching, Unavailable, Workload
 from densemoe.runtime.bench_gathered import GatheredData
 from densemoe.runtime.bench_read import ReadKernel
 from densemoe.runtime.bench_report import CHOSEN, GATHERED, OURS, READ
@@ -46,12 +46,14 @@ class Point:
         ready: what others have captured.
         missing: why a column stays empty here.
         same: columns that are another one of this point, by the name of that.
+        searched: by competitor and op: configurations that were tried, and those that there are.
     """
 
     columns: dict[str, tuple[list[Launch], int]] = field(default_factory=dict)
     ready: dict[str, Timed] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
+    searched: dict[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
 
 
 class Bench:
@@ -198,6 +200,8 @@ class Bench:
         for competitor in self.competitors:
             try:
                 point.ready[competitor.name] = competitor.prepare(work)
+                if isinstance(competitor, Searching):
+                    point.searched[competitor.name] = competitor.searched(work)
             except Unavailable as error:
                 point.missing[competitor.name] = str(error)
             except Exception as error:  # whatever another project's code raises: its column stays empty, with the reason
@@ -223,6 +227,8 @@ class Bench:
         row = self._row(case, touched, samples, sensors)
         row["missing"] = dict(point.missing)
         row["same"] = dict(point.same)
+        if point.searched:
+            row["searched"] = {name: {op: list(tried) for op, tried in ops.items()} for name, ops in point.searched.items()}
         if sustained:
             row["sustained_us"] = {name: round(each.microseconds, 3) for name, each in sustained.items()}
             row["sustained_sensors"] = dict(self.sensors())

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,6 +35,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     measuring(parser)
     parser.add_argument("--sustained", type=float, default=0.0, metavar="SECONDS", help="ops, layer: replay each column so long without pause too")
     parser.add_argument("--competitors", action=argparse.BooleanOptionalAction, default=True, help="ops, layer: measure what else is installed")
+    parser.add_argument(
+        "--search", type=float, default=0.0, metavar="SECONDS", help="ops, layer: end a competitor's search after so long (default: try everything)"
+    )
     parser.add_argument(
         "--beside", action="append", default=[], metavar="[NAME=]ROOT", help="ops, layer: measure another artifact root's kernels in the same rounds"
     )
@@ -61,8 +66,9 @@ def bench(args: argparse.Namespace) -> int:
 
     if args.beside and args.what not in ("ops", "layer"):
         raise ProblemError(f"bench {args.what} has no --beside: leave it out, or name ops or layer")
-    if args.sustained < 0:
-        raise ProblemError(f"--sustained {args.sustained}: use 0 or a number of seconds")
+    for name in ("sustained", "search"):
+        if getattr(args, name) < 0:
+            raise ProblemError(f"--{name} {getattr(args, name)}: use 0 or a number of seconds")
     shapes = parse_shapes(args.models or (HELD_OUT if args.what == "selection" else MODELS))
     tuner = open_tuner(args)
     if args.what == "selection":
@@ -73,7 +79,7 @@ def bench(args: argparse.Namespace) -> int:
         table = load_table(tuner.loader.manifest(tuner.device).arch)
         return judge(args, tuner, table, [case for cases in groups.values() for case in cases], "selection")
     from densemoe.runtime.bench import launch_costs, open_read
-    from densemoe.runtime.bench_competitors import Absent, competitors
+    from densemoe.runtime.bench_competitors import Absent, Searching, competitors
     from densemoe.runtime.bench_device import Sensors, set_digest
     from densemoe.runtime.bench_layer import LayerBench
 
@@ -87,6 +93,9 @@ def bench(args: argparse.Namespace) -> int:
         return _show(args, document, bench_report.write(document, args.out))
     others = competitors() if args.competitors else []
     document["absent"] = {each.name: each.reason for each in others if isinstance(each, Absent)}
+    for each in others:
+        if isinstance(each, Searching):
+            each.say, each.seconds = tuner.say, args.search
     for name, reason in document["absent"].items():
         tuner.say(f"absent, its column stays empty: {name}: {reason}")
     beside = open_beside(args.beside, tuner)
@@ -103,16 +112,36 @@ def bench(args: argparse.Namespace) -> int:
     )
     run = own.ops if args.what == "ops" else own.layer
     try:
-        for dtypes in _dtypes(args):
-            for active in FORMS[args.form]:
-                for row in run(shapes, sorted(set(args.tokens or BENCH_TOKENS)), active, dtypes):
-                    rows.append(row)
+        with _terminated():
+            for dtypes in _dtypes(args):
+                for active in FORMS[args.form]:
+                    for row in run(shapes, sorted(set(args.tokens or BENCH_TOKENS)), active, dtypes):
+                        rows.append(row)
+                        bench_report.keep(document, args.out)
     finally:
         if read is not None:
             read.close()
         if rows:  # also of a run that was interrupted
             paths = bench_report.write(document, args.out)
     return _show(args, document, paths)
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does, so that what was measured is written."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread, to which signals do not come
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def open_beside(given: Sequence[str], tuner: Tuner) -> dict[str, Loader]:

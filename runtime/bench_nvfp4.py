@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from densemoe.runtime import reference
-from densemoe.runtime.bench_competitors import TorchCompetitor, Unavailable, Workload
+from densemoe.runtime.bench_competitors import Searching, TorchCompetitor, Unavailable, Workload
 from densemoe.runtime.bench_timing import COLD_FACTOR, Timed
 from densemoe.runtime.nvfp4 import E2M1_VALUES, E4M3_VALUES, GROUP, unpack_codes
 from densemoe.runtime.tune_cases import Shape
@@ -28,6 +28,7 @@ __all__ = ["Aligned", "Nvfp4Competitor", "Plain", "Rotation", "aligned"]
 TOLERANCE: Final = 0.02  # of the largest output: intermediate results are rounded to bf16 on the way
 COLUMNS: Final = 64  # compared
 REPLAYS: Final = 3  # of a configuration's graph, the least counts
+SLOW_SECONDS: Final = 5.0  # of a configuration, which is then said
 LEAST_SCALE, MOST_SCALE = 0x28, 0x38  # e4m3 bytes of 0.25 up to below 1
 
 Bytes = npt.NDArray[np.uint8]
@@ -103,15 +104,17 @@ class Rotation:
     router: Any
 
 
-class Nvfp4Competitor(TorchCompetitor):
+class Nvfp4Competitor(TorchCompetitor, Searching):
     """A competitor whose ops have configurations to search."""
 
     def __init__(self, device: str = "cuda") -> None:
-        super().__init__(device)
+        TorchCompetitor.__init__(self, device)
+        Searching.__init__(self)
         self._shape: Shape | None = None
         self._plain: dict[str, Plain] = {}
         self._own: dict[str, list[Any]] = {}
         self._best: dict[tuple[Shape, str, int], Any] = {}
+        self._tried: dict[tuple[Shape, str, int], tuple[int, int]] = {}
 
     # ---- what a competitor gives
 
@@ -137,8 +140,7 @@ class Nvfp4Competitor(TorchCompetitor):
         """The captured work with the best configuration of each op, compared with the reference beforehand."""
         self._take(work.shape)
         rotations = self._rotations(work)
-        ops = ("fc1", "fc2") if work.what == "layer" else (work.what,)
-        bound = {op: self._bound(op, work, rotations, self._searched(op, work, rotations)) for op in ops}
+        bound = {op: self._bound(op, work, rotations, self._searched(op, work, rotations)) for op in _ops(work)}
         if work.what == "layer":
             self._verify(work, rotations[0], {op: calls[0] for op, calls in bound.items()})
         return self.captured([self._chain(work.what, rotation, bound, at) for at, rotation in enumerate(rotations)])
@@ -155,6 +157,7 @@ class Nvfp4Competitor(TorchCompetitor):
         if self._shape == shape:
             return
         self.release()
+        self.say(f"{self.name}: weights of {shape.name}")
         self._shape = shape
         l2 = self.torch.cuda.get_device_properties(0).L2_cache_size if self.device == "cuda" else 0
         for op in ("fc1", "fc2"):
@@ -196,7 +199,14 @@ class Nvfp4Competitor(TorchCompetitor):
         if name not in self._best:
             times: list[tuple[float, int, Any]] = []
             failed = ""
-            for index, configuration in enumerate(self.configurations(op, work.shape, work.m)):
+            configurations = self.configurations(op, work.shape, work.m)
+            what, begun = f"{self.name} {op} {work.shape.name} M = {work.m}", self.clock()
+            self.say(f"{what}: {len(configurations)} configurations")
+            for index, configuration in enumerate(configurations):
+                before = self.clock()
+                if times and self.seconds and before - begun >= self.seconds:
+                    break
+                self._tried[name] = index + 1, len(configurations)
                 try:
                     calls = {op: self._bound(op, work, rotations, configuration)}
                     self._verify(work, rotations[0], {op: calls[op][0]})
@@ -204,6 +214,10 @@ class Nvfp4Competitor(TorchCompetitor):
                 except Exception as error:  # a configuration that does not compile, launch or agree at this shape: the others remain
                     failed = failed or f"{type(error).__name__}: {error}"
                     continue
+                finally:
+                    taken = self.clock() - before
+                    if taken > SLOW_SECONDS:
+                        self.say(f"{what}: configuration {index + 1} of {len(configurations)} took {taken:.0f} s to compile and check")
                 try:
                     times.append((self.milliseconds(timed), index, configuration))
                 finally:
@@ -212,6 +226,10 @@ class Nvfp4Competitor(TorchCompetitor):
                 raise Unavailable(f"none of its configurations runs {op} at M = {work.m}: {failed or 'it has none'}")
             self._best[name] = min(times, key=lambda each: each[:2])[2]
         return self._best[name]
+
+    def searched(self, work: Workload) -> dict[str, tuple[int, int]]:
+        """By op of the work: configurations that were tried, and those that there are."""
+        return {op: self._tried[work.shape, op, work.m] for op in _ops(work) if (work.shape, op, work.m) in self._tried}
 
     def milliseconds(self, timed: Timed) -> float:
         """The least of a few replays."""
@@ -273,3 +291,8 @@ class Nvfp4Competitor(TorchCompetitor):
         self._shape = None
         self._plain, self._own = {}, {}
         super().release()
+
+
+def _ops(work: Workload) -> tuple[str, ...]:
+    """The ops that a work consists of."""
+    return ("fc1", "fc2") if work.what == "layer" else (work.what,)

@@ -1,6 +1,6 @@
 """Tables and plots of benchmark documents: Markdown by the standard library, SVG by matplotlib (extra [bench]).
 
-    <what>-<device>.json    the document, raw
+    <what>-<device>.json    the document, raw; <what>-<device>.partial.json while it is measured
     <what>-<device>.md      tables, with device, driver, clocks, power, versions, and what was absent
     <what>-<device>-<op>.svg            latency against M, a panel a shape
     <what>-<device>-<op>-roofline.svg   share of the roofline against M, a line a shape
@@ -18,7 +18,7 @@ from typing import Any, Final
 from densemoe.runtime.canonical import write_atomically
 from densemoe.runtime.errors import ProblemError
 
-__all__ = ["CHOSEN", "GATHERED", "OURS", "READ", "SCHEMA", "WHOLE", "WITH_PREPARE", "markdown", "plots", "read", "slug", "write"]
+__all__ = ["CHOSEN", "GATHERED", "OURS", "READ", "SCHEMA", "WHOLE", "WITH_PREPARE", "keep", "markdown", "plots", "read", "slug", "write"]
 
 SCHEMA: Final = 1
 LEAST_LABEL: Final = "roofline"
@@ -95,7 +95,25 @@ def _header(document: Mapping[str, Any]) -> list[str]:
         lines.append("Clocks and power could not be read.")
     lines += [f"Columns that begin with {name}: set {digest[:16]}." for name, digest in document.get("beside", {}).items()]
     lines += [f"Absent: {name}: {reason}." for name, reason in document.get("absent", {}).items()]
+    lines += [f"{name}: the fastest of {text} configurations of each op." for name, text in _searched(document).items()]
     return lines
+
+
+def _searched(document: Mapping[str, Any]) -> dict[str, str]:
+    """By competitor what was tried: all configurations, or, where a search was ended, how few of how many at least."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for row in document["rows"]:
+        for name, ops in row.get("searched", {}).items():
+            found.setdefault(name, []).extend((tried, of) for tried, of in ops.values())
+    texts = {}
+    for name, pairs in found.items():
+        least, most = min(of for _, of in pairs), max(of for _, of in pairs)
+        texts[name] = f"all {least if least == most else f'{least} to {most}'}"
+        ended = [(tried, of) for tried, of in pairs if tried < of]
+        if ended:
+            tried, of = min(ended, key=lambda pair: pair[0] / pair[1])
+            texts[name] = f"those tried within the time given, {tried} of {of} where fewest,"
+    return texts
 
 
 def _cell(value: float | None) -> str:
@@ -201,6 +219,19 @@ def _save(figure: Any, path: Path, pyplot: Any) -> Path:
     return path
 
 
+def keep(document: Mapping[str, Any], folder: str | Path) -> Path:
+    """What a run has measured so far, beside what an earlier one wrote: for ``--from`` where the run is killed. ``write`` removes it."""
+    into = Path(folder)
+    into.mkdir(parents=True, exist_ok=True)
+    path = _kept(document, into)
+    write_atomically(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+    return path
+
+
+def _kept(document: Mapping[str, Any], folder: Path) -> Path:
+    return folder / f"{slug(document)}.partial.json"
+
+
 def write(document: Mapping[str, Any], folder: str | Path) -> list[Path]:
     """Raw JSON, Markdown and, with matplotlib, plots; the files written."""
     into = Path(folder)
@@ -209,4 +240,5 @@ def write(document: Mapping[str, Any], folder: str | Path) -> list[Path]:
     paths = [into / f"{name}.json", into / f"{name}.md"]
     write_atomically(paths[0], (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
     write_atomically(paths[1], markdown(document).encode())
+    _kept(document, into).unlink(missing_ok=True)
     return [*paths, *plots(document, into)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -220,6 +222,42 @@ class Fixed:
 
     def release(self) -> None:
         self.works.clear()
+
+
+class Ending(Fixed):
+    """At the third point the process is asked to end; what stood in the folder until then."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("other")
+        self.folder, self.kept = folder, []  # type: ignore[var-annotated]
+
+    def prepare(self, work: Workload) -> Timed:
+        if len(self.works) == 2:
+            self.kept += [each["m"] for each in bench_report.read(self.folder / "layer-simulated.partial.json")["rows"]]
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().prepare(work)
+
+
+def test_a_bench_that_is_ended_has_written_what_it_measured(command: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGTERM, which `timeout` sends, as Ctrl-C; and rows are kept as they come, for what cannot be caught."""
+    before = signal.getsignal(signal.SIGTERM)
+    ending = Ending(tmp_path / "out")
+    options = ("--models", SHAPES[0], "--tokens", "1", "8", "16", "--form", "active", "--a-dtype", "bf16", "--out", "out")
+    assert command("bench", "layer", *options, others=[ending]) == 130
+    assert ending.kept == [1, 8]
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [row["m"] for row in json.loads((tmp_path / "out" / "layer-simulated.json").read_text())["rows"]] == [1, 8]
+    assert not (tmp_path / "out" / "layer-simulated.partial.json").exists()
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_the_report_says_how_much_of_a_search_was_made() -> None:
+    rows = [
+        {"searched": {"Humming": {"fc1": [17, 17], "fc2": [17, 17]}, "Triton NVFP4": {"fc1": [12, 12]}}},
+        {"searched": {"Triton NVFP4": {"fc1": [3, 24]}}},
+    ]
+    found = bench_report._searched({"rows": rows})
+    assert found == {"Humming": "all 17", "Triton NVFP4": "those tried within the time given, 3 of 24 where fewest,"}
 
 
 @pytest.mark.parametrize("what", ["ops", "layer"])

@@ -159,6 +159,32 @@ def test_its_own_choice_alone(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
         moe.prepare(Workload("fc2", SHAPE, 2, [route_tokens(SHAPE, 2)]))
 
 
+def test_a_search_says_what_takes_long_and_ends_in_time(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every configuration takes ten seconds; the first that agrees is tried whatever the time."""
+    now, said = [0.0], []
+    compiled = stand_in.modules["humming.kernel.humming"].HummingKernel
+
+    def prepare_kernels(*arguments: Any, **named: Any) -> Any:
+        now[0] += 10 / 2  # each is bound to two rotations
+        return real(*arguments, **named)
+
+    real = compiled.prepare_kernels
+    monkeypatch.setattr(compiled, "prepare_kernels", prepare_kernels)
+    moe = adapter(stand_in, lambda values: 1.0)
+    moe.say, moe.clock = said.append, lambda: now[0]
+    moe.prepare(work("layer"))
+    whole = moe.searched(work("layer"))
+    every = whole["fc1"][1]
+    assert whole == {"fc1": (every, every), "fc2": (every, every)}
+    assert every > 3
+    assert said[:2] == [f"Humming: weights of {SHAPE.name}", f"Humming fc1 {SHAPE.name} M = 6: {every} configurations"]
+    assert f"Humming fc1 {SHAPE.name} M = 6: configuration 1 of {every} took 10 s to compile and check" in said
+    hurried = adapter(stand_in, lambda values: 1.0)
+    hurried.clock, hurried.seconds = (lambda: now[0]), 15.0
+    hurried.prepare(work("fc1"))
+    assert hurried.searched(work("fc1")) == {"fc1": (2, every)}
+
+
 def test_another_layer_is_not_measured(stand_in: StandIn) -> None:
     stand_in.gate_first = False
     with pytest.raises(Unavailable, match=r"none of its configurations runs fc1 at M = 6: .*it does not compute the same layer"):
