@@ -96,6 +96,15 @@ SUBJECTS: Final[Mapping[str, Runs]] = {
         "m=1,e=1,h=128,i=256,kind=exact,scalar=1,sms=1",
         "m=21,e=6,h=128,i=320,kind=exact,list=1,zeros=1,sms=1,launches=2,early_list=1",
     ),
+    # Gathered tokens. ``many``: spans that begin inside of a unit; ``listed``: warps that have nothing to convert. ``small``: many row blocks of
+    # one tile; more tiles a CTA than the table of rows has slots; tiles of both widths, K of four blocks.
+    "groupedfc2.sm90a.t16x256.c1x1.bf16-bf16": _runs(
+        "m=70,e=3,k=2,h=448,i=448,kind=exact,sms=2,launches=2",
+        "m=9,e=4,k=2,h=192,i=320,kind=exact,zeros=1,sms=2,early_list=1,launches=2",
+        "m=1,e=1,k=1,h=2112,i=64,kind=exact,sms=1,launches=2",
+        "m=48,e=12,k=1,h=448,i=64,kind=exact,sms=1",
+        "m=40,e=5,k=3,h=320,i=448,kind=exact,sms=1",
+    ),
 }
 #: What can become of a mutant.
 OUTCOMES: Final = ("error", "output", "remark", "hangs", "equivalent", "survived")

@@ -75,7 +75,7 @@ _MEMORY: Final = re.compile(r"\[([^\[\]]*)\]")
 _ARITHMETIC: Final = ("add.", "sub.", "mul.", "mad.", "shl.", "shr.", "and.", "or.", "xor.", "not.", "bfi.", "bfe.", "selp.", "mov.", "cvt.", "cvta.")
 _ARITHMETIC_PREDICATES: Final = ("setp.",)
 _SLICE: Final = 24  # statements that a value is followed back over
-_SHARED: Final = ("ld.shared", "st.shared", "ldmatrix", "stmatrix", "atom.shared", "red.shared", "st.async", "cp.async.c")
+_SHARED: Final = ("ld.shared", "st.shared", "ldmatrix", "stmatrix", "atom.shared", "red.shared", "st.async", "cp.async.ca", "cp.async.cg")
 
 
 @dataclass(frozen=True)

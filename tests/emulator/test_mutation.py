@@ -44,6 +44,8 @@ $AGAIN:
     mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 %p1, [%r3], %r5;
     @!%p1 bra $AGAIN;
     cp.async.bulk.wait_group.read 0;
+    cp.async.cg.shared.global [%r3+96], [%rd1], 16, %r7;
+    cp.async.commit_group;
     shr.u32 %r6, %r1, 31;
     setp.lt.s32 %p2, %r1, 0;
     ld.shared.b32 %r7, [%r3+64];
@@ -96,6 +98,8 @@ def test_mutants_of_a_small_kernel() -> None:
     assert found["phase: and.b32 %, %, 1 #1"] == "and.b32 %r5, %r4, 0;"
     assert found["phase: mul.hi.u32 %, %, -1431655765 #1"] == "mul.hi.u32 %r9, %r1, 1431655765;"
     assert found["address: ld.shared.b32 %, [%+64] #1"] == "ld.shared.b32 %r7, [%r3+80];"
+    assert found["address: cp.async.cg.shared.global [%+96], [%], 16, % #1"] == "cp.async.cg.shared.global [%r3+112], [%rd1], 16, %r7;"
+    assert found["delete: cp.async.commit_group #1"] == ""
 
 
 def test_hints_and_signs_are_left_alone() -> None:
