@@ -17,8 +17,9 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from densemoe.runtime import bounds
-from densemoe.runtime.bench_competitors import Competitor, Searching, Unavailable, Workload
+from densemoe.runtime.bench_competitors import Competitor, Unavailable, Workload
 from densemoe.runtime.bench_gathered import GatheredData
+from densemoe.runtime.bench_nvfp4 import Nvfp4Competitor
 from densemoe.runtime.bench_read import ReadKernel
 from densemoe.runtime.bench_report import CHOSEN, GATHERED, OURS, READ
 from densemoe.runtime.bench_timing import Launch, Sample, Timed
@@ -200,7 +201,7 @@ class Bench:
         for competitor in self.competitors:
             try:
                 point.ready[competitor.name] = competitor.prepare(work)
-                if isinstance(competitor, Searching):
+                if isinstance(competitor, Nvfp4Competitor):
                     point.searched[competitor.name] = competitor.searched(work)
             except Unavailable as error:
                 point.missing[competitor.name] = str(error)

@@ -79,9 +79,10 @@ def bench(args: argparse.Namespace) -> int:
         table = load_table(tuner.loader.manifest(tuner.device).arch)
         return judge(args, tuner, table, [case for cases in groups.values() for case in cases], "selection")
     from densemoe.runtime.bench import launch_costs, open_read
-    from densemoe.runtime.bench_competitors import Absent, Searching, competitors
+    from densemoe.runtime.bench_competitors import Absent, competitors
     from densemoe.runtime.bench_device import Sensors, set_digest
     from densemoe.runtime.bench_layer import LayerBench
+    from densemoe.runtime.bench_nvfp4 import Nvfp4Competitor
 
     provenance = provenance_of(tuner)
     rows: list[dict[str, Any]] = []
@@ -94,7 +95,7 @@ def bench(args: argparse.Namespace) -> int:
     others = competitors() if args.competitors else []
     document["absent"] = {each.name: each.reason for each in others if isinstance(each, Absent)}
     for each in others:
-        if isinstance(each, Searching):
+        if isinstance(each, Nvfp4Competitor):
             each.say, each.seconds = tuner.say, args.search
     for name, reason in document["absent"].items():
         tuner.say(f"absent, its column stays empty: {name}: {reason}")

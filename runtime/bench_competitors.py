@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from densemoe.runtime.bench_timing import Timed
 from densemoe.runtime.tune_cases import Shape
 
-__all__ = ["NAMES", "Competitor", "Searching", "TorchCompetitor", "Unavailable", "Workload", "competitors"]
+__all__ = ["NAMES", "Competitor", "TorchCompetitor", "Unavailable", "Workload", "competitors"]
 
 PASSES: Final = 2  # over the rotations in one graph
 
@@ -55,25 +54,6 @@ class Competitor(Protocol):
 
     def release(self) -> None:
         """Drops what is kept of the last shape."""
-
-
-class Searching:
-    """What competitors share that try configurations before one is measured.
-
-    Attributes:
-        say: is told of each search, and of each configuration that takes longer than SLOW_SECONDS: others' compilers may take minutes.
-        seconds: of one search, after which no further configuration is tried; 0: all are.
-        clock: monotonic, in seconds.
-    """
-
-    def __init__(self) -> None:
-        self.say: Callable[[str], None] = lambda line: None
-        self.seconds = 0.0
-        self.clock: Callable[[], float] = time.monotonic
-
-    def searched(self, work: Workload) -> Mapping[str, tuple[int, int]]:
-        """By op of the work: configurations that were tried, and those that there are."""
-        raise NotImplementedError
 
 
 class TorchCompetitor:

@@ -10,6 +10,7 @@ Needs torch and numpy.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from densemoe.runtime import reference
-from densemoe.runtime.bench_competitors import Searching, TorchCompetitor, Unavailable, Workload
+from densemoe.runtime.bench_competitors import TorchCompetitor, Unavailable, Workload
 from densemoe.runtime.bench_timing import COLD_FACTOR, Timed
 from densemoe.runtime.nvfp4 import E2M1_VALUES, E4M3_VALUES, GROUP, unpack_codes
 from densemoe.runtime.tune_cases import Shape
@@ -104,17 +105,38 @@ class Rotation:
     router: Any
 
 
-class Nvfp4Competitor(TorchCompetitor, Searching):
-    """A competitor whose ops have configurations to search."""
+@dataclass(frozen=True)
+class Found:
+    """What a search ended with.
+
+    Attributes:
+        configuration: the fastest that agrees.
+        tried, of: how many were tried, and how many there are.
+    """
+
+    configuration: Any
+    tried: int
+    of: int
+
+
+class Nvfp4Competitor(TorchCompetitor):
+    """A competitor whose ops have configurations to search.
+
+    Attributes:
+        say: is told of each search, and of each configuration that takes longer than SLOW_SECONDS: others' compilers may take minutes.
+        seconds: of one search, after which no further configuration is tried once one agrees; 0: all are.
+        clock: monotonic, in seconds.
+    """
 
     def __init__(self, device: str = "cuda") -> None:
-        TorchCompetitor.__init__(self, device)
-        Searching.__init__(self)
+        super().__init__(device)
+        self.say: Callable[[str], None] = lambda line: None
+        self.seconds = 0.0
+        self.clock: Callable[[], float] = time.monotonic
         self._shape: Shape | None = None
         self._plain: dict[str, Plain] = {}
         self._own: dict[str, list[Any]] = {}
-        self._best: dict[tuple[Shape, str, int], Any] = {}
-        self._tried: dict[tuple[Shape, str, int], tuple[int, int]] = {}
+        self._best: dict[tuple[Shape, str, int], Found] = {}
 
     # ---- what a competitor gives
 
@@ -198,7 +220,7 @@ class Nvfp4Competitor(TorchCompetitor, Searching):
         name = (work.shape, op, work.m)
         if name not in self._best:
             times: list[tuple[float, int, Any]] = []
-            failed = ""
+            failed, tried = "", 0
             configurations = self.configurations(op, work.shape, work.m)
             what, begun = f"{self.name} {op} {work.shape.name} M = {work.m}", self.clock()
             self.say(f"{what}: {len(configurations)} configurations")
@@ -206,7 +228,7 @@ class Nvfp4Competitor(TorchCompetitor, Searching):
                 before = self.clock()
                 if times and self.seconds and before - begun >= self.seconds:
                     break
-                self._tried[name] = index + 1, len(configurations)
+                tried += 1
                 try:
                     calls = {op: self._bound(op, work, rotations, configuration)}
                     self._verify(work, rotations[0], {op: calls[op][0]})
@@ -224,12 +246,13 @@ class Nvfp4Competitor(TorchCompetitor, Searching):
                     timed.close()
             if not times:
                 raise Unavailable(f"none of its configurations runs {op} at M = {work.m}: {failed or 'it has none'}")
-            self._best[name] = min(times, key=lambda each: each[:2])[2]
-        return self._best[name]
+            self._best[name] = Found(min(times, key=lambda each: each[:2])[2], tried, len(configurations))
+        return self._best[name].configuration
 
     def searched(self, work: Workload) -> dict[str, tuple[int, int]]:
-        """By op of the work: configurations that were tried, and those that there are."""
-        return {op: self._tried[work.shape, op, work.m] for op in _ops(work) if (work.shape, op, work.m) in self._tried}
+        """By op of work that was prepared: configurations that were tried, and those that there are."""
+        found = {op: self._best[work.shape, op, work.m] for op in _ops(work)}
+        return {op: (each.tried, each.of) for op, each in found.items()}
 
     def milliseconds(self, timed: Timed) -> float:
         """The least of a few replays."""

@@ -221,24 +221,24 @@ def _save(figure: Any, path: Path, pyplot: Any) -> Path:
 
 def keep(document: Mapping[str, Any], folder: str | Path) -> Path:
     """What a run has measured so far, beside what an earlier one wrote: for ``--from`` where the run is killed. ``write`` removes it."""
-    into = Path(folder)
-    into.mkdir(parents=True, exist_ok=True)
-    path = _kept(document, into)
-    write_atomically(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
-    return path
+    return _write_raw(document, _kept(document, Path(folder)))
 
 
 def _kept(document: Mapping[str, Any], folder: Path) -> Path:
     return folder / f"{slug(document)}.partial.json"
 
 
+def _write_raw(document: Mapping[str, Any], path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+    return path
+
+
 def write(document: Mapping[str, Any], folder: str | Path) -> list[Path]:
     """Raw JSON, Markdown and, with matplotlib, plots; the files written."""
     into = Path(folder)
-    into.mkdir(parents=True, exist_ok=True)
     name = slug(document)
-    paths = [into / f"{name}.json", into / f"{name}.md"]
-    write_atomically(paths[0], (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+    paths = [_write_raw(document, into / f"{name}.json"), into / f"{name}.md"]
     write_atomically(paths[1], markdown(document).encode())
     _kept(document, into).unlink(missing_ok=True)
     return [*paths, *plots(document, into)]

@@ -204,6 +204,11 @@ def load_shared(address: Any, dtype: Any = Int32) -> Any:
     return pr.inline_ptx_hl("ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[dtype], read_only_args=[address])
 
 
+def k_blocks_of(length: Any) -> Any:
+    """K 128 blocks of a K of so many elements, the last of which may be filled in part; unsigned, so that the division is a shift."""
+    return Int32((Uint32(length) + (SUPERBLOCK_K - 1)) // SUPERBLOCK_K)
+
+
 def listed_expert(active_experts: Any, listed: Any, place: Any) -> Any:
     """The expert at a place of ``[count, expert, expert, …]`` where ``listed`` is not 0, else ``place`` itself (contract section 5)."""
     return load_global_s32_or(active_experts + Int64(place + 1) * 4, listed, place)

@@ -79,7 +79,7 @@ def fc1_kernel(
     t = lane % 4
     stages = config.stages
     superblock = common.SUPERBLOCK_BYTES
-    k_blocks = Int32((Uint32(hidden) + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K)
+    k_blocks = common.k_blocks_of(hidden)
     row_blocks = Int32(Uint32(intermediate) // OUTPUT_COLUMNS)  # of one expert
     row_bytes = Int64(k_blocks) * superblock
     listed = Int32(chosen.toint() != 0)

@@ -150,7 +150,7 @@ def fc2_kernel(
     t = lane % 4
     stages = config.stages
     superblock = common.SUPERBLOCK_BYTES
-    k_blocks = Int32((Uint32(intermediate) + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K)  # of one expert
+    k_blocks = common.k_blocks_of(intermediate)  # of one expert
     row_blocks = Int32(Uint32(hidden) // common.SUPERBLOCK_ROWS)
     listed = Int32(active_experts.toint() != 0)
     if (listed & (early_list ^ 1)) != 0:

@@ -78,14 +78,14 @@ def groupedfc2_kernel(
             conversion.hand_over(counters, group, span[0] - group * of_group, span[1] - span[0], of_group, tid)
         else:
             tickets = counters + conversion.TICKETS_AT
-            k_blocks = Int32((Uint32(intermediate) + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K)
+            k_blocks = common.k_blocks_of(intermediate)
             conversion.finish_rows(
                 config.c_dtype, c, partials, tickets, conversion.shared_word(), span, tile_count, row_blocks, k_blocks, group_rows, tokens_total, tid
             )  # fmt: skip
     else:
         pr.griddepcontrol("launch_dependents")
         pr.griddepcontrol("wait")
-        k_blocks = Int32((Uint32(intermediate) + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K)
+        k_blocks = common.k_blocks_of(intermediate)
         of_group = common.load_global_s32_or(tiles, Int32(1), Int32(0)) * group_rows * k_blocks
         at_once = CONVERTED_AT_ONCE[config.tile_m]
         conversion.convert(
@@ -110,7 +110,7 @@ def add_items(
     t = lane % 4
     stages = config.stages
     superblock = common.SUPERBLOCK_BYTES
-    k_blocks = Int32((Uint32(intermediate) + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K)  # of an item
+    k_blocks = common.k_blocks_of(intermediate)  # of an item
     row_blocks = Int32(Uint32(hidden) // common.SUPERBLOCK_ROWS)
     expert_bytes = Int64(row_blocks * k_blocks) * superblock
 

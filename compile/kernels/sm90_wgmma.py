@@ -226,7 +226,7 @@ def peak_bytes(config: Config) -> int:
 def shared_memory_bytes(config: Config) -> int:
     """Bytes that ``shared_memory`` allocates: those that are used, and for FC1 no fewer than for FC2 over the same tiles, whose CTAs take the places
     of FC1's one by one: a hole that is too small for them stays empty until its neighbour ends (up to 15 % of FC2, docs/tried.md)."""
-    return max(used_bytes(config), used_bytes(replace(config, op="groupedfc2", c_dtype="bf16")))
+    return max(used_bytes(config), used_bytes(replace(config, op="groupedfc2")))
 
 
 def used_bytes(config: Config) -> int:
