@@ -142,22 +142,24 @@ class Bench:
             opened: what is to be closed is appended.
         """
         tuner, problem = self.tuner, case.problem()
+        choice: Choice | None = None
+        reports: list[bounds.Report] = []
         try:
             choice = of.loader.select(problem, tuner.device)
         except SelectionError as error:
             if not of.name:
                 raise
             point.missing[of.name + OURS] = str(error)
-            return None, []
-        plan = of.loader.plan(problem, rotations[0], tuner.device, settings=of.stated(choice.variant.key) if case.active else None)
-        opened.append(plan)
-        made.poison(case.m)
-        plan.launch(tuner.timer.stream)
-        tuner.driver.synchronize()
-        reports = [made.check(case.m, made.fetch(case.m))]
-        point.columns[of.name + OURS] = (tuner._launches(plan, rotations), 1)
-        if not of.name:
-            point.same[CHOSEN] = OURS
+        if choice is not None:
+            plan = of.loader.plan(problem, rotations[0], tuner.device, settings=of.stated(choice.variant.key) if case.active else None)
+            opened.append(plan)
+            made.poison(case.m)
+            plan.launch(tuner.timer.stream)
+            tuner.driver.synchronize()
+            reports.append(made.check(case.m, made.fetch(case.m)))
+            point.columns[of.name + OURS] = (tuner._launches(plan, rotations), 1)
+            if not of.name:
+                point.same[CHOSEN] = OURS
         if case.active:
             reports += self._add_gathered(point, of, case, made, opened)
         return choice, reports

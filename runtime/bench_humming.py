@@ -1,11 +1,12 @@
 """Humming (``humming-kernels``) as a competitor: NVFP4 weights, bf16 activations, its indexed GEMM. Needs torch, and nvcc beside the device.
 
     ModelOpt's tensors (codes, e4m3 scales, one f32 an expert) ── prepare_and_transform_humming_tensors ──► its layout
-    its heuristic's configuration, and a sample of what its own tuning tests enumerate ── prepare_kernels ──► the fastest that agrees
+    its heuristic's configurations for these rows and for fewer and more ── prepare_kernels ──► the fastest that agrees
     FC1 GEMM ─► its process_input (SwiGLU) ─► FC2 GEMM ─► router's weights and the sum over a token's experts, in torch
 
-Written against 0.1.19 and 0.1.20. DENSEMOE_BENCH_HUMMING_CONFIGURATIONS says how many configurations beside its own choice are tried at each op,
-shape and M (default 16): each is compiled when it is first met.
+Written against 0.1.19 and 0.1.20. What its heuristic takes for an eighth to eight times as many rows is tried too, at each op, shape and M: it was
+measured by those who wrote the kernels, and may have other borders here. DENSEMOE_BENCH_HUMMING_CONFIGURATIONS adds as many of what its own tuning
+tests sample (default 0: to enumerate them takes Humming minutes of Python a shape, and few of them are good). Each is compiled when it is first met.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from densemoe.runtime.tune_cases import Shape
 
 __all__ = ["Humming", "Own"]
 
-SAMPLE: Final = 16
+SAMPLE: Final = 0
+FACTORS: Final = (1.0, 0.125, 0.25, 0.5, 2.0, 4.0, 8.0)  # of the rows, the heuristic's choice for which is tried
 VARIABLE: Final = "DENSEMOE_BENCH_HUMMING_CONFIGURATIONS"
 LOCKS: Final = 2048  # int32 words that its stream-K GEMM synchronises through, as many as its own layer has
 SWIGLU: Final = "a / (1.f + __expf(-a)) * b"  # of the first half of a row, the gate, and the second
@@ -94,12 +96,13 @@ class Humming(Nvfp4Competitor):
         return self._config.ComputeConfig(gemm_type=self._config.GemmType.INDEXED)
 
     def configurations(self, op: str, shape: Shape, m: int) -> Sequence[Hashable]:
-        """Its heuristic's choice for these rows, then a sample of what its own tuning tests enumerate; the same every time."""
-        config = self._own[op][0].config
-        found = [self.own_choice(self._own[op][0], m * shape.top_k)]
+        """Its heuristic's choices, that for these rows first, then a sample of what its own tuning tests enumerate; the same every time."""
+        own, rows = self._own[op][0], m * shape.top_k
+        config = own.config
+        found = [self.own_choice(own, max(1, round(factor * rows))) for factor in FACTORS]
         text = os.environ.get(VARIABLE, str(SAMPLE))
         if not text.isdigit():
-            raise Unavailable(f"{VARIABLE}={text!r}: use a number of configurations, 0 for Humming's own choice alone")
+            raise Unavailable(f"{VARIABLE}={text!r}: use a number of configurations, 0 for Humming's own choices alone")
         if int(text):
             tuning = importlib.import_module("humming.testing.tuning")
             found += [Tuning.of(each) for each in tuning.sample_test_tuning_configs(config, self._compute, sample_size=int(text))]

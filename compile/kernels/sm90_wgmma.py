@@ -119,9 +119,16 @@ def multiply_half(config: Config, accumulators: list[Any], stage: Any, first_blo
         return _multiply_half_alone(accumulators, stage, tokens, n, half)
     own = n // common.MMA_TOKENS * common.ACCUMULATORS  # registers of one m16 block
     scales = _scale_words(config, stage, first_block)
+    offsets = [(half * config.half_bytes + step * K16_BYTES) // DESCRIPTOR_UNIT for step in range(common.K16_STEPS)]
     codes_at = stage + first_block * (common.K64_HALVES * common.CHUNK_BYTES)
+    ahead = config.shape.warpgroups == 1  # two warpgroups have no registers for it
+    if ahead:
+        descriptors = [descriptor(tokens + offset) for offset in offsets]
+        following = common.shared_words(codes_at + half * common.CHUNK_BYTES)
     for block in range(config.blocks):
-        codes = common.shared_words(codes_at + (block * common.K64_HALVES + half) * common.CHUNK_BYTES)
+        codes = following if ahead else common.shared_words(codes_at + (block * common.K64_HALVES + half) * common.CHUNK_BYTES)
+        if ahead and block + 1 < config.blocks:  # under way while this block is decoded
+            following = common.shared_words(codes_at + ((block + 1) * common.K64_HALVES + half) * common.CHUNK_BYTES)
         of_row, of_lower_row = (common.weight_scale(scales[block], 2 * half + row) for row in range(2))
         operands = []
         for first in range(0, common.K16_STEPS, 2):
@@ -130,8 +137,7 @@ def multiply_half(config: Config, accumulators: list[Any], stage: Any, first_blo
         sums = accumulators[block * own : (block + 1) * own]
         pr.wgmma_fence_aligned()
         for step, a in enumerate(operands):
-            offset = (half * config.half_bytes + step * K16_BYTES) // DESCRIPTOR_UNIT
-            sums = wgmma(sums, a, descriptor(tokens + offset))
+            sums = wgmma(sums, a, descriptors[step] if ahead else descriptor(tokens + offsets[step]))
         pr.wgmma_commit_group_sync_aligned()
         pr.wgmma_wait_group_sync_aligned(1)
         accumulators[block * own : (block + 1) * own] = sums

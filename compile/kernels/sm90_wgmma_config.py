@@ -157,6 +157,11 @@ class Config:
         return not self.nvfp4_activations and self.tile_m <= LARGEST_COPIED
 
     @property
+    def fills_with_others(self) -> bool:
+        """Whether other rows are brought in the places of rows that a tile does not have, instead of zeros."""
+        return self.copies_tokens and not self.warp_products
+
+    @property
     def portions(self) -> int:
         """Parts in which a thread brings its rows of a K 128, one a K 64 half of the block before: what is on its way lies in registers."""
         return 2 if not self.nvfp4_activations and self.rows_a_thread > LARGEST_PORTION else 1

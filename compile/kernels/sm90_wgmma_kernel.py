@@ -385,6 +385,11 @@ def smaller(x: Any, y: Any) -> Any:
     return pr.inline_ptx_hl("min.s32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[x, y])
 
 
+def larger(x: Any, y: Any) -> Any:
+    """The larger of two 32-bit integers."""
+    return pr.inline_ptx_hl("max.s32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[x, y])
+
+
 # ---- the table of rows
 
 
@@ -394,10 +399,10 @@ def next_slot(slot: Any) -> Any:
 
 
 def load_entry(config: Config, rows: Any, scales: Any, tile: list[Any], tid: Any) -> list[Any]:
-    """A thread's row of a tile: its token, or −1 where there is none; for FC2 its alpha too."""
+    """A thread's row of a tile: its token, and where there is none −1, or 0 where any row will do; for FC2 its alpha too."""
     live = Int32(tid < tile[2])
     at = Int64(tile[1] + tid) * 4
-    entry = [common.load_global_s32_or(rows + at, live, Int32(-1))]
+    entry = [common.load_global_s32_or(rows + at, live, Int32(0 if config.fills_with_others else -1))]
     if config.op == "groupedfc2":
         entry.append(common.load_global_f32_if(scales + at, live))
     return entry
@@ -411,8 +416,12 @@ def store_entry(config: Config, table: Any, slot: Any, tid: Any, held: Any, entr
 
 
 def tokens_of(config: Config, table: Any, slot: Any, tile: list[Any], row: Any, step: int, indices: range) -> list[Any]:
-    """Activation rows of every ``step``-th row of a tile from ``row`` on, −1 where there is none: FC1 reads tokens, FC2 the tile's compact rows."""
+    """Activation rows of every ``step``-th row of a tile from ``row`` on: FC1 reads tokens, FC2 the tile's compact rows. Where the tile has no such
+    row, −1, or another row where any will do."""
     places = [row + index * step for index in indices]
+    if config.op == "groupedfc2" and config.fills_with_others:
+        last = larger(tile[1] + tile[2] - 1, Int32(0))  # the list's only tile may have no row
+        return [smaller(tile[1] + place, last) for place in places]
     if config.op == "groupedfc2":
         return [(tile[1] + place + 1) * Int32(place < tile[2]) - 1 for place in places]
     at = table + slot * (config.table_words * config.tile_m * 4)

@@ -6,6 +6,10 @@
 For ``wgmma`` the activations of a K 128 are two K 64 halves of ``tile_m`` rows of 128 bytes. Inside a half K is permuted as in the weights' lanes:
 16-byte chunk 2s + c of a row, word t, is logical word 8t + 2s + c, so that k16 step s reads chunks 2s, 2s + 1. The tensor core takes both operands'
 K from there; ``mma.sync`` takes each lane's from registers, which need no permutation: a lane loads the 32 bytes that it owns.
+
+Where a tile has fewer rows than there is room for, zeros are brought in their places, or, in the copies of four bytes, any other rows: what a column
+of the product is made of concerns no other column, and columns without a row are stored nowhere. Zeros take six instructions more a row and K 128,
+other rows traffic: copies of four bytes go through the L1, where all of them find the same row; those of sixteen bytes do not (docs/tried.md).
 """
 
 from __future__ import annotations
@@ -109,7 +113,8 @@ def copy_tokens(config: Config, a: Any, tokens: list[Any], k_block: Any, k_total
     """Starts the copies of a K 128 of a warp's rows of bf16 activations: ``copied_rows``.
 
     Args:
-        a: bf16 ``[rows, k_total]``; tokens: the activation row of each, negative where there is none: it becomes zeros, as what lies behind K does.
+        a: bf16 ``[rows, k_total]``; tokens: the activation row of each, for ``mma.sync`` negative where there is none: it becomes zeros, as what lies
+            behind K does.
         stage: shared-memory address of the K 128.
     """
     copy = _copy_whole if config.warp_products else _copy_permuted
@@ -128,12 +133,11 @@ def _copy_permuted(config: Config, a: Any, tokens: list[Any], k_block: Any, k_to
     for index, token in enumerate(tokens):
         first = index * config.warps
         at = place + (chunk ^ (first % SWIZZLE_ROWS)) * CHUNK + first * ROW_BYTES
-        exists = (token >> 31) ^ -1  # all bits, or none: then nothing is read, wherever the address points
         source = values + Int64(token) * Int64(k_total * 2)
         for half in range(common.K64_HALVES):
             pr.inline_ptx_hl(
                 "cp.async.ca.shared.global [{$r0}], [{$r1}], 4, {$r2};",
-                read_only_args=[at + half * config.half_bytes, source + half * ROW_BYTES, inside[half] & exists],
+                read_only_args=[at + half * config.half_bytes, source + half * ROW_BYTES, inside[half]],
             )
 
 

@@ -150,3 +150,23 @@ def test_a_row_whose_alpha_is_zero_adds_nothing_whatever_it_holds() -> None:
     tensors = {**routes.packed(2), "a": a, "b": np.zeros(packing.packed_bytes("fc2", 2, 128, 128), np.uint8)}
     outputs, _ = launch("groupedfc2.sm90a.t16x256.c1x1.bf16-f32", problem, tensors, sm_count=1)
     assert np.array_equal(outputs["c"], np.zeros((2, 128), np.float32))
+
+
+@pytest.mark.parametrize("tile", [16, 32, 64, 96])
+def test_rows_that_a_tile_does_not_have_may_hold_anything(tile: int) -> None:
+    """In their places kernels may bring token 0, or rows of other tiles: NaN there stays there, in a unit that CTAs share too."""
+    m, hidden, intermediate = 5, 1152, 128
+    ids, ones = np.array([[0], [1], [1], [2], [2]]), np.full((m, 1), 1.0)
+    routes = reference.route(ids, ones, np.ones(3), group_tile=tile)
+    packed = routes.packed(m)
+    for op, width in (("groupedfc1", hidden), ("groupedfc2", intermediate)):
+        a = np.full((m, width), 0x3F80, np.uint16)
+        a[0] = 0x7FC0  # token 0, which is also the first compact row: expert 0's alone
+        weights = np.zeros(packing.packed_bytes(op.removeprefix("grouped"), 3, hidden, intermediate), np.uint8)
+        problem = Problem(op, m, 3, hidden, intermediate, "bf16", "f32" if op == "groupedfc2" else "bf16", top_k=1, group_tile=tile)
+        tensors = {**packed, "a": a, "b": weights, "alpha": np.ones(3, np.float32)}
+        tensors = {role: tensors[role] for role in problem.tensors() if role in tensors} | {"b": weights}
+        outputs, _ = launch(f"{op}.sm90a.t{tile}x256.c1x1.bf16-{problem.c_dtype}", problem, tensors, sm_count=2)
+        c = outputs["c"] if op == "groupedfc2" else (outputs["c"].astype(np.uint32) << 16).view(np.float32)
+        assert np.isnan(c[0]).all()
+        assert not c[1:].any()  # weights are 0
