@@ -162,6 +162,12 @@ class Config:
         return self.copies_tokens and not self.warp_products
 
     @property
+    def warps_bring_halves(self) -> bool:
+        """Whether a warp that brings bf16 through registers has one K 64 half of four rows, which no two lanes store to one bank, instead of two whole
+        rows: FC2 of 160 rows has no registers for it."""
+        return not (self.op == "groupedfc2" and self.tile_m == max(SHAPES))
+
+    @property
     def portions(self) -> int:
         """Parts in which a thread brings its rows of a K 128, one a K 64 half of the block before: what is on its way lies in registers."""
         return 2 if not self.nvfp4_activations and self.rows_a_thread > LARGEST_PORTION else 1

@@ -31,13 +31,14 @@ LANE_BYTES: Final = 32  # of a token in a K 64 half that one lane multiplies by 
 def thread_place(config: Config, tid: Any) -> tuple[Any, Any, Any]:
     """(first row, row step, piece) of a thread: it brings piece ``piece`` of ``rows_a_thread`` rows, which are ``row step`` apart.
 
-    The row step is a multiple of 8, so that all of a thread's rows have the same swizzle. A piece of bf16 is the 16-byte chunk of the K 128; of
-    NVFP4 it is 4·half + group, such that a warp's rows are eight and its half is one: no two lanes then store to one bank.
+    The row step is a multiple of 8, so that all of a thread's rows have the same swizzle. A piece of bf16 is the 16-byte chunk of the K 128, of NVFP4
+    it is 4·half + group. A warp has one half, of as many rows as its lanes bring: then no two lanes store to one bank.
     """
-    if config.nvfp4_activations:
-        task = tid // 32
-        return (task // 2) * 8 + (tid % 32) // 4, config.warps // 2 * 8, (task % 2) * 4 + tid % 4
-    return tid // 16, config.threads // 16, tid % 16
+    if not config.warps_bring_halves and not config.nvfp4_activations:
+        return tid // 16, config.threads // 16, tid % 16
+    pieces = 4 if config.nvfp4_activations else 8  # of a half of a row
+    warp, rows = tid // 32, 32 // pieces
+    return (warp // 2) * rows + (tid % 32) // pieces, config.warps // 2 * rows, (warp % 2) * pieces + tid % pieces
 
 
 def load_pieces(config: Config, a: Any, a_scales: Any, tokens: list[Any], k_block: Any, k_total: Any, piece: Any) -> list[Any]:
