@@ -393,6 +393,19 @@ def test_a_root_without_a_kernel_leaves_the_column_empty(command: Run, capsys: p
     assert sets["set/older"].open_plans == 0
 
 
+def test_a_root_of_grouped_kernels_alone_is_measured_in_their_columns(command: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """A change of one kernel is judged without building the others."""
+    sets = {"set/older": older(keys={key: KEYS[key] for key in KEYS if key.startswith("grouped")})}
+    assert command("bench", "ops", *BESIDE, "--beside", "set/older", beside=sets) == 0
+    for row in json.loads(capsys.readouterr().out)["rows"]:
+        gathered = [name for name in row["us"] if name.startswith("gathered")]
+        assert gathered
+        assert {f"older: {name}" for name in gathered} <= set(row["us"])
+        assert "older: densemoe" not in row["us"]
+        assert "no variant runs fc" in row["missing"]["older: densemoe"]
+    assert sets["set/older"].open_plans == 0
+
+
 def test_a_name_is_given_to_a_root(command: Run, capsys: pytest.CaptureFixture[str]) -> None:
     sets = {"a/set": older(), "b/set": older()}
     assert command("bench", "ops", *BESIDE, "--beside", "one=a/set", "--beside", "b/set", beside=sets) == 0

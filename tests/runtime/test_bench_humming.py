@@ -35,6 +35,7 @@ class StandIn:
         self.kernels: list[dict[str, Any]] = []
         self.launched: list[dict[str, Any]] = []
         self.gate_first = True
+        self.choose: Callable[[int], dict[str, Any]] = lambda rows: dict(DEFAULT)
         gemm = enum.Enum("GemmType", {"INDEXED": "indexed"})
         scale = enum.Enum("WeightScaleType", {"GROUP": "group"})
         second = enum.Enum("WeightScale2Type", {"TENSOR": "tensor"})
@@ -71,7 +72,7 @@ class StandIn:
             "humming.schema": SimpleNamespace(HummingWeightSchema=SimpleNamespace),
             "humming.transform": SimpleNamespace(prepare_and_transform_humming_tensors=prepare),
             "humming.dtypes": SimpleNamespace(float4e2m1="e2m1", float8e4m3="e4m3"),
-            "humming.tune": SimpleNamespace(get_heuristics_config=lambda config, shape_m, gemm_type: dict(DEFAULT)),
+            "humming.tune": SimpleNamespace(get_heuristics_config=lambda config, shape_m, gemm_type: self.choose(shape_m)),
             "humming.kernel.humming": SimpleNamespace(HummingKernel=SimpleNamespace(prepare_kernels=prepare_kernels)),
             "humming.testing.tuning": SimpleNamespace(sample_test_tuning_configs=lambda config, compute, sample_size: SAMPLED[:sample_size]),
         }
@@ -136,7 +137,8 @@ def work(what: str) -> Workload:
     return Workload(what, SHAPE, 6, [route_tokens(SHAPE, 6), route_tokens(SHAPE, 6, 1)])
 
 
-def test_it_computes_our_layer_with_the_fastest_configuration_that_agrees(stand_in: StandIn) -> None:
+def test_it_computes_our_layer_with_the_fastest_configuration_that_agrees(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DENSEMOE_BENCH_HUMMING_CONFIGURATIONS", "16")
     moe = adapter(stand_in, lambda values: 0.1 if values.get("broken") else 1.0 / values["block_shape"][0])
     timed = moe.prepare(work("layer"))
     assert timed.launches > 0
@@ -146,6 +148,22 @@ def test_it_computes_our_layer_with_the_fastest_configuration_that_agrees(stand_
     prepared = len(stand_in.kernels)
     moe.prepare(work("fc1"))
     assert len(stand_in.kernels) == prepared + 2  # found before: bound to two rotations, not searched again
+
+
+def test_what_its_heuristic_takes_for_fewer_and_more_rows_is_tried_too(stand_in: StandIn) -> None:
+    """Six tokens of two experts are twelve rows: an eighth are two, eight times are 96."""
+    asked: list[int] = []
+
+    def choose(rows: int) -> dict[str, Any]:
+        asked.append(rows)
+        return {**DEFAULT, "block_shape": [8 if rows <= 24 else 32, 64, 64]}
+
+    stand_in.choose = choose
+    moe = adapter(stand_in, lambda values: 1.0 / values["block_shape"][0])
+    moe.prepare(work("fc1"))
+    assert asked == [12, 2, 3, 6, 24, 48, 96]
+    assert {each["values"]["block_shape"][0] for each in stand_in.launched} == {32}
+    assert moe.searched(work("fc1")) == {"fc1": (2, 2)}
 
 
 def test_its_own_choice_alone(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +179,7 @@ def test_its_own_choice_alone(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 
 def test_a_search_says_what_takes_long_and_ends_in_time(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every configuration takes ten seconds; the first that agrees is tried whatever the time."""
+    monkeypatch.setenv("DENSEMOE_BENCH_HUMMING_CONFIGURATIONS", "16")
     now, said = [0.0], []
     compiled = stand_in.modules["humming.kernel.humming"].HummingKernel
 
