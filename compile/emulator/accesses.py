@@ -98,7 +98,7 @@ class Accesses:
             space, address = self.generic_space(self._active(address, mask))
             if mask is not None and not isinstance(address, int):
                 return self._spread(g, mask, self._load(g, space, address, np.flatnonzero(mask), size, count, order), size, count)
-            return self._load(g, space, address, None, size, count, order)
+            return self._load(g, space, address, None, size, count, order, None if mask is None else np.flatnonzero(mask))
         if mask is not None:
             picked = np.flatnonzero(mask)
             if isinstance(address, int):
@@ -145,7 +145,10 @@ class Accesses:
         offset, slots = self.shared_place(g, address, space == "shared::cta", picked)
         index = self.shared.index(offset, slots, nbytes)
         self.shared.check(index, size, count)
-        self.note_shared(g, index, picked, nbytes, False)
+        if active is None:
+            self.note_shared(g, index, picked, nbytes, False)
+        elif active.size:  # one address, which some lanes read
+            self.note_shared(g, index if isinstance(index, int) else index[active], active, nbytes, False)
         values = self.shared.view(size, count)[index]
         if isinstance(index, int):
             self.moved["shared loads"] += nbytes
@@ -168,7 +171,7 @@ class Accesses:
 
     def store(self, g: Gang, space: str, address: Any, mask: Any, size: int, values: tuple[Any, ...], order: str = "") -> None:
         """Stores one or several elements a lane; values are ints or arrays as wide as their registers."""
-        picked = None
+        picked, several = None, False
         if mask is not None:
             picked = np.flatnonzero(mask)
             if not picked.size:
@@ -177,6 +180,7 @@ class Accesses:
             last = int(picked[-1]) if picked is not None else -1
             low = (1 << (8 * size)) - 1
             values = tuple(np.array([(v if isinstance(v, int) else int(v[last])) & low], _UNSIGNED[size]) for v in values)
+            several = picked is None or picked.size > 1
             address, picked = np.array([address], np.uint64), np.array([last % g.lanes])
         else:
             if isinstance(address, int):
@@ -198,7 +202,7 @@ class Accesses:
         offset, slots = self.shared_place(g, address, space == "shared::cta", picked)
         index = self.shared.index(offset, slots, nbytes)
         self.moved["shared stores"] += nbytes * address.size
-        self.note_shared(g, index, picked, nbytes, True)
+        self.note_shared(g, index, picked, nbytes, True, several)
         self.shared.view(size, len(values))[index] = data
         self.shared.view(size, len(values), True)[index] = _UNSIGNED[size]((1 << (8 * size)) - 1)
 
@@ -359,7 +363,7 @@ class Accesses:
 
     # --- hooks of race detection, filled by `Machine`
 
-    def note_shared(self, g: Gang, index: Any, picked: Any, nbytes: int, write: bool) -> None:
+    def note_shared(self, g: Gang, index: Any, picked: Any, nbytes: int, write: bool, several: bool = False) -> None:
         """A generic-proxy access to shared memory."""
 
     def note_global(self, g: Gang, address: Any, picked: Any, size: int, count: int, write: bool, order: str) -> None:

@@ -11,8 +11,9 @@ Every warp and every asynchronous operation of a cluster is a unit with a clock.
 
 Shared memory is watched in granules of 4 bytes, tensor memory in columns of 32 lanes. For each granule the last write and up to 8 last reads
 are kept, so that a race with an older read may be missed; nothing is reported that is ordered. Reads are forgotten when a write follows that knows
-of them. Where some lanes of a warp issue an operation, they may not rely on what its other lanes wrote since the last ``bar.warp.sync``. Global
-memory: see ``global_races``. Ranges that asynchronous operations write and read whole have ``spans`` in place of marks.
+of them. Where some lanes of a warp issue an operation, they may not rely on what its other lanes wrote since the last ``bar.warp.sync``; lanes
+of one warp among themselves: see ``lane_races``. Global memory: see ``global_races``. Ranges that asynchronous operations write and read whole have
+``spans`` in place of marks.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 
 from densemoe.compile.emulator.clocks import ALL_LANES, READERS, Clock, Issuer, Marks, Vector
 from densemoe.compile.emulator.global_races import GlobalRaces
+from densemoe.compile.emulator.lane_races import SEVERAL, LaneRaces
 from densemoe.compile.emulator.masks import every, some
 from densemoe.compile.emulator.spans import GRANULE, PAGE, Operand, Spans, dissolve_columns
 from densemoe.runtime.errors import EmulatorError
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["Clock", "Races", "lane_numbers", "level"]
 
 _ASYNC_UNITS: Final = 64  # asynchronous operations told apart at a time; older ones share a unit
-_SEVERAL: Final = 32  # in place of a lane: several wrote together
 _FORKED: Final = np.array([0, 1, 4])  # of what a warp knows: what an operation that it issues knows
 _QUARTER: Final = 32  # lanes of tensor memory in a granule
 _LANES: Final = 128
@@ -84,8 +85,9 @@ class Races:
         self.order[rows, self.own] = 1
         self.window_granules = window // GRANULE
         self.shared = Marks(ctas * self.window_granules)
-        #: lane of each granule's last generic write, or _SEVERAL
+        #: lane of each granule's last generic write, or SEVERAL
         self.write_lane = np.zeros(ctas * self.window_granules, np.uint8)
+        self.of_lanes = LaneRaces(ctas * self.window_granules)
         #: pages of shared memory that were accessed in pieces other than 16 bytes
         self.generic_pages = np.zeros(ctas * self.window_granules // PAGE + 1, np.bool_)
         #: granules of mbarriers, and the pages that have some
@@ -453,7 +455,7 @@ class Races:
 
     def _check_lanes(self, issuer: Issuer, where: Any, write: bool) -> None:
         marks, lane = self.shared, self.write_lane[where]
-        others = (lane != _SEVERAL) & ((issuer.lanes >> lane.astype(np.int64) & 1) == 0)
+        others = (lane != SEVERAL) & ((issuer.lanes >> lane.astype(np.int64) & 1) == 0)
         bad = others & (marks.write_unit[where] == issuer.unit) & (marks.write_tick[where] > issuer.written)
         if bad.any():
             at = int(bad.argmax())
@@ -478,9 +480,10 @@ class Races:
             rows = g.race_rows = np.repeat(np.array([warp.row for warp in g.warps]), 32)
         return rows if picked is None else rows[picked]
 
-    def generic(self, g: Gang, index: Any, picked: Any, nbytes: int, write: bool) -> None:
-        """Lanes of a gang access shared memory at element numbers `index` of `nbytes` bytes."""
-        lanes: Any = _SEVERAL
+    def generic(self, g: Gang, index: Any, picked: Any, nbytes: int, write: bool, several: bool = False) -> None:
+        """Lanes of a gang access shared memory at element numbers `index` of `nbytes` bytes; `several`: of a store by many lanes to one place the one
+        that is picked stands for all."""
+        lanes: Any = SEVERAL
         if isinstance(index, int):
             places = np.full(len(g.warps), index, np.int64)
             rows = np.array([warp.row for warp in g.warps])
@@ -491,7 +494,7 @@ class Races:
                 lanes = int(picked[0]) % 32
         else:
             places, rows = index, self.rows(g, picked)
-            if write:
+            if not several:
                 lanes = lane_numbers(g, picked)
         words = max(nbytes // GRANULE, 1)  # of an element, which lies in one page
         if nbytes < GRANULE:
@@ -502,9 +505,16 @@ class Races:
         if not every(self.generic_pages[pages]):
             self._accessed(pages)
         row, units = rows[:, None], self.own[rows]
-        bad = self.order[row, marks.write_unit.take(places, axis=0)] < marks.write_tick.take(places, axis=0)
+        writers, written = marks.write_unit.take(places, axis=0), marks.write_tick.take(places, axis=0)
+        bad = self.order[row, writers] < written
         if some(bad):
             self._report(places, rows, bad, marks.write_unit, "writes" if write else "reads", "wrote")
+        met = self.met[rows]
+        own = (writers == units[:, None]) & (written > met[:, None])
+        if some(own):
+            bad = self.of_lanes.written(places, lanes, own, self.write_lane.reshape(-1, words))
+            if some(bad):
+                self._report_lanes(places, lanes, bad, "writes" if write else "reads", "wrote")
         now = self.order[rows, units]
         if write:
             ticks = marks.read_tick.take(places, axis=1)
@@ -512,6 +522,9 @@ class Races:
                 bad = self.order[row, marks.read_unit[reader].take(places, axis=0)] < ticks[reader]
                 if some(bad):
                     self._report(places, rows, bad, marks.read_unit[reader], "overwrites", "may still read")
+            bad = self.of_lanes.may_still_read(places, words, lanes, units, met)
+            if some(bad):
+                self._report_lanes(places, lanes, bad, "overwrites", "may still read")
             marks.wrote(places, units[:, None], now[:, None])
             self.write_lane.reshape(-1, words)[places] = lanes if isinstance(lanes, int) else lanes[:, None]
             self.last_write[rows] = now
@@ -519,6 +532,26 @@ class Races:
             slots = units % READERS
             marks.read_unit[slots, places] = units[:, None]
             marks.read_tick[slots, places] = now[:, None]
+            bits = self._lane_masks(g, index, picked, lanes, rows)
+            self.of_lanes.read(places, words, bits, units, now, met)
+
+    def _lane_masks(self, g: Gang, index: Any, picked: Any, lanes: Any, rows: Any) -> Any:
+        """The lanes that read each place: one, or where all lanes of a warp read one place, those that are picked."""
+        if not isinstance(lanes, int):
+            return np.uint32(1) << lanes.astype(np.uint32)
+        if lanes != SEVERAL:
+            return np.full(rows.size, 1 << lanes, np.uint32)
+        return np.array([g.lane_bits(None if picked is None else np.isin(np.arange(g.lanes), picked), w) for w in range(len(g.warps))], np.uint32)[
+            [[warp.row for warp in g.warps].index(row) for row in rows.tolist()]
+        ]
+
+    def _report_lanes(self, places: Any, lanes: Any, bad: Any, verb: str, other: str) -> None:
+        at, word = divmod(int(bad.argmax()), bad.shape[1])
+        place = int(places[at]) * bad.shape[1] + word
+        who = "every lane" if isinstance(lanes, int) and lanes == SEVERAL else f"lane {lanes if isinstance(lanes, int) else int(lanes[at])}"
+        raise EmulatorError(
+            f"race: {who} of a warp {verb} shared memory at {self._offset(place):#x} that another lane of it {other}, without bar.warp.sync between"
+        )
 
     def _report(self, places: Any, rows: Any, bad: Any, units: Any, verb: str, other: str) -> None:
         lane, word = divmod(int(bad.argmax()), bad.shape[1])

@@ -39,11 +39,11 @@ class WatchedAccesses(Accesses):
     conflicts: BankConflicts
     programmatic: bool
 
-    def note_shared(self, g: Gang, index: Any, picked: Any, nbytes: int, write: bool) -> None:
+    def note_shared(self, g: Gang, index: Any, picked: Any, nbytes: int, write: bool, several: bool = False) -> None:
         if not isinstance(index, int):
             self.conflicts.add(index, picked, nbytes)
         if self.races is not None:
-            self.races.generic(g, index, picked, nbytes, write)
+            self.races.generic(g, index, picked, nbytes, write, several)
 
     # --- global memory
 

@@ -163,8 +163,8 @@ class Config:
 
     @property
     def warps_bring_halves(self) -> bool:
-        """Whether a warp that brings bf16 through registers has one K 64 half of four rows, which no two lanes store to one bank, instead of two whole
-        rows: FC2 of 160 rows has no registers for it."""
+        """Whether a warp that brings bf16 through registers has one K 64 half of four rows, which no two lanes store to one bank, or two whole rows,
+        as FC2 of 160 rows, which has no registers for the other."""
         return not (self.op == "groupedfc2" and self.tile_m == max(SHAPES))
 
     @property

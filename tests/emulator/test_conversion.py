@@ -132,8 +132,8 @@ def test_counters_that_are_not_cleared_are_noticed(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("key", KEYS)
 def test_rows_pass_through_shared_memory_without_bank_conflicts(key: str) -> None:
-    """The swizzle spreads a warp's stores and loads over all banks, of tokens too; weights are read 512 bytes at a time. Of two warpgroups' scales a lane
-    reads eight bytes of sixteen, which takes two cycles more: eight warps, two halves, two units."""
+    """The swizzle spreads a warp's stores and loads over all banks, of tokens too; weights are read 512 bytes at a time. Of two warpgroups' scales a
+    lane reads eight bytes of sixteen, which takes two cycles more: eight warps, two halves, two units."""
     _, report = run(key, 100, 2, 1, 256, 128, "exact", sm_count=1)
     assert report.bank_conflicts == (2 * 8 * 2 * 2 if "t128" in key else 0)
 
