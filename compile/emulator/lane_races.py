@@ -5,7 +5,8 @@ thread's, and a warp has none of its own). Shuffles, votes and matrix instructio
 
 A lane that reads what another lane of its warp wrote, or writes what another wrote or read, does so behind a ``bar.warp.sync`` or a barrier of the
 whole warp. Of each granule of 4 bytes the lanes of one warp that read it since the warp's lanes met are kept, and the lane that wrote it last
-(``Races``). Several lanes that store to one place in one instruction count as nobody: each may read what it stored.
+(``Races``). Several lanes that store to one place in one instruction count as nobody: each may read what it stored. Of accesses of less than four
+bytes nobody knows whether they met: a store counts as nobody's, and a load as none.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import numpy as np
 
 from densemoe.compile.emulator.masks import some
 
-__all__ = ["SEVERAL", "LaneRaces"]
+__all__ = ["PARTLY", "SEVERAL", "LaneRaces"]
 
 SEVERAL: Final = 32  # in place of a lane: several wrote together
+PARTLY: Final = 64  # beside a lane: it wrote less than the granule
 
 
 class LaneRaces:
@@ -39,10 +41,10 @@ class LaneRaces:
         Args:
             places: elements of several granules.
             lanes: of each, in its warp; SEVERAL where all of them act.
-            write_lane: lane of the last write of each granule, ``[elements, words]``.
+            write_lane: lane of the last write of each granule, or SEVERAL, or with PARTLY, ``[elements, words]``.
         """
         by = write_lane[places]
-        return own & (by != SEVERAL) & (by != (lanes if isinstance(lanes, int) else lanes[:, None]))
+        return own & (by < SEVERAL) & (by != (lanes if isinstance(lanes, int) else lanes[:, None]))
 
     def may_still_read(self, places: Any, words: int, lanes: Any, units: Any, met: Any) -> Any:
         """Which of the granules ``[n, words]`` another lane of the writer's warp read since its lanes met."""

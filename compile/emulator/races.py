@@ -24,7 +24,7 @@ import numpy as np
 
 from densemoe.compile.emulator.clocks import ALL_LANES, READERS, Clock, Issuer, Marks, Vector
 from densemoe.compile.emulator.global_races import GlobalRaces
-from densemoe.compile.emulator.lane_races import SEVERAL, LaneRaces
+from densemoe.compile.emulator.lane_races import PARTLY, SEVERAL, LaneRaces
 from densemoe.compile.emulator.masks import every, some
 from densemoe.compile.emulator.spans import GRANULE, PAGE, Operand, Spans, dissolve_columns
 from densemoe.runtime.errors import EmulatorError
@@ -85,7 +85,7 @@ class Races:
         self.order[rows, self.own] = 1
         self.window_granules = window // GRANULE
         self.shared = Marks(ctas * self.window_granules)
-        #: lane of each granule's last generic write, or SEVERAL
+        #: lane of each granule's last generic write, or SEVERAL; with PARTLY where it wrote a part
         self.write_lane = np.zeros(ctas * self.window_granules, np.uint8)
         self.of_lanes = LaneRaces(ctas * self.window_granules)
         #: pages of shared memory that were accessed in pieces other than 16 bytes
@@ -454,7 +454,7 @@ class Races:
                 raise EmulatorError(f"race: overwrites shared memory at {self._offset(place):#x} that {self._name(found[1])} may still read")
 
     def _check_lanes(self, issuer: Issuer, where: Any, write: bool) -> None:
-        marks, lane = self.shared, self.write_lane[where]
+        marks, lane = self.shared, self.write_lane[where] & (PARTLY - 1)
         others = (lane != SEVERAL) & ((issuer.lanes >> lane.astype(np.int64) & 1) == 0)
         bad = others & (marks.write_unit[where] == issuer.unit) & (marks.write_tick[where] > issuer.written)
         if bad.any():
@@ -526,14 +526,15 @@ class Races:
             if some(bad):
                 self._report_lanes(places, lanes, bad, "overwrites", "may still read")
             marks.wrote(places, units[:, None], now[:, None])
-            self.write_lane.reshape(-1, words)[places] = lanes if isinstance(lanes, int) else lanes[:, None]
+            by = lanes | (PARTLY if nbytes < GRANULE else 0)
+            self.write_lane.reshape(-1, words)[places] = by if isinstance(by, int) else by[:, None]
             self.last_write[rows] = now
         else:
             slots = units % READERS
             marks.read_unit[slots, places] = units[:, None]
             marks.read_tick[slots, places] = now[:, None]
-            bits = self._lane_masks(g, index, picked, lanes, rows)
-            self.of_lanes.read(places, words, bits, units, now, met)
+            if nbytes >= GRANULE:
+                self.of_lanes.read(places, words, self._lane_masks(g, index, picked, lanes, rows), units, now, met)
 
     def _lane_masks(self, g: Gang, index: Any, picked: Any, lanes: Any, rows: Any) -> Any:
         """The lanes that read each place: one, or where all lanes of a warp read one place, those that are picked."""

@@ -74,6 +74,16 @@ def test_vectors_and_bytes_are_watched_too(synced: bool) -> None:
         launch(kernel(body, shared=1024), buffers, threads=32)
 
 
+def test_lanes_may_share_a_word_by_halves() -> None:
+    """Each stores and loads its own half of a word, again and again; which bytes an access has is not kept."""
+    body = """
+    mov.u32 %t0, %tid.x; mov.u32 %r2, window; shl.b32 %r3, %t0, 1; add.u32 %r0, %r2, %r3; mov.b16 %h0, 7; and.b32 %r4, %t0, 1;
+    setp.eq.u32 %p0, %r4, 0;
+    st.shared.b16 [%r0], %h0; ld.shared.u16 %r8, [%r0]; @%p0 st.shared.b16 [%r0], %h0; @!%p0 st.shared.b16 [%r0], %h0; ld.shared.u16 %r8, [%r0];
+    """
+    launch(kernel(body, shared=1024), {"input": np.zeros(1, np.uint32), "output": np.zeros(1, np.uint32)}, threads=32)
+
+
 @pytest.mark.parametrize("synced", [True, False])
 def test_each_of_two_warps_is_looked_at_by_itself(synced: bool) -> None:
     """Warp 1 alone lacks the barrier."""
