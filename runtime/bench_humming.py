@@ -65,6 +65,7 @@ class Humming(Nvfp4Competitor):
         self._config, self._schema, self._transform = (importlib.import_module(f"humming.{name}") for name in ("config", "schema", "transform"))
         self._dtypes, self._tune = importlib.import_module("humming.dtypes"), importlib.import_module("humming.tune")
         self._kernel = importlib.import_module("humming.kernel.humming").HummingKernel
+        self._together: set[str] = set()  # layers whose kernels were compiled together
 
     def convert(self, op: str, shape: Shape, plain: Plain) -> Own:
         """Its transformation of ModelOpt's tensors."""
@@ -99,6 +100,8 @@ class Humming(Nvfp4Competitor):
         """Its heuristic's choices, that for these rows first, then a sample of what its own tuning tests enumerate; the same every time."""
         own, rows = self._own[op][0], m * shape.top_k
         config = own.config
+        if config.to_str() not in self._together:
+            self._compile_together(config, f"{self.name} {op} {shape.name}")
         found = [self.own_choice(own, max(1, round(factor * rows))) for factor in FACTORS]
         text = os.environ.get(VARIABLE, str(SAMPLE))
         if not text.isdigit():
@@ -107,6 +110,17 @@ class Humming(Nvfp4Competitor):
             tuning = importlib.import_module("humming.testing.tuning")
             found += [Tuning.of(each) for each in tuning.sample_test_tuning_configs(config, self._compute, sample_size=int(text))]
         return list(dict.fromkeys(found))
+
+    def _compile_together(self, config: Any, what: str) -> None:
+        """What its heuristic takes for any number of rows, in as many threads as it likes: one by one, when each is first met, they would take minutes.
+        One that does not compile is met again, and left out, when it is tried."""
+        self._together.add(config.to_str())
+        self.say(f"{what}: compiles what its heuristic takes for any number of rows")
+        every = self._tune.get_heuristics_config(config, gemm_type=self._config.GemmType.INDEXED)
+        try:
+            self._kernel.prepare_kernels(config.to_str(), self._compute.to_str(), every)
+        except Exception as error:  # of another's compiler
+            self.say(f"{what}: {type(error).__name__}: {error}")
 
     def own_choice(self, own: Own, rows: int) -> Tuning:
         """Its heuristic's configuration for so many rows."""

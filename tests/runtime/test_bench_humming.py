@@ -36,6 +36,7 @@ class StandIn:
         self.launched: list[dict[str, Any]] = []
         self.gate_first = True
         self.choose: Callable[[int], dict[str, Any]] = lambda rows: dict(DEFAULT)
+        self.together: list[tuple[str, list[int]]] = []
         gemm = enum.Enum("GemmType", {"INDEXED": "indexed"})
         scale = enum.Enum("WeightScaleType", {"GROUP": "group"})
         second = enum.Enum("WeightScale2Type", {"TENSOR": "tensor"})
@@ -59,10 +60,13 @@ class StandIn:
             return SimpleNamespace(to_str=lambda: f"{n}x{k}", n=n, k=k), dict(tensors)
 
         def prepare_kernels(layer: str, compute: str, rows: Any, device: Any = None) -> Any:
+            if any(values.get("uncompilable") for _, _, values in rows):
+                raise RuntimeError("nvcc failed")
+            if len(rows) != 1:
+                self.together.append((layer, [values["block_shape"][0] for _, _, values in rows]))
+                return None
             ((first, last, values),) = rows
             assert (first, last, compute) == (0, 1 << 30, "indexed")
-            if values.get("uncompilable"):
-                raise RuntimeError("nvcc failed")
             self.kernels.append(values)
             return torch.tensor([first, last, len(self.kernels) - 1, values["num_sms"]], dtype=torch.int64)
 
@@ -72,10 +76,14 @@ class StandIn:
             "humming.schema": SimpleNamespace(HummingWeightSchema=SimpleNamespace),
             "humming.transform": SimpleNamespace(prepare_and_transform_humming_tensors=prepare),
             "humming.dtypes": SimpleNamespace(float4e2m1="e2m1", float8e4m3="e4m3"),
-            "humming.tune": SimpleNamespace(get_heuristics_config=lambda config, shape_m, gemm_type: self.choose(shape_m)),
+            "humming.tune": SimpleNamespace(get_heuristics_config=self.heuristic),
             "humming.kernel.humming": SimpleNamespace(HummingKernel=SimpleNamespace(prepare_kernels=prepare_kernels)),
             "humming.testing.tuning": SimpleNamespace(sample_test_tuning_configs=lambda config, compute, sample_size: SAMPLED[:sample_size]),
         }
+
+    def heuristic(self, config: Any, shape_m: int | None = None, gemm_type: Any = None) -> Any:
+        """The choice for so many rows; without them that of every interval of rows."""
+        return [[0, 24, self.choose(1)], [25, 1 << 30, self.choose(1 << 30)]] if shape_m is None else self.choose(shape_m)
 
     def launch(self, *, configs: Any, inputs: Any, weight: Any, weight_scale: Any, weight_scale_2: Any, outputs: Any, sorted_ids: Any,
                expert_ids: Any, num_tokens_padded: Any, locks: Any, top_k: int) -> Any:  # fmt: skip
@@ -161,9 +169,21 @@ def test_what_its_heuristic_takes_for_fewer_and_more_rows_is_tried_too(stand_in:
     stand_in.choose = choose
     moe = adapter(stand_in, lambda values: 1.0 / values["block_shape"][0])
     moe.prepare(work("fc1"))
-    assert asked == [12, 2, 3, 6, 24, 48, 96]
+    assert asked == [1, 1 << 30, 12, 2, 3, 6, 24, 48, 96]
+    moe.prepare(Workload("fc1", SHAPE, 2, [route_tokens(SHAPE, 2)]))
+    assert stand_in.together == [("128x128", [8, 32])]  # compiled together, once
     assert {each["values"]["block_shape"][0] for each in stand_in.launched} == {32}
     assert moe.searched(work("fc1")) == {"fc1": (2, 2)}
+
+
+def test_what_does_not_compile_together_is_said_and_left_out(stand_in: StandIn) -> None:
+    stand_in.choose = lambda rows: {**DEFAULT, "block_shape": [8, 64, 64]} if rows <= 24 else {**DEFAULT, "uncompilable": True}
+    moe, said = adapter(stand_in, lambda values: 1.0), []
+    moe.say = said.append
+    moe.prepare(work("fc1"))
+    assert f"Humming fc1 {SHAPE.name}: RuntimeError: nvcc failed" in said
+    assert moe.searched(work("fc1")) == {"fc1": (2, 2)}
+    assert not any(each["values"].get("uncompilable") for each in stand_in.launched)
 
 
 def test_its_own_choice_alone(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +216,11 @@ def test_a_search_says_what_takes_long_and_ends_in_time(stand_in: StandIn, monke
     every = whole["fc1"][1]
     assert whole == {"fc1": (every, every), "fc2": (every, every)}
     assert every > 3
-    assert said[:2] == [f"Humming: weights of {SHAPE.name}", f"Humming fc1 {SHAPE.name} M = 6: {every} configurations"]
+    assert said[:3] == [
+        f"Humming: weights of {SHAPE.name}",
+        f"Humming fc1 {SHAPE.name}: compiles what its heuristic takes for any number of rows",
+        f"Humming fc1 {SHAPE.name} M = 6: {every} configurations",
+    ]
     assert f"Humming fc1 {SHAPE.name} M = 6: configuration 1 of {every} took 10 s to compile and check" in said
     hurried = adapter(stand_in, lambda values: 1.0)
     hurried.clock, hurried.seconds = (lambda: now[0]), 15.0
