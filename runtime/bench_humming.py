@@ -112,8 +112,8 @@ class Humming(Nvfp4Competitor):
         return list(dict.fromkeys(found))
 
     def _compile_together(self, config: Any, what: str) -> None:
-        """What its heuristic takes for any number of rows, in as many threads as it likes: one by one, when each is first met, they would take minutes.
-        One that does not compile is met again, and left out, when it is tried."""
+        """What its heuristic takes for any number of rows, in as many threads as it likes: one by one, when each is first met, they take minutes. One
+        that does not compile is met again, and left out, when it is tried."""
         self._together.add(config.to_str())
         self.say(f"{what}: compiles what its heuristic takes for any number of rows")
         every = self._tune.get_heuristics_config(config, gemm_type=self._config.GemmType.INDEXED)
