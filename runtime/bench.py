@@ -150,7 +150,7 @@ class Bench:
             if not of.name:
                 raise
             point.missing[of.name + OURS] = str(error)
-        if choice is not None:
+        else:
             plan = of.loader.plan(problem, rotations[0], tuner.device, settings=of.stated(choice.variant.key) if case.active else None)
             opened.append(plan)
             made.poison(case.m)

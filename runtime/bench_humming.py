@@ -6,7 +6,7 @@
 
 Written against 0.1.19 and 0.1.20. What its heuristic takes for an eighth to eight times as many rows is tried too, at each op, shape and M: it was
 measured by those who wrote the kernels, and may have other borders here. DENSEMOE_BENCH_HUMMING_CONFIGURATIONS adds as many of what its own tuning
-tests sample (default 0: to enumerate them takes Humming minutes of Python a shape, and few of them are good). Each is compiled when it is first met.
+tests sample (default 0: to enumerate them takes Humming minutes of Python a shape, and few of them are good), each compiled when it is first met.
 """
 
 from __future__ import annotations
@@ -98,14 +98,14 @@ class Humming(Nvfp4Competitor):
 
     def configurations(self, op: str, shape: Shape, m: int) -> Sequence[Hashable]:
         """Its heuristic's choices, that for these rows first, then a sample of what its own tuning tests enumerate; the same every time."""
+        text = os.environ.get(VARIABLE, str(SAMPLE))
+        if not text.isdigit():
+            raise Unavailable(f"{VARIABLE}={text!r}: use a number of configurations, 0 for Humming's own choices alone")
         own, rows = self._own[op][0], m * shape.top_k
         config = own.config
         if config.to_str() not in self._together:
             self._compile_together(config, f"{self.name} {op} {shape.name}")
         found = [self.own_choice(own, max(1, round(factor * rows))) for factor in FACTORS]
-        text = os.environ.get(VARIABLE, str(SAMPLE))
-        if not text.isdigit():
-            raise Unavailable(f"{VARIABLE}={text!r}: use a number of configurations, 0 for Humming's own choices alone")
         if int(text):
             tuning = importlib.import_module("humming.testing.tuning")
             found += [Tuning.of(each) for each in tuning.sample_test_tuning_configs(config, self._compute, sample_size=int(text))]

@@ -48,9 +48,11 @@ class LaneRaces:
 
     def may_still_read(self, places: Any, words: int, lanes: Any, units: Any, met: Any) -> Any:
         """Which of the granules ``[n, words]`` another lane of the writer's warp read since its lanes met."""
+        if isinstance(lanes, int):  # all of them write
+            return np.False_
         fresh = (self.tick.reshape(-1, words)[places] > met[:, None]) & (self.unit.reshape(-1, words)[places] == units[:, None])
-        if not some(fresh) or isinstance(lanes, int):
-            return fresh & False
+        if not some(fresh):
+            return fresh
         others = self.lanes.reshape(-1, words)[places] & ~(np.uint32(1) << lanes.astype(np.uint32))[:, None]
         return fresh & (others != 0)
 

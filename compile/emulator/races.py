@@ -534,17 +534,12 @@ class Races:
             marks.read_unit[slots, places] = units[:, None]
             marks.read_tick[slots, places] = now[:, None]
             if nbytes >= GRANULE:
-                self.of_lanes.read(places, words, self._lane_masks(g, index, picked, lanes, rows), units, now, met)
-
-    def _lane_masks(self, g: Gang, index: Any, picked: Any, lanes: Any, rows: Any) -> Any:
-        """The lanes that read each place: one, or where all lanes of a warp read one place, those that are picked."""
-        if not isinstance(lanes, int):
-            return np.uint32(1) << lanes.astype(np.uint32)
-        if lanes != SEVERAL:
-            return np.full(rows.size, 1 << lanes, np.uint32)
-        return np.array([g.lane_bits(None if picked is None else np.isin(np.arange(g.lanes), picked), w) for w in range(len(g.warps))], np.uint32)[
-            [[warp.row for warp in g.warps].index(row) for row in rows.tolist()]
-        ]
+                bits = np.uint32(1) << lane_numbers(g, picked).astype(np.uint32)
+                if isinstance(lanes, int):  # a place a warp, which all of its lanes that are picked read
+                    of_warps = np.zeros(self.own.size, np.uint32)
+                    np.bitwise_or.at(of_warps, self.rows(g, picked), bits)
+                    bits = of_warps[rows]
+                self.of_lanes.read(places, words, bits, units, now, met)
 
     def _report_lanes(self, places: Any, lanes: Any, bad: Any, verb: str, other: str) -> None:
         at, word = divmod(int(bad.argmax()), bad.shape[1])

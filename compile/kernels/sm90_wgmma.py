@@ -121,14 +121,18 @@ def multiply_half(config: Config, accumulators: list[Any], stage: Any, first_blo
     scales = _scale_words(config, stage, first_block)
     offsets = [(half * config.half_bytes + step * K16_BYTES) // DESCRIPTOR_UNIT for step in range(common.K16_STEPS)]
     codes_at = stage + first_block * (common.K64_HALVES * common.CHUNK_BYTES)
+
+    def codes_of(block: int) -> list[Any]:
+        return common.shared_words(codes_at + (block * common.K64_HALVES + half) * common.CHUNK_BYTES)
+
     ahead = config.shape.warpgroups == 1  # two warpgroups have no registers for it
     if ahead:
         descriptors = [descriptor(tokens + offset) for offset in offsets]
-        following = common.shared_words(codes_at + half * common.CHUNK_BYTES)
+        following = codes_of(0)
     for block in range(config.blocks):
-        codes = following if ahead else common.shared_words(codes_at + (block * common.K64_HALVES + half) * common.CHUNK_BYTES)
-        if ahead and block + 1 < config.blocks:  # under way while this block is decoded
-            following = common.shared_words(codes_at + ((block + 1) * common.K64_HALVES + half) * common.CHUNK_BYTES)
+        codes = following if ahead else codes_of(block)
+        if ahead and block + 1 < config.blocks:
+            following = codes_of(block + 1)  # under way while this block is decoded
         of_row, of_lower_row = (common.weight_scale(scales[block], 2 * half + row) for row in range(2))
         operands = []
         for first in range(0, common.K16_STEPS, 2):

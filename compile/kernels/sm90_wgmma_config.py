@@ -163,9 +163,9 @@ class Config:
 
     @property
     def warps_bring_halves(self) -> bool:
-        """Whether a warp that brings bf16 through registers has one K 64 half of four rows, which no two lanes store to one bank, or two whole rows,
-        as FC2 of 160 rows, which has no registers for the other."""
-        return not (self.op == "groupedfc2" and self.tile_m == max(SHAPES))
+        """Whether a warp that brings tokens through registers has one K 64 half of several rows, which no two lanes store to one bank, or two whole
+        rows, as FC2 of 160 rows of bf16, which has no registers for the other."""
+        return self.nvfp4_activations or (self.op, self.tile_m) != ("groupedfc2", 160)
 
     @property
     def portions(self) -> int:

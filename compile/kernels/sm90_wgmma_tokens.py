@@ -34,7 +34,7 @@ def thread_place(config: Config, tid: Any) -> tuple[Any, Any, Any]:
     The row step is a multiple of 8, so that all of a thread's rows have the same swizzle. A piece of bf16 is the 16-byte chunk of the K 128, of NVFP4
     it is 4·half + group. A warp has one half, of as many rows as its lanes bring: then no two lanes store to one bank.
     """
-    if not config.warps_bring_halves and not config.nvfp4_activations:
+    if not config.warps_bring_halves:
         return tid // 16, config.threads // 16, tid % 16
     pieces = 4 if config.nvfp4_activations else 8  # of a half of a row
     warp, rows = tid // 32, 32 // pieces
