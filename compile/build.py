@@ -401,7 +401,7 @@ def _update_index(out: Path, arch: str, manifest: bytes, variants: int) -> None:
         sets = {name: entry for name, entry in index.sets.items() if (out / entry.manifest).exists()}
     except ArtifactError:
         sets = {}
-    sets[arch] = IndexEntry(arch, f"{arch}/{MANIFEST_NAME}", hashlib.sha256(manifest).hexdigest(), variants)
+    sets[arch] = IndexEntry.of(arch, manifest, variants)
     document = Index(sets).to_bytes()
     if not path.exists() or path.read_bytes() != document:
         write_atomically(path, document)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -66,7 +65,7 @@ def stage(root: Path, out: Path, keys: Iterable[str]) -> dict[str, Manifest]:
         for entry in chosen.values():
             (out / arch / entry.file).write_bytes(found.image(entry))
         (out / arch / MANIFEST_NAME).write_bytes(data)
-        sets[arch] = IndexEntry(arch, f"{arch}/{MANIFEST_NAME}", hashlib.sha256(data).hexdigest(), len(chosen))
+        sets[arch] = IndexEntry.of(arch, data, len(chosen))
     missing = wanted - {key for each in manifests.values() for key in each.variants}
     if missing or not wanted:
         raise BuildError(f"{root} lacks {len(missing)} of the {len(wanted)} requested variants, {min(missing, default='none')} among them")

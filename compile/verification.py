@@ -150,6 +150,6 @@ def _write(out: Path, arch: str, records: Mapping[str, Mapping[str, Any]], image
     index = Index.from_bytes(read_file(index_path, LARGEST_MANIFEST), str(index_path))
     if arch not in index.sets:
         raise ArtifactError(f"{index_path} has no set for {arch}: build again")
-    stated = IndexEntry(arch, f"{arch}/{MANIFEST_NAME}", hashlib.sha256(document).hexdigest(), len(entries))
+    stated = IndexEntry.of(arch, document, len(entries))
     write_atomically(path, document)
     write_atomically(index_path, Index({**index.sets, arch: stated}).to_bytes())

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import densemoe.artifacts
 from densemoe.runtime.errors import ArtifactNotFound, ManifestError
+from densemoe.runtime.proof import Proof
 
 __all__ = ["Lines", "canonical", "installed_file", "parse_line", "read_file", "split_lines", "write_atomically"]
 
@@ -41,10 +42,15 @@ def canonical(document: Mapping[str, Any]) -> bytes:
 
 
 class Lines(Mapping[str, memoryview]):
-    """An object of a canonical document, unparsed: its members' text by name, each found when it is asked for."""
+    """An object of a canonical document, unparsed: its members' text by name, each found, and proven, when it is asked for. Which names there are,
+    and that one is not there, is known when the whole document is proven."""
 
-    def __init__(self, data: bytes, start: int, end: int) -> None:
-        self._data, self._start, self._end = data, start, end
+    def __init__(self, data: bytes, start: int, end: int, proof: Proof | None = None) -> None:
+        self._data, self._start, self._end, self._proof = data, start, end, proof
+
+    def _prove(self) -> None:
+        if self._proof is not None:
+            self._proof.whole()
 
     def __getitem__(self, name: str) -> memoryview:
         mark = b'\n"%s":' % name.encode()
@@ -61,17 +67,22 @@ class Lines(Mapping[str, memoryview]):
         if at < 0:
             at = data.find(mark, self._start, self._end)
         if at < 0 or '"' in name or "\n" in name:
+            self._prove()
             raise KeyError(name)
         end = self._data.index(b"\n", at + 1)
+        if self._proof is not None:
+            self._proof.part(at, end + 1)
         return memoryview(self._data)[at + len(mark) : end - (self._data[end - 1 : end] == b",")]
 
     def __iter__(self) -> Iterator[str]:
+        self._prove()
         try:
             return iter([name.decode() for name in _NAMES.findall(self._data, self._start, self._end)])
         except UnicodeDecodeError as error:
             raise ManifestError(f"a name in a manifest is not UTF-8: {error}; build or install the set again") from None
 
     def __len__(self) -> int:
+        self._prove()
         return self._data.count(b'\n"', self._start, self._end)
 
 
@@ -90,14 +101,18 @@ def _closing(data: bytes, bracket: bytes, start: int, last: int) -> int:
     return -1
 
 
-def split_lines(data: bytes, source: str, lazy: Collection[str]) -> dict[str, Any]:
+def split_lines(data: bytes, source: str, lazy: Collection[str], proof: Proof | None = None) -> dict[str, Any]:
     """Members of a canonical document: parsed, but for the objects named in ``lazy``, which become `Lines`.
 
     A line that is used must hold one complete JSON value (`parse_line`), so what is read is what any JSON reader would read.
 
     The object of ``lazy`` whose name sorts last must be the document's last member.
 
+    Args:
+        proof: compares what is parsed, now or later, before it is.
+
     Raises:
+        ArtifactCorrupt: it is not what ``proof`` says.
         ManifestError: the document is not in canonical form, or a member that is parsed is not JSON. ``source`` names it.
     """
     members: dict[str, Any] = {}
@@ -125,10 +140,16 @@ def split_lines(data: bytes, source: str, lazy: Collection[str]) -> dict[str, An
                 end += len(close) + (end + len(close) + 1 < last)
             if (data[end - 1 : end] == b",") == (end + 1 == last):
                 raise ValueError
-            text = view[colon + 2 : end - (end + 1 < last)]
-            members[name] = Lines(data, start, end - 2) if name in lazy and opening == b"{" else parse_line(text, f"{source}.{name}")
+            if name in lazy and opening == b"{":
+                members[name] = Lines(data, start, end - 2, proof)
+            else:
+                if proof is not None:
+                    proof.part(position, end + 1)
+                members[name] = parse_line(view[colon + 2 : end - (end + 1 < last)], f"{source}.{name}")
             position = end + 1
     except ValueError:
+        if proof is not None:
+            proof.whole()
         raise ManifestError(f"{source} is not in canonical form: cut off, or edited by hand; build or install the set again") from None
     return members
 

@@ -47,6 +47,10 @@ _POINTER: Final = ctypes.c_void_p
 _UNIFIED_SINCE: Final = 4000
 _DEVICE_ORDINAL: Final = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 _POINTER_ATTRIBUTE: Final = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, ctypes.c_int, ctypes.c_uint64)
+#: ``CU_LIBRARY_BINARY_IS_PRESERVED`` and that it is so: without it the driver copies a cubin, a third of what loading one takes (docs/loading.md).
+_KEPT: Final = (ctypes.c_int * 1)(1), (ctypes.c_void_p * 1)(1)
+#: Bytes that the driver reads where they are, by library: for as long as it is loaded, which is to the process's end unless it is unloaded.
+_IMAGES: Final[dict[int, bytes]] = {}
 _LOAD_DATA: Final = ctypes.CFUNCTYPE(
     ctypes.c_int, _POINTER, ctypes.c_char_p, _POINTER, _POINTER, ctypes.c_uint, _POINTER, _POINTER, ctypes.c_uint
 )
@@ -179,7 +183,7 @@ class Driver:
     # ---- code
 
     def load(self, image: bytes, *, file: str, arch: str, ordinal: int) -> Any:
-        """Loads a cubin.
+        """Loads a cubin. Its bytes are kept until it is unloaded: the driver goes on reading them.
 
         Args:
             file, arch: what is loaded and what it was built for; ordinal: the device it is for; for messages.
@@ -189,8 +193,9 @@ class Driver:
             DriverTooOld: the driver does not know the format.
         """
         library = ctypes.c_void_p()
-        code = self._load_data(ctypes.byref(library), image, None, None, 0, None, None, 0)
+        code = self._load_data(ctypes.byref(library), image, None, None, 0, *_KEPT, len(_KEPT[0]))
         if code == 0:
+            _IMAGES[library.value or 0] = image
             return self._cuda.CUlibrary(library.value or 0)
         error = self._error("cuLibraryLoadData", self._cuda.CUresult(code))
         capability = self.capability(ordinal)
@@ -213,6 +218,7 @@ class Driver:
     def unload(self, library: Any) -> None:
         """Unloads a library."""
         self._call("cuLibraryUnload", library)
+        _IMAGES.pop(int(library), None)
 
     def parameters(self, kernel: Any) -> tuple[tuple[int, int], ...]:
         """(offset, size) of every parameter, in order. Needs a 12.4 driver."""

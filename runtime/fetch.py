@@ -153,7 +153,7 @@ def _fetch_set(
 ) -> None:
     entry = index.sets[arch]
     data = remote.whole(entry.manifest, LARGEST_MANIFEST)
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
+    if not entry.is_of(data):
         raise ArtifactCorrupt(f"{remote.url}: {entry.manifest} is not the manifest that {INDEX_NAME} names: it is being replaced, or was changed")
     manifest = Manifest.from_bytes(data, f"{remote.url}/{entry.manifest}")
     if manifest.arch != arch:

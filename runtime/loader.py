@@ -8,7 +8,6 @@ view of the kernel's parameters with the manifest's. Thread-safe. A forked child
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -21,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Final
 from densemoe.runtime import driver as cuda_driver
 from densemoe.runtime.canonical import installed_file, read_file
 from densemoe.runtime.errors import AbiMismatch, ArchitectureMismatch, ArtifactCorrupt, ArtifactError, ArtifactNotFound, DriverTooOld, SelectionError
-from densemoe.runtime.manifest import INDEX_NAME, LARGEST_CUBIN, LARGEST_INDEX, LARGEST_MANIFEST, SCHEMA, Index, Manifest, ManifestVariant
+from densemoe.runtime.manifest import INDEX_NAME, LARGEST_CUBIN, LARGEST_INDEX, LARGEST_MANIFEST, SCHEMA, Index, IndexEntry, Manifest, ManifestVariant
 from densemoe.runtime.plan import Plan
+from densemoe.runtime.proof import sha256_hex
 from densemoe.runtime.select import Choice, load_table, select
 from densemoe.runtime.variant import Architecture, Variant, architecture, symbol_of
 
@@ -36,16 +36,6 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
     "DENSEMOE_ARTIFACTS": "directory of an artifact root (index.json and a folder per architecture), instead of the installed package's",
     "DENSEMOE_FUSED_FC2_ALPHA": "1: layers for PyTorch apply the router's weights before FC1's output is rounded unless told otherwise; 0: after",
 }
-
-
-#: Copied for each digest: looking the algorithm up takes longer than hashing a cubin.
-_SHA256: Final = hashlib.sha256()
-
-
-def _sha256(data: bytes) -> str:
-    digest = _SHA256.copy()
-    digest.update(data)
-    return digest.hexdigest()
 
 
 def artifact_root(path: str | os.PathLike[str] | None = None) -> Path:
@@ -128,7 +118,7 @@ class ArtifactSet:
         return next((each for each in self.addons if arch in each.index.sets), None)
 
     def manifest(self, arch: str) -> Manifest:
-        """The manifest of one architecture.
+        """The manifest of one architecture. Of what it holds each part is compared with the index when it is first used.
 
         Raises:
             ArtifactNotFound: the root has no such set.
@@ -146,11 +136,7 @@ class ArtifactSet:
                 raise ArtifactNotFound(f"{self.root} has no set for {arch}: it has {', '.join(self.architectures) or 'none'}")
             path = f"{self._prefix}{entry.manifest}"
             data = read_file(path, LARGEST_MANIFEST)
-            if _sha256(data) != entry.sha256:
-                raise ArtifactCorrupt(
-                    f"{path} is not the manifest that {INDEX_NAME} names: an interrupted build or a changed file; build or install again"
-                )
-            self._manifests[arch] = Manifest.from_bytes(data, path, full=False)
+            self._manifests[arch] = Manifest.from_bytes(data, path, full=False, proof=entry.proof(data, path))
             return self._manifests[arch]
 
     def for_capability(self, capability: tuple[int, int]) -> Manifest:
@@ -181,7 +167,7 @@ class ArtifactSet:
         if len(data) != entry.size:
             found = os.path.getsize(path)
             raise ArtifactCorrupt(f"{path} has {found} bytes, the manifest says {entry.size}: truncated or replaced; build or install again")
-        if _sha256(data) != entry.sha256:
+        if sha256_hex(data) != entry.sha256:
             raise ArtifactCorrupt(f"{path} is not the file that was built (its sha256 differs from the manifest's): build or install again")
         return data
 
@@ -362,14 +348,15 @@ def _rehearse() -> None:
         f'{{\n"arch":"sm_90a",\n"builder":{{\n"dirty":false\n}},\n"minimum_driver":0,\n"recipes":{{\n"":{{}}\n}},\n"schema":{SCHEMA},\n'
         f'"toolchain":{{\n"ptxas":""\n}},\n"variants":{{\n"{key}":{entry}\n}}\n}}\n'
     ).encode()
-    index = f'{{"schema":{SCHEMA},"sets":[{{"arch":"sm_90a","manifest":"sm_90a/manifest.json","sha256":"{_sha256(manifest)}","variants":1}}]}}'
+    index = Index({"sm_90a": IndexEntry.of("sm_90a", manifest, 1)}).to_bytes()
     for _ in range(_PASSES):
         with suppress(ArtifactError):  # this file need not lie on a disk
             read_file(__file__, LARGEST_CUBIN)
             read_file(__file__, LARGEST_CUBIN, 0)
         _root(None)
-        _serving(Index.from_bytes(index.encode(), "").sets, (9, 0))
-        Manifest.from_bytes(manifest, "", full=False).variants[key]  # reading it is the point
+        sets = Index.from_bytes(index, "").sets
+        _serving(sets, (9, 0))
+        Manifest.from_bytes(manifest, "", full=False, proof=sets["sm_90a"].proof(manifest, "")).variants[key]  # reading it is the point
 
 
 _rehearse()

@@ -18,6 +18,7 @@ from typing import Any, Final
 from densemoe.runtime.canonical import canonical, parse_line, split_lines
 from densemoe.runtime.errors import ManifestError, RecipeError, VariantError
 from densemoe.runtime.fields import Fields, check_schema, is_sha256, parse_document
+from densemoe.runtime.proof import BLOCK, DIGITS, Proof, block_digests, sha256_hex
 from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.variant import Variant, architecture, symbol_of
 
@@ -319,18 +320,20 @@ class Manifest:
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes, source: str, *, full: bool = True) -> Manifest:
+    def from_bytes(cls, data: bytes, source: str, *, full: bool = True, proof: Proof | None = None) -> Manifest:
         """Checks and reads a manifest.
 
         Args:
             source: where the bytes came from, for messages.
             full: parse all of it and check every entry now, names that stand twice and the canonical form included. Otherwise entries are
-                parsed and checked when they are asked for: a cold start reads a manifest whose sha256 the index states.
+                parsed and checked when they are asked for: a cold start reads a manifest whose digests the index states.
+            proof: where not ``full``: compares the bytes of what is asked for with those digests.
 
         Raises:
+            ArtifactCorrupt: it is not what ``proof`` says; later too, when an entry is asked for.
             ManifestError: anything that is not a manifest of this schema.
         """
-        fields = parse_document(data, source, SCHEMA, LARGEST_MANIFEST) if full else _lines(data, source)
+        fields = parse_document(data, source, SCHEMA, LARGEST_MANIFEST) if full else _lines(data, source, proof)
         arch = fields.get("arch", str)
         try:
             architecture(arch)
@@ -407,23 +410,46 @@ def _parsed(value: Any, path: str) -> Any:
     return parse_line(value, path) if isinstance(value, memoryview) else value
 
 
-def _lines(data: bytes, source: str) -> Fields:
+def _lines(data: bytes, source: str, proof: Proof | None) -> Fields:
     """The document's top level, with its schema checked; its objects are left unparsed."""
     if len(data) > LARGEST_MANIFEST:
         raise ManifestError(f"{source}: {len(data)} bytes; at most {LARGEST_MANIFEST} are read")
-    fields = Fields(split_lines(data, source, lazy=("builder", "recipes", "toolchain", "variants")), source)
+    fields = Fields(split_lines(data, source, ("builder", "recipes", "toolchain", "variants"), proof), source)
     check_schema(fields, SCHEMA)
     return fields
 
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """One set: its architecture, its manifest's path below the root and sha256, and how many variants it lists."""
+    """One set.
+
+    Attributes:
+        manifest: its manifest's path below the root, ``<arch>/manifest.json``.
+        sha256, size: of that file, in bytes.
+        blocks: sha256 of each of its blocks (``proof.block_digests``).
+        variants: how many it lists.
+    """
 
     arch: str
     manifest: str
     sha256: str
+    size: int
+    blocks: str
     variants: int
+
+    @classmethod
+    def of(cls, arch: str, manifest: bytes, variants: int) -> IndexEntry:
+        """The entry of a manifest's bytes."""
+        return cls(arch, f"{arch}/{MANIFEST_NAME}", sha256_hex(manifest), len(manifest), block_digests(manifest), variants)
+
+    def is_of(self, manifest: bytes) -> bool:
+        """Whether these bytes are the manifest that it names, whole and by blocks."""
+        return (self.sha256, self.size, self.blocks) == (sha256_hex(manifest), len(manifest), block_digests(manifest))
+
+    def proof(self, manifest: bytes, path: str) -> Proof:
+        """Compares bytes that were read from ``path`` as they are used. Raises ArtifactCorrupt where their number differs."""
+        fault = f"{path} is not the manifest that {INDEX_NAME} names: an interrupted build or a changed file; build or install again"
+        return Proof(manifest, self.size, self.blocks, fault)
 
 
 @dataclass(frozen=True)
@@ -434,8 +460,7 @@ class Index:
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
-        sets = [{"arch": s.arch, "manifest": s.manifest, "sha256": s.sha256, "variants": s.variants} for _, s in sorted(self.sets.items())]
-        return canonical({"schema": SCHEMA, "sets": sets})
+        return canonical({"schema": SCHEMA, "sets": [dict(vars(entry)) for _, entry in sorted(self.sets.items())]})
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> Index:
@@ -452,5 +477,9 @@ class Index:
             manifest = fields.get("manifest", str, expected.__eq__, f"{expected} belongs to {arch}")
             if arch in sets:
                 raise ManifestError(f"{fields.path}.arch: {arch} stands twice")
-            sets[arch] = IndexEntry(arch, manifest, fields.sha256("sha256"), fields.size("variants", 10**6))
+            size = fields.size("size", LARGEST_MANIFEST)
+            blocks = fields.get("blocks", str)
+            if len(blocks) != -(-size // BLOCK) * DIGITS:
+                raise ManifestError(f"{fields.path}.blocks: {len(blocks)} digits; {DIGITS} belong to each {BLOCK} bytes of a manifest of {size}")
+            sets[arch] = IndexEntry(arch, manifest, fields.sha256("sha256"), size, blocks, fields.size("variants", 10**6))
         return cls(sets)

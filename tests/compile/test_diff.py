@@ -20,7 +20,7 @@ from densemoe.runtime import cli
 from densemoe.runtime.canonical import canonical
 from densemoe.runtime.errors import ArtifactError, ArtifactNotFound, ManifestError
 from densemoe.runtime.loader import ArtifactSet
-from densemoe.runtime.manifest import Manifest
+from densemoe.runtime.manifest import IndexEntry, Manifest
 from densemoe.runtime.wheels import extract
 
 KEY = "fc1.sm90a.t8x64.c1x1.bf16-bf16"
@@ -31,7 +31,7 @@ def rewrite(root: Path, manifest: Manifest) -> None:
     data = manifest.to_bytes()
     (root / "sm_90a" / "manifest.json").write_bytes(data)
     index = json.loads((root / "index.json").read_text())
-    index["sets"][0] |= {"sha256": hashlib.sha256(data).hexdigest(), "variants": len(manifest.variants)}
+    index["sets"][0] = dict(vars(IndexEntry.of("sm_90a", data, len(manifest.variants))))
     (root / "index.json").write_bytes(canonical(index))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import cuda.bindings
 import pytest
 
-from densemoe.runtime.driver import Driver, LaunchConfig
+from densemoe.runtime.driver import _IMAGES, Driver, LaunchConfig
 from densemoe.runtime.errors import ArchitectureMismatch, DriverError, DriverTooOld, DriverUnavailable
 
 
@@ -180,6 +180,33 @@ def test_an_image_is_given_to_the_driver_as_it_is(make: Make) -> None:
     assert driver.load(b"\x7fELF", file="a.cubin", arch="sm_90a", ordinal=0) == 5
     assert seen == [b"\x7fELF"]
     assert (b"cuLibraryLoadData", 12000, 0) in binding.named("cuGetProcAddress")
+
+
+def test_an_image_stays_where_it_is_until_its_library_goes(make: Make) -> None:
+    """The driver is told that it need not copy it (CU_LIBRARY_BINARY_IS_PRESERVED), so nobody may free it, whoever forgets the Driver."""
+    told: list[tuple[list[int], list[int]]] = []
+    places: list[int] = []
+
+    @_LOAD
+    def load(library: Any, image: int, jit: Any, values: Any, count: int, options: int, settings: int, number: int) -> int:
+        assert (jit, values, count) == (None, None, 0)
+        told.append((list((ctypes.c_int * number).from_address(options)), list((ctypes.c_void_p * number).from_address(settings))))
+        places.append(image)
+        library[0] = 0xD0
+        return 0
+
+    driver, binding = make(cuGetProcAddress=lambda *_: (OK, ctypes.cast(load, ctypes.c_void_p).value, 0), cuLibraryUnload=lambda library: (OK,))
+    image = bytes(range(1, 255)) * 40
+    wanted = bytearray(image)
+    library = driver.load(image, file="a.cubin", arch="sm_90a", ordinal=0)
+    assert told == [([1], [1])]
+    assert _IMAGES[0xD0] is image
+    del image, driver.__dict__["_load_data"]
+    gc.collect()
+    assert ctypes.string_at(places[0], len(wanted)) == wanted
+    driver.unload(library)
+    assert binding.named("cuLibraryUnload") == [(library,)]
+    assert 0xD0 not in _IMAGES
 
 
 def test_a_binary_for_another_device_says_which_is_which(make: Make) -> None:

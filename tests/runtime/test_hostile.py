@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 from densemoe.runtime import cli
 from densemoe.runtime.canonical import canonical
+from densemoe.runtime.manifest import Index, IndexEntry
 
 KEY = "fc1.sm90a.t8x64.c1x1.bf16-bf16"
 #: Values that a reader may trip over: of every JSON type, at the edges of what is allowed, and text that would move a terminal's cursor.
@@ -71,8 +71,8 @@ def install(root: Path, document: dict[str, Any]) -> None:
     data = canonical(document)
     (root / "sm_90a" / "manifest.json").write_bytes(data)
     variants = document.get("variants")
-    entry = {"arch": "sm_90a", "manifest": "sm_90a/manifest.json", "sha256": hashlib.sha256(data).hexdigest()}
-    (root / "index.json").write_bytes(canonical({"schema": 1, "sets": [{**entry, "variants": len(variants) if isinstance(variants, dict) else 0}]}))
+    entry = IndexEntry.of("sm_90a", data, len(variants) if isinstance(variants, dict) else 0)
+    (root / "index.json").write_bytes(Index({"sm_90a": entry}).to_bytes())
 
 
 def replaced(document: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:

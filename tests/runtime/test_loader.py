@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from fake_driver import FakeDriver
 
+from densemoe.runtime import cli
 from densemoe.runtime import loader as loading
 from densemoe.runtime.errors import (
     AbiMismatch,
@@ -31,6 +32,7 @@ from densemoe.runtime.errors import (
 )
 from densemoe.runtime.loader import ArtifactSet, Loader
 from densemoe.runtime.problem import Problem
+from densemoe.runtime.proof import BLOCK
 
 FC1 = "fc1.sm90a.t8x64.c1x1.bf16-bf16"
 FC2 = "fc2.sm90a.t8x64.c1x1.bf16-bf16"
@@ -122,6 +124,62 @@ def test_a_manifest_that_the_index_does_not_name_is_refused(artifacts_copy: Path
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(ArtifactCorrupt, match="not the manifest"):
         ArtifactSet(artifacts_copy).manifest("sm_90a")
+
+
+def test_a_byte_of_a_manifest_that_changed_is_found_when_it_is_used(artifacts_copy: Path) -> None:
+    """Bytes are compared with the index by blocks: the entry that is asked for, whichever byte of it changed, and the list of all."""
+    path = artifacts_copy / "sm_90a" / "manifest.json"
+    data = path.read_bytes()
+    start = data.index(b'\n"%s":' % FC1.encode(), data.index(b'"variants"'))
+    for at in (start, start + 1, start + 3, data.index(b'"sha256":"', start) + 12, data.index(b"\n", start + 1)):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(ArtifactCorrupt, match="not the manifest"):
+            ArtifactSet(artifacts_copy).manifest("sm_90a").variants[FC1]
+    with pytest.raises(ArtifactCorrupt, match="not the manifest"):
+        sorted(ArtifactSet(artifacts_copy).manifest("sm_90a").variants)
+
+
+def test_a_changed_byte_elsewhere_is_found_by_whoever_lists_the_kernels(artifacts_copy: Path) -> None:
+    """A kernel by its key needs the blocks of its line alone; a choice among all needs them all."""
+    path = artifacts_copy / "sm_90a" / "manifest.json"
+    data = path.read_bytes()
+    first = next(iter(ArtifactSet(artifacts_copy).manifest("sm_90a").variants))
+    last = list(ArtifactSet(artifacts_copy).manifest("sm_90a").variants)[-1]
+    near = data.index(b'\n"%s":' % first.encode())
+    far = data.index(b'\n"%s":' % last.encode())
+    assert far // BLOCK > data.index(b"\n", near + 1) // BLOCK  # they share no block
+    path.write_bytes(data[: far + 9] + b"#" + data[far + 10 :])
+    manifest = ArtifactSet(artifacts_copy).manifest("sm_90a")
+    assert manifest.variants[first].key == first
+    variants = manifest.variants
+    for asked in (lambda: len(variants), lambda: variants[last], lambda: variants.get("fc9"), lambda: list(variants)):
+        with pytest.raises(ArtifactCorrupt, match="not the manifest"):
+            asked()
+    with pytest.raises(ArtifactCorrupt, match="not the manifest"):
+        Loader(artifacts_copy, FakeDriver()).select(Problem("fc1", 4, 8, 512, 256), 0)
+
+
+@pytest.mark.parametrize(
+    ("member", "value", "said"),
+    [("size", 5, "belong to each 8192 bytes of a manifest of 5"), ("blocks", "00", "2 digits; 64 belong")],
+)
+def test_blocks_that_do_not_fit_their_manifest_are_refused(artifacts_copy: Path, member: str, value: object, said: str) -> None:
+    path = artifacts_copy / "index.json"
+    document = json.loads(path.read_text())
+    document["sets"][0][member] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(ManifestError, match=said):
+        ArtifactSet(artifacts_copy)
+
+
+def test_an_index_whose_digests_disagree_is_no_sound_set(artifacts_copy: Path) -> None:
+    """sha256 of the whole and of the blocks say the same, or `densemoe verify` does not pass."""
+    path = artifacts_copy / "index.json"
+    document = json.loads(path.read_text())
+    document["sets"][0]["sha256"] = "0" * 64
+    path.write_text(json.dumps(document))
+    assert FC1 in ArtifactSet(artifacts_copy).manifest("sm_90a").variants  # each block is what the index says
+    assert cli.main(["verify", "--artifacts", str(artifacts_copy)]) == 1
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"schema": 99, "sets": []}', b'{"schema": true, "sets": []}'])
@@ -420,6 +478,7 @@ import types
 elf = types.ModuleType("densemoe.compile.elf")
 from densemoe.runtime.loader import ArtifactSet, Loader
 from densemoe.runtime.problem import Problem
+from densemoe.runtime.proof import BLOCK
 class Driver:
     def __getattr__(self, name):
         return lambda *a, **k: None

@@ -23,6 +23,7 @@ from densemoe.runtime import addons, cli, signature, verify_cli
 from densemoe.runtime.canonical import canonical
 from densemoe.runtime.errors import ArtifactCorrupt, SignatureError
 from densemoe.runtime.loader import ArtifactSet
+from densemoe.runtime.manifest import IndexEntry
 from densemoe.runtime.signature import Signed, Signer
 
 FIXED = Path(__file__).parent / "signed"
@@ -275,7 +276,7 @@ def test_one_signature_covers_every_byte(run: Run, trust: LocalTrust, artifacts_
     assert run("--artifacts", artifacts_copy)[0] == 1
     index = artifacts_copy / "index.json"
     document = json.loads(index.read_text())
-    document["sets"][0]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    document["sets"][0] = dict(vars(IndexEntry.of("sm_90a", text.encode(), document["sets"][0]["variants"])))
     index.write_bytes(canonical(document))
     assert ArtifactSet(artifacts_copy).manifest("sm_90a")  # all hashes agree: only the signature tells
     code, out, error = run("--artifacts", artifacts_copy)
