@@ -5,10 +5,10 @@
     a warp a chunk of pairs:   place = first row of the expert + those in chunks below + those before it in the chunk ─ token and scale there
     a thread a place:          store token and scale (of up to 4,096 pairs, sorted in shared memory; of more each where it belongs)
 
-A pair is one token's choice of one expert. ``rows`` and ``row_alpha`` hold the pairs, those of one expert together, in the order of pairs; a tile is
-up to ``group_tile`` neighbouring rows of one expert. Ids off this rank are skipped where other ranks hold the rest; otherwise such an id becomes a
-row of expert 0 whose scale is NaN, which reaches the token's output: a launch can raise no error. Where there is no pair at all one tile of no rows
-stands, so that FC2 still writes its zeros.
+A pair is one token's choice of one expert. ``rows`` and ``row_alpha`` hold the pairs, those of one expert together, in the order of pairs (a token that
+names an expert twice has those two in any order); a tile is up to ``group_tile`` neighbouring rows of one expert. Ids off this rank are skipped where
+other ranks hold the rest; otherwise such an id becomes a row of expert 0 whose scale is NaN, which reaches the token's output: a launch can raise no
+error. Where there is no pair at all one tile of no rows stands, so that FC2 still writes its zeros.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ WEIGHT_LAYOUT = "none"
 TILE_WORDS = 4  # expert, first row, rows, unused
 CHUNK_COUNTS = 16384  # of a chunk and an expert: 32 chunks of up to 512 experts, fewer chunks of more
 CHUNKS_AHEAD = 8  # whose counts are loaded together
+BY_TOKEN_FROM = 6  # pairs of a token: fewer are compared lane by lane (docs/tried.md)
+TOKENS_AHEAD = 4  # of a warp's pairs, whose places are taken one token behind the other: 32 pairs of 8 a token
+STEPS_AHEAD = 3  # of 32 pairs, whose experts are loaded together to be counted
 STAGED_PAIRS = 4096  # that are sorted in shared memory: stored where they belong, each would be a write of its own
 # counts, first rows, totals, counts of chunks, sorted tokens and scales
 SHARED_BYTES = 2 * FLAG_BYTES + 2 * TOTALS_BYTES + CHUNK_COUNTS * 4 + 2 * STAGED_PAIRS * 4
@@ -56,6 +59,15 @@ def equal_lanes(value: Any, lane: Any) -> tuple[Any, Any]:
     """How many lanes below this one hold the same ``value``, and how many of all."""
     same = pr.inline_ptx_hl("match.any.sync.b32 {$w0}, {$r0}, 0xffffffff;", write_only_types=[Uint32], read_only_args=[value])
     return population(same & ((Uint32(1) << Uint32(lane)) - 1)), population(same)
+
+
+def next_place(address: Any, valid: Any) -> Any:
+    """Adds 1 to a word of shared memory where ``valid`` is not 0, and gives what it was; 0 elsewhere."""
+    return pr.inline_ptx_hl(
+        "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; mov.b32 {$w0}, 0; @p atom.relaxed.cta.shared::cta.add.u32 {$w0}, [{$r0}], 1; }",
+        write_only_types=[Int32],
+        read_only_args=[address, valid],
+    )
 
 
 def population(mask: Any) -> Any:
@@ -127,12 +139,11 @@ def route_kernel(
     own = warp * experts
     if first_pairs[0] >= 0:
         pr.red("add", "s32", chunk_counts.subview(own + first_pairs[0]), Int32(1), mem_order="relaxed", mem_scope="cta")
-    pair = begin + 32 + lane
-    while pair < end:
-        counted, _ = expert_of(ids, pair, end, id_bytes, first_expert, experts, elsewhere)
-        if counted >= 0:
-            pr.red("add", "s32", chunk_counts.subview(own + counted), Int32(1), mem_order="relaxed", mem_scope="cta")
-        pair += 32
+    for base in cutlass.range(begin + 32, end, 32 * STEPS_AHEAD, unroll=1):
+        counted = [expert_of(ids, base + 32 * i + lane, end, id_bytes, first_expert, experts, elsewhere)[0] for i in range(STEPS_AHEAD)]
+        for i in cutlass.range_constexpr(STEPS_AHEAD):
+            if counted[i] >= 0:
+                pr.red("add", "s32", chunk_counts.subview(own + counted[i]), Int32(1), mem_order="relaxed", mem_scope="cta")
     pr.barrier_cta_sync(0)
     expert = tid
     while expert < LARGEST_EXPERTS:
@@ -181,11 +192,12 @@ def route_kernel(
     pr.barrier_cta_sync(0)
 
     staged = Int32(pairs <= STAGED_PAIRS)
-    if begin < end:
-        place_pairs(first_pairs, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, staged, own, begin + lane, top_k, lane)
-    for base in cutlass.range(begin + 32, end, 32, unroll=1):
-        later = pair_of(ids, router, w2_alpha, base + lane, end, id_bytes, first_expert, experts, elsewhere)
-        place_pairs(later, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, staged, own, base + lane, top_k, lane)
+    chosen, bad, weight, expert_scale = first_pairs
+    for base in cutlass.range(begin, end, 32, unroll=1):
+        following = pair_of(ids, router, w2_alpha, base + 32 + lane, end, id_bytes, first_expert, experts, elsewhere)
+        held = (chosen, bad, weight, expert_scale)
+        place_pairs(held, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, staged, own, base + lane, top_k, lane)
+        chosen, bad, weight, expert_scale = following
     if staged != 0:
         pr.barrier_cta_sync(0)
         for at in cutlass.range(tid, every_row, THREADS, unroll=1):
@@ -197,6 +209,9 @@ def route_kernel(
 def place_pairs(pairs, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, staged, own, pair, top_k, lane):
     """Stores token and scale of a warp's 32 pairs, behind those of the same experts that came before.
 
+    Where a token has many pairs, each takes its place by an atomic addition, one token behind the other: a token's experts are distinct, and where
+    they are not its pairs may stand in any order. Where it has few, lanes compare theirs, which takes the SM about 90 cycles for each warp.
+
     Args:
         pairs: what ``pair_of`` gave; own: the chunk's first count.
         sorted_pairs: shared memory for tokens and scales, used where ``staged`` is not 0 instead of ``rows`` and ``row_alpha``.
@@ -204,20 +219,34 @@ def place_pairs(pairs, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, 
     chosen, bad, weight, expert_scale = pairs
     hit = Int32(chosen >= 0)
     found = chosen * hit
-    before, every = equal_lanes(chosen, lane)
+    token = pair // top_k
     place = own + found
-    earlier = Int32(chunk_counts[place])
-    cute.arch.sync_warp()
-    if (hit & Int32(before == every - 1)) != 0:
-        chunk_counts[place] = earlier + every
+    earlier = Int32(0)
+    if top_k >= BY_TOKEN_FROM:
+        address = chunk_counts.data_ptr().toint(Int32) + place * 4
+        newest = common.shuffle_from(token, Int32(31))
+        for oldest in cutlass.range(common.shuffle_from(token, Int32(0)), newest + 1, TOKENS_AHEAD, unroll=1):
+            ranks = [Int32(0) for _ in range(TOKENS_AHEAD)]
+            for i in cutlass.range_constexpr(TOKENS_AHEAD):
+                ranks[i] = next_place(address, hit & Int32(token == oldest + i))
+                cute.arch.sync_warp()
+            for i in cutlass.range_constexpr(TOKENS_AHEAD):
+                earlier += ranks[i]
+    else:
+        before, every = equal_lanes(chosen, lane)
+        first = Int32(chunk_counts[place])
+        cute.arch.sync_warp()
+        if (hit & Int32(before == every - 1)) != 0:
+            chunk_counts[place] = first + every
+        earlier = first + before
     scale = epilogue.multiply(weight, expert_scale)
-    target = Int32(first_rows[found]) + earlier + before
+    target = Int32(first_rows[found]) + earlier
     bits = Int32(epilogue.select(bad, Uint32(NAN_BITS), scale.bitcast(Uint32)))
     if staged != 0:
-        common.store_shared_if(sorted_pairs + target * 4, hit, pair // top_k)
+        common.store_shared_if(sorted_pairs + target * 4, hit, token)
         common.store_shared_if(sorted_pairs + (STAGED_PAIRS + target) * 4, hit, bits)
     else:
-        epilogue.store_if("b32", rows + Int64(target) * 4, hit, [pair // top_k])
+        epilogue.store_if("b32", rows + Int64(target) * 4, hit, [token])
         epilogue.store_if("b32", row_alpha + Int64(target) * 4, hit, [bits])
     cute.arch.sync_warp()
 
@@ -302,4 +331,10 @@ def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapp
 
 def expected(variant: Variant) -> Expected:
     """What the audit must find in the PTX of ``variant``."""
-    return Expected(ptx_counts={"shfl.sync.idx.b32": 8, "shfl.sync.up.b32": 20, "match.any.sync.b32": 2}, max_registers=64)
+    counts = {
+        "shfl.sync.idx.b32": 10,
+        "shfl.sync.up.b32": 20,
+        "match.any.sync.b32": 1,
+        "atom.relaxed.cta.shared::cta.add.u32": TOKENS_AHEAD,
+    }
+    return Expected(ptx_counts=counts, max_registers=64)
