@@ -49,7 +49,6 @@ CHUNK_COUNTS = 16384  # of a chunk and an expert: 32 chunks of up to 512 experts
 CHUNKS_AHEAD = 8  # whose counts are loaded together
 BY_TOKEN_FROM = 6  # pairs of a token: fewer are compared lane by lane (docs/tried.md)
 TOKENS_AHEAD = 4  # of a warp's pairs, whose places are taken one token behind the other: 32 pairs of 8 a token
-STEPS_AHEAD = 3  # of 32 pairs, whose experts are loaded together to be counted
 STAGED_PAIRS = 4096  # that are sorted in shared memory: stored where they belong, each would be a write of its own
 # counts, first rows, totals, counts of chunks, sorted tokens and scales
 SHARED_BYTES = 2 * FLAG_BYTES + 2 * TOTALS_BYTES + CHUNK_COUNTS * 4 + 2 * STAGED_PAIRS * 4
@@ -139,11 +138,12 @@ def route_kernel(
     own = warp * experts
     if first_pairs[0] >= 0:
         pr.red("add", "s32", chunk_counts.subview(own + first_pairs[0]), Int32(1), mem_order="relaxed", mem_scope="cta")
-    for base in cutlass.range(begin + 32, end, 32 * STEPS_AHEAD, unroll=1):
-        counted = [expert_of(ids, base + 32 * i + lane, end, id_bytes, first_expert, experts, elsewhere)[0] for i in range(STEPS_AHEAD)]
-        for i in cutlass.range_constexpr(STEPS_AHEAD):
-            if counted[i] >= 0:
-                pr.red("add", "s32", chunk_counts.subview(own + counted[i]), Int32(1), mem_order="relaxed", mem_scope="cta")
+    pair = begin + 32 + lane
+    while pair < end:
+        counted, _ = expert_of(ids, pair, end, id_bytes, first_expert, experts, elsewhere)
+        if counted >= 0:
+            pr.red("add", "s32", chunk_counts.subview(own + counted), Int32(1), mem_order="relaxed", mem_scope="cta")
+        pair += 32
     pr.barrier_cta_sync(0)
     expert = tid
     while expert < LARGEST_EXPERTS:
@@ -192,12 +192,11 @@ def route_kernel(
     pr.barrier_cta_sync(0)
 
     staged = Int32(pairs <= STAGED_PAIRS)
-    chosen, bad, weight, expert_scale = first_pairs
-    for base in cutlass.range(begin, end, 32, unroll=1):
-        following = pair_of(ids, router, w2_alpha, base + 32 + lane, end, id_bytes, first_expert, experts, elsewhere)
-        held = (chosen, bad, weight, expert_scale)
-        place_pairs(held, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, staged, own, base + lane, top_k, lane)
-        chosen, bad, weight, expert_scale = following
+    if begin < end:
+        place_pairs(first_pairs, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, staged, own, begin + lane, top_k, lane)
+    for base in cutlass.range(begin + 32, end, 32, unroll=1):
+        later = pair_of(ids, router, w2_alpha, base + lane, end, id_bytes, first_expert, experts, elsewhere)
+        place_pairs(later, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, staged, own, base + lane, top_k, lane)
     if staged != 0:
         pr.barrier_cta_sync(0)
         for at in cutlass.range(tid, every_row, THREADS, unroll=1):
@@ -332,9 +331,9 @@ def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapp
 def expected(variant: Variant) -> Expected:
     """What the audit must find in the PTX of ``variant``."""
     counts = {
-        "shfl.sync.idx.b32": 10,
+        "shfl.sync.idx.b32": 12,
         "shfl.sync.up.b32": 20,
-        "match.any.sync.b32": 1,
-        "atom.relaxed.cta.shared::cta.add.u32": TOKENS_AHEAD,
+        "match.any.sync.b32": 2,
+        "atom.relaxed.cta.shared::cta.add.u32": 2 * TOKENS_AHEAD,
     }
     return Expected(ptx_counts=counts, max_registers=64)
