@@ -282,9 +282,10 @@ def shapes(variant: Variant) -> tuple[Problem, ...]:
             return Problem("prepare", m, experts, 0, 0, variant.a_dtype, variant.c_dtype, top_k=min(experts, 8), first_expert=m, elsewhere=switch)
         if variant.op == "route":
             chosen = min(experts, 8)
+            ordered = {1: "", 37: "bf16", 511: "nvfp4"}[m]
             return Problem(
-                "route", m, experts, 0, 0, variant.a_dtype, variant.c_dtype,
-                top_k=chosen, first_expert=m, elsewhere=switch, group_tile=16,
+                "route", m, experts, hidden if ordered else 0, 0, variant.a_dtype, variant.c_dtype,
+                top_k=chosen, first_expert=m, elsewhere=switch, group_tile=16, x_dtype=ordered,
             )  # fmt: skip
         if variant.op in GROUPED_OPS:
             dtypes = (variant.a_dtype, variant.c_dtype)
@@ -321,8 +322,8 @@ def addresses(recipe: Recipe, problem: Problem) -> Mapping[str, int]:
     """Distinct made-up addresses, with bits in every byte, for each role; 0 for an optional tensor that the problem lacks."""
     roles = sorted({each.value for each in recipe.parameters if each.kind in ("pointer", "tensor_map")})
     found = {role: 0x7F1122334400 + (index << 32) for index, role in enumerate(roles)}
-    present = {"alpha_post": problem.alpha_post, "active_experts": problem.active_list}
-    found.update({role: 0 for role in OPTIONAL_ROLES if role in found and not present[role]})
+    present = problem.tensors()
+    found.update({role: 0 for role in OPTIONAL_ROLES if role in found and role not in present})
     return found
 
 

@@ -12,16 +12,16 @@ Needs the extra [host].
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from densemoe.runtime import bounds, data, reference
-from densemoe.runtime.layout import scale_offsets, tile_scales, untile_scales
+from densemoe.runtime.layout import k64_order, scale_offsets, tile_scales, untile_scales
 from densemoe.runtime.nvfp4 import GROUP, bf16_values, unpack_codes, widen
-from densemoe.runtime.problem import Problem
+from densemoe.runtime.problem import Problem, k64_width
 from densemoe.runtime.tune_data import DeviceMemory, OpData
 
 __all__ = ["GatheredData", "GatheredLayer", "TiledData"]
@@ -37,10 +37,11 @@ class GatheredData:
     Args:
         made: whose weights, activations and routing are used; it must outlive this.
         before: of FC2 in a layer: grouped FC1, whose output it reads; its own random activations where None.
+        decoded: of FC1 in a layer: tiles over which NVFP4 activations come as bf16, from ``route``.
     """
 
-    def __init__(self, made: OpData, before: GatheredData | None = None) -> None:
-        self.made, self.op, self._before = made, f"grouped{made.op}", before
+    def __init__(self, made: OpData, before: GatheredData | None = None, decoded: Collection[int] = ()) -> None:
+        self.made, self.op, self._before, self._decoded = made, f"grouped{made.op}", before, decoded
         self._memory = DeviceMemory(made.driver)
         self._routed = DeviceMemory(made.driver)
         self._routes: dict[int, reference.Routes] = {}
@@ -57,6 +58,8 @@ class GatheredData:
                 self._inputs = {role: self._memory.put(array) for role, array in self._a.items()}
             else:
                 self._inputs = {role: pointer for role, pointer in made.inputs.items() if role.startswith("a")}  # alpha too
+                if made.a_dtype == "bf16":
+                    self._inputs["a.k64"] = self._memory.put(k64_order(made.stored_activations))
             specs = self.problem(made.largest_m, 8).tensors()
             self._outputs = {role: self._memory.empty(spec.nbytes) for role, spec in specs.items() if spec.output}
         except BaseException:
@@ -66,8 +69,9 @@ class GatheredData:
     def problem(self, m: int, tile: int) -> Problem:
         """The Problem at ``m`` tokens, over tiles of up to ``tile`` rows."""
         made, shape = self.made, self.made.shape
+        a_dtype = "bf16" if tile in self._decoded else made.a_dtype
         return Problem(
-            self.op, m, shape.experts, shape.hidden, shape.intermediate, made.a_dtype, made.c_dtype, top_k=shape.top_k, group_tile=tile
+            self.op, m, shape.experts, shape.hidden, shape.intermediate, a_dtype, made.c_dtype, top_k=shape.top_k, group_tile=tile
         )  # fmt: skip
 
     @property
@@ -84,7 +88,7 @@ class GatheredData:
 
         Args:
             count: rotations; as many as this op needs to read cold weights where 0.
-            routed: addresses of what ``route`` writes on the device, in place of the host's.
+            routed: addresses of what ``route`` writes on the device, in place of the host's; with ``a.k64`` where it orders activations.
         """
         made, shape = self.made, self.made.shape
         if self._bound[0] != m:
@@ -95,7 +99,9 @@ class GatheredData:
         bound = self._bound[1].setdefault(tile, [])
         listed = made.bind(m)[0]  # scales of M rows of activations
         shared = {**self._inputs, **self._outputs, **{role: listed[role] for role in ("output_multiplier",) if role in listed}}
-        wanted = ("tiles", "rows") if self.op == "groupedfc1" else ("tiles", "rows", "row_alpha")
+        roles = self.problem(m, tile).tensors()
+        shared = {role: pointer for role, pointer in shared.items() if role in roles}  # activations are there in more than one form
+        wanted = [role for role in ("tiles", "rows", "row_alpha", *(routed or ())) if role in roles]
         for rotation in range(count or made.rotation_count(m)):
             routes = self.routes(m, tile, rotation)
             if not rotation:
@@ -215,17 +221,19 @@ class GatheredLayer:
 
     Args:
         one, two: FC1 and FC2 with a list of active experts; they must outlive this.
+        decoded: tiles over which FC1 has NVFP4 activations decoded by ``route`` (``grouping.ordered_dtype``).
     """
 
-    def __init__(self, one: OpData, two: OpData) -> None:
+    def __init__(self, one: OpData, two: OpData, decoded: Collection[int] = ()) -> None:
         self._one, self._memory = one, DeviceMemory(one.driver)
         self._ids: tuple[int, list[int]] = (0, [])
         self._ids_memory = DeviceMemory(one.driver)
-        self._fc1 = GatheredData(one)
+        self._fc1 = GatheredData(one, decoded=decoded)
         try:
             self._fc2 = GatheredData(two, self._fc1)
             specs = self.problems(one.largest_m, 8)[0].tensors()
             self._routed = {role: self._memory.empty(spec.nbytes) for role, spec in specs.items() if spec.output}
+            self._ordered = self._memory.empty(one.largest_m * k64_width(one.shape.hidden) * 2)
             self._given = {"router": self._memory.put(two.router), "w2_alpha": self._memory.put(two.w2_alpha)}
         except BaseException:
             self.close()
@@ -233,23 +241,30 @@ class GatheredLayer:
 
     def problems(self, m: int, tile: int) -> tuple[Problem, Problem, Problem]:
         """``route``, grouped FC1, grouped FC2."""
-        shape = self._one.shape
-        route = Problem("route", m, shape.experts, 0, 0, "i32", "f32", top_k=shape.top_k, group_tile=tile)
-        return route, self._fc1.problem(m, tile), self._fc2.problem(m, tile)
+        shape, first = self._one.shape, self._fc1.problem(m, tile)
+        x_dtype = self._one.a_dtype if first.a_in_k64_order else ""
+        route = Problem(
+            "route", m, shape.experts, shape.hidden if x_dtype else 0, 0, "i32", "f32", top_k=shape.top_k, group_tile=tile, x_dtype=x_dtype
+        )  # fmt: skip
+        return route, first, self._fc2.problem(m, tile)
 
     def bind(self, m: int, tile: int, count: int) -> tuple[list[dict[str, int]], list[dict[str, int]], list[dict[str, int]]]:
         """Addresses by role of ``count`` rotations of each launch; valid until another M is bound."""
         if self._ids[0] != m:
             self._ids_memory.close()
             self._ids = m, [self._ids_memory.put(np.array(self._one.routing(m, index), np.int32)) for index in range(count)]
-        routed = [{**self._given, **self._routed, "ids": ids} for ids in self._ids[1]]
-        return routed, self._fc1.bind(m, tile, count, self._routed), self._fc2.bind(m, tile, count, self._routed)
+        fc1 = self._fc1.bind(m, tile, count, {**self._routed, "a.k64": self._ordered})
+        inputs = self._one.inputs  # whose scales are those of M rows now
+        given = {**self._given, "x.k64": self._ordered, "x": inputs["a" if "a" in inputs else "a.codes"], "x.scales": inputs.get("a.scales", 0)}
+        specs = self.problems(m, tile)[0].tensors()
+        routed = [{role: each for role, each in {**given, **self._routed, "ids": ids}.items() if role in specs} for ids in self._ids[1]]
+        return routed, fc1, self._fc2.bind(m, tile, count, self._routed)
 
     def poison(self, m: int, tile: int) -> None:
         """Makes every byte of every output wrong."""
         for role, spec in self.problems(m, tile)[0].tensors().items():
             if spec.output:
-                self._one.driver.fill(self._routed[role], 0xA5, spec.nbytes)
+                self._one.driver.fill({**self._routed, "x.k64": self._ordered}[role], 0xA5, spec.nbytes)
         self._fc1.poison(m)
         self._fc2.poison(m)
 

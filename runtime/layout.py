@@ -8,12 +8,16 @@ import numpy as np
 import numpy.typing as npt
 
 from densemoe.runtime.errors import ProblemError
+from densemoe.runtime.problem import k64_width
 
 __all__ = [
     "SCALE_TILE_BYTES",
     "deinterleave_up_gate",
+    "from_k64_order",
     "gate_row",
     "interleave_up_gate",
+    "k64_order",
+    "k64_width",
     "padded_rows",
     "scale_offset",
     "scale_offsets",
@@ -53,6 +57,25 @@ def scale_offsets(rows: npt.ArrayLike, columns: npt.ArrayLike, total_columns: in
     row, column = np.asarray(rows, dtype=np.int64), np.asarray(columns, dtype=np.int64)
     inside = (row % 32) * 16 + (row % 128 // 32) * 4 + column % 4
     return inside + (column // 4 + row // 128 * (total_columns // 4)) * SCALE_TILE_BYTES
+
+
+def k64_order(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """16-bit activations ``[rows, K]``, K a multiple of 64, as ``[rows, ⌈K / 128⌉ · 128]`` in K 64 order, zeros behind K.
+
+    Of each 64 elements of a row, 32 words of two, word ``4·w + t`` is logical word ``8·t + w`` (w < 8, t < 4). Sixteen bytes then hold one word of
+    each of a quad's four lanes, which own 16 elements each (the order of packed weights, docs/weight_layouts.md): what WGMMA reads from shared memory
+    as one row of a core matrix.
+    """
+    rows, k = values.shape
+    padded = np.pad(values, ((0, 0), (0, k64_width(k) - k)))
+    return np.ascontiguousarray(padded.reshape(rows, -1, 4, 8, 2).transpose(0, 1, 3, 2, 4)).reshape(rows, -1)
+
+
+def from_k64_order(values: npt.NDArray[Any], k: int) -> npt.NDArray[Any]:
+    """The inverse of ``k64_order``, of ``k`` columns."""
+    rows, width = values.shape
+    plain = values.reshape(rows, width // 64, 8, 4, 2).transpose(0, 1, 3, 2, 4)
+    return np.ascontiguousarray(plain.reshape(rows, width)[:, :k])
 
 
 def _check_scales(name: str, scales: Any) -> None:

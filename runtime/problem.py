@@ -11,7 +11,7 @@ from typing import Final
 from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.variant import A_DTYPES_OF, ALL_OPS, C_DTYPES, GROUPED_OPS, OPS
 
-__all__ = ["ELEMENT_BITS", "Problem", "TensorSpec"]
+__all__ = ["ELEMENT_BITS", "Problem", "TensorSpec", "in_k64_order"]
 
 ELEMENT_BITS: Final = {"nvfp4": 4, "e4m3": 8, "e5m2": 8, "u8": 8, "bf16": 16, "f16": 16, "f32": 32, "u32": 32, "i32": 32, "i64": 64}
 #: Contract section 8: any dimension of 2**31 or more is refused; byte offsets are 64-bit.
@@ -23,6 +23,8 @@ OTHER_ALIGNMENT: Final = 16
 LARGEST_LISTED: Final = 4096  # experts that `prepare` has flags for
 LARGEST_TOP_K: Final = 32  # `prepare` holds a token's experts one a lane
 TILE_WORDS: Final = 4  # of one tile of `route`: expert, first row, rows, unused
+K64_ORDER_FROM: Final = 32  # rows of a tile from which grouped FC1 reads bf16 activations in K 64 order
+X_DTYPES: Final = ("", "bf16", "nvfp4")  # of what `route` brings to it
 _ROUTED: Final = ("route", *GROUPED_OPS)
 
 
@@ -59,6 +61,17 @@ def _ceil_to(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
+def in_k64_order(op: str, a_dtype: str, group_tile: int) -> bool:
+    """Whether an op reads its activations in K 64 order (``layout.k64_order``): grouped FC1 over tiles of 32 rows and more reads bf16 ones so, which
+    WGMMA's shared memory then takes by sixteen bytes. ``route`` brings them to it."""
+    return op == "groupedfc1" and a_dtype == "bf16" and group_tile >= K64_ORDER_FROM
+
+
+def k64_width(k: int) -> int:
+    """Columns of ``k`` activations in K 64 order: whole K 128 blocks, zeros behind K."""
+    return _ceil_to(k, 128)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call of an op.
@@ -66,7 +79,8 @@ class Problem:
     ``prepare`` (contract section 5) turns the router's ids and weights into alpha ``[M, E]`` and the list of active experts; its H and I are 0.
     ``route`` sorts the router's choice by expert: one row a (token, expert) pair, ``M·k`` of them at most, and tiles of up to ``group_tile`` rows
     of one expert. ``groupedfc1`` and ``groupedfc2`` are FC1 and FC2 over those rows; what stands between them is ``[M·k, I]``, of which only the
-    pairs' rows are written.
+    pairs' rows are written. Where ``x_dtype`` is given ``route`` brings the activations ``x`` ``[M, H]`` to K 64 order besides (``in_k64_order``),
+    NVFP4 ones decoded, which bf16 holds exactly.
     ``quantize`` (section 2) turns activations ``[M, H]`` into NVFP4; its E and I are 0.
 
     Attributes:
@@ -84,6 +98,7 @@ class Problem:
         first_expert: ``prepare`` and ``route``: id of this rank's first expert.
         elsewhere: ``prepare`` and ``route``: ids outside this rank's experts belong to other ranks; else such an id makes its token NaN.
         group_tile: ``route`` and the grouped ops: most rows of a tile; the kernels' tile_m.
+        x_dtype: ``route``: ``bf16`` or ``nvfp4``: the activations that it brings to K 64 order, with ``hidden`` columns; "": none, and H is 0.
 
     Raises:
         ProblemError: a value that the contract's section 8 refuses.
@@ -103,13 +118,15 @@ class Problem:
     first_expert: int = 0
     elsewhere: bool = False
     group_tile: int = 0
+    x_dtype: str = ""
 
     def __post_init__(self) -> None:
         if self.op not in ALL_OPS:
             raise ProblemError(f"op={self.op!r}: use one of {', '.join(ALL_OPS)}")
         gemm = self.op in (*OPS, *GROUPED_OPS)
         sorts = self.op in ("prepare", "route")
-        least_of = {"m": 0, "experts": int(self.op != "quantize"), "hidden": int(not sorts), "intermediate": int(gemm), "first_expert": 0}
+        hidden = int(not sorts or bool(self.x_dtype))
+        least_of = {"m": 0, "experts": int(self.op != "quantize"), "hidden": hidden, "intermediate": int(gemm), "first_expert": 0}
         for name, least in least_of.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_DIMENSION:
@@ -138,6 +155,8 @@ class Problem:
             raise ProblemError(f"M*k={self.m * self.top_k}: dimensions of 2**31 or more are refused (contract section 8)")
         if (self.group_tile > 0) != (self.op in _ROUTED) or self.group_tile < 0:
             raise ProblemError(f"group_tile={self.group_tile} for {self.op}: route and the grouped ops have the rows of a tile, the others 0")
+        if self.x_dtype not in (X_DTYPES if self.op == "route" else ("",)):
+            raise ProblemError(f"x_dtype={self.x_dtype!r} for {self.op}: route has bf16, nvfp4 or none, the others none")
         if (self.active_list and not gemm) or (self.active_list and self.op in GROUPED_OPS):
             raise ProblemError(f"active_list=True for {self.op}: only FC1 and FC2 have a list of active experts (contract section 5)")
 
@@ -147,6 +166,11 @@ class Problem:
         if self.op == "groupedfc2":
             return self.intermediate
         return self.experts * self.intermediate if self.op == "fc2" else self.hidden
+
+    @property
+    def a_in_k64_order(self) -> bool:
+        """Whether activations are ``a.k64``, ``[M, ⌈H / 128⌉ · 128]`` in K 64 order, instead of ``a``."""
+        return in_k64_order(self.op, self.a_dtype, self.group_tile)
 
     @property
     def a_rows(self) -> int:
@@ -173,7 +197,7 @@ class Problem:
         Roles: ``a`` or ``a.codes`` + ``a.scales``; ``alpha``; ``alpha_post``; ``active_experts`` (the
         count, then as many expert ids, ascending); ``output_multiplier``; ``c`` or ``c.codes`` + ``c.scales``.
         Of ``route`` and the grouped ops: ``tiles`` (a head [tiles, rows, 0, 0], then [expert, first row, rows, 0] each), ``rows`` (the token of each
-        row) and ``row_alpha`` (its scale in FC2).
+        row) and ``row_alpha`` (its scale in FC2); and ``a.k64`` in place of ``a`` where grouped FC1 reads it in K 64 order (``a_in_k64_order``).
         """
         rows = _ceil_to(self.m, SCALE_ROWS)
         if self.op in ("prepare", "route"):
@@ -191,7 +215,8 @@ class Problem:
             specs.append(TensorSpec("a.codes", "u8", (self.a_rows, self.k // 2), CODES_ALIGNMENT))
             specs.append(TensorSpec("a.scales", "u8", (_ceil_to(self.a_rows, SCALE_ROWS), self.k // GROUP), OTHER_ALIGNMENT))
         else:
-            specs.append(TensorSpec("a", self.a_dtype, (self.a_rows, self.k), OTHER_ALIGNMENT))
+            role, width = ("a.k64", k64_width(self.k)) if self.a_in_k64_order else ("a", self.k)
+            specs.append(TensorSpec(role, self.a_dtype, (self.a_rows, width), OTHER_ALIGNMENT))
         if self.op in GROUPED_OPS:
             routed = {spec.role: replace(spec, output=False) for spec in self._routed_tensors()}
             specs += [routed["tiles"], routed["rows"]]
@@ -222,6 +247,16 @@ class Problem:
             TensorSpec("row_alpha", "f32", (pairs,), 4, output=True),
         )
 
+    def _ordered_tensors(self) -> tuple[TensorSpec, ...]:
+        """``x``, of NVFP4 its codes, and ``x.scales``, and what ``route`` makes of them: ``x.k64``, bf16 in K 64 order."""
+        if not self.x_dtype:
+            return ()
+        ordered = TensorSpec("x.k64", "bf16", (self.m, k64_width(self.hidden)), OTHER_ALIGNMENT, output=True)
+        if self.x_dtype == "bf16":
+            return TensorSpec("x", "bf16", (self.m, self.hidden), OTHER_ALIGNMENT), ordered
+        scales = TensorSpec("x.scales", "u8", (_ceil_to(self.m, SCALE_ROWS), self.hidden // GROUP), OTHER_ALIGNMENT)
+        return TensorSpec("x", "u8", (self.m, self.hidden // 2), CODES_ALIGNMENT), scales, ordered
+
     def _router_tensors(self) -> tuple[TensorSpec, ...]:
         """``ids`` and ``router`` ``[M, k]``, ``w2_alpha`` ``[E]``; of ``prepare`` ``alpha_divisor`` ``[1]`` (1, or the fused form's alpha_max),
         ``alpha`` ``[M, E]`` and the list of active experts."""
@@ -232,7 +267,7 @@ class Problem:
             TensorSpec("w2_alpha", "f32", (self.experts,), 4),
         )
         if self.op == "route":
-            return (*given, *self._routed_tensors())
+            return (*given, *self._routed_tensors(), *self._ordered_tensors())
         return (
             *given,
             TensorSpec("alpha_divisor", "f32", (1,), 4),

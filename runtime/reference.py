@@ -20,7 +20,7 @@ import numpy.typing as npt
 from densemoe.runtime.arrays import Array, Indices, constants, indices, long, namespace, sigmoid
 from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.layout import GROUP, gate_row, scale_offsets, up_row
-from densemoe.runtime.nvfp4 import E2M1_VALUES, E4M3_VALUES
+from densemoe.runtime.nvfp4 import E2M1_VALUES, E4M3_VALUES, bf16_bits
 
 __all__ = [
     "Fc1Result",
@@ -71,6 +71,11 @@ def activation_values(codes: Array, scales: Array, rows: Indices | None = None) 
     """
     chosen = np.arange(codes.shape[0]) if rows is None else np.asarray(rows, dtype=np.int64)
     return _values(codes[indices(codes, chosen)], _gather_scales(scales, chosen, 0, int(scales.shape[1])))
+
+
+def decoded_bf16(codes: Array, scales: Array) -> Array:
+    """The bf16 bits of ``activation_values``, which bf16 holds exactly: a code and a scale have 6 significant bits together."""
+    return bf16_bits(activation_values(codes, scales))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ LARGEST_CLUSTER_SIZE: Final = 16
 TCGEN05_K_TILE: Final = 256
 PAIR_TILE_M: Final = 256  # a tile of 256 tokens is a pair of CTAs
 SMALLEST_FC1_TILE_N: Final = 128  # whole pairs of 64 up and 64 gate rows
+K64_ORDER_ROWS: Final = 256  # weight rows of the kernels that read activations in K 64 order
 LARGEST_WORD: Final = 2**31 - 1  # kernels count tiles in 32-bit words
 
 
@@ -67,8 +68,12 @@ def _reason(variant: Variant, problem: Problem) -> str:
     if problem.op in GROUPED_OPS:
         if variant.tile_m != problem.group_tile:
             return f"its tiles have {variant.tile_m} rows, those of the problem {problem.group_tile}"
+        if problem.a_in_k64_order and variant.tile_n != K64_ORDER_ROWS:
+            return f"bf16 activations of tiles of {problem.group_tile} rows come in K 64 order, which kernels of {K64_ORDER_ROWS} weight rows read"
         steps = problem.m * problem.top_k * -(-max(problem.hidden, problem.intermediate) // 64)
         return f"{steps} steps: it counts them in 32 bits; split M" if steps > LARGEST_WORD else ""
+    if problem.op == "route" and problem.m * problem.hidden // 64 > LARGEST_WORD:
+        return f"{problem.m * problem.hidden // 64} K 64 blocks of activations: it counts them in 32 bits; split M"
     tiles = -(-problem.m // variant.tile_m) * -(-_tile_axis(problem) // variant.tile_n)
     if tiles > LARGEST_WORD:
         return f"{tiles} tiles: it counts them in 32 bits; split M"

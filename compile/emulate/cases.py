@@ -49,7 +49,13 @@ AXES: Final[dict[str, dict[str, tuple[int, ...]]]] = {
         "top_k": (1, 2, 8),
     },
     "prepare": {"experts": (1, 8, 32, 256), "top_k": (1, 2, 8), "m": (1, 8, 127, 256), "elsewhere": (0, 1)},
-    "route": {"experts": (1, 8, 32, 256), "top_k": (1, 2, 8), "m": (1, 8, 127, 256), "elsewhere": (0, 1)},
+    "route": {
+        "experts": (1, 8, 32, 256),
+        "top_k": (1, 2, 8),
+        "m": (1, 8, 127, 256),
+        "elsewhere": (0, 1),
+        "ordered": (0, 1, 2),
+    },
     "quantize": {"m": (1, 8, 127, 256), "hidden": (64, 256, 512, 2048)},
 }
 SCHEDULES: Final = ("eager", "lazy", "random", "pct")
@@ -57,6 +63,7 @@ _PCT_DEPTH: Final = 3  # priority changes find bugs that need so many ordering c
 _GEMMS: Final = ("fc1", "fc2", "groupedfc1", "groupedfc2")
 _ROUTED: Final = ("route", "groupedfc1", "groupedfc2")  # their tiles of rows are a property of the problem
 _ROUTE_TILES: Final = (8, 16, 32)
+ORDERED_HIDDEN: Final = 320
 _KINDS_DEALT: Final = ("integers", "exact", "integers", "normal")
 _TWICE: Final = 64  # tokens times experts up to which a case is launched twice: beyond, a second launch costs more than it shows
 _SM_COUNTS: Final = (4, 16)  # few: persistent kernels then take several tiles a CTA
@@ -77,6 +84,7 @@ _NAMES: Final = {
     "k": "top_k",
     "group": "group_tile",
     "elsewhere": "elsewhere",
+    "ordered": "ordered",
     "sms": "sm_count",
     "launches": "launches",
 }
@@ -91,6 +99,7 @@ class Case:
         active_list: half of the experts are listed, the others must not matter.
         zeros: some alphas are exactly 0 (``prepare`` and ``route``: some ids are nobody's).
         group_tile: ``route``: most rows of a tile; the grouped GEMMs have their tile_m.
+        ordered: ``route``: 1 brings bf16 activations of ORDERED_HIDDEN columns to K 64 order, 2 NVFP4 ones.
         sm_count: multiprocessors of the emulated device.
         launches: on the same workspaces; the last one's output counts.
         settings: (name, value) of the recipe's run-time settings that are not at their default.
@@ -108,6 +117,7 @@ class Case:
     top_k: int = 0
     group_tile: int = 0
     elsewhere: int = 0
+    ordered: int = 0
     sm_count: int = _SM_COUNTS[0]
     launches: int = 1
     settings: tuple[tuple[str, int], ...] = ()
@@ -153,7 +163,7 @@ class Case:
             variant.op,
             self.m,
             self.experts,
-            self.hidden,
+            ORDERED_HIDDEN if self.ordered else self.hidden,
             self.intermediate,
             variant.a_dtype,
             variant.c_dtype,
@@ -163,6 +173,7 @@ class Case:
             top_k=self.top_k,
             first_expert=self.experts if self.elsewhere else 0,
             elsewhere=bool(self.elsewhere),
+            x_dtype=("", "bf16", "nvfp4")[self.ordered],
             **routed,
         )
 

@@ -21,7 +21,7 @@ from densemoe.compile.emulator.device import early_roles, launch_recipe
 from densemoe.compile.emulator.execution import Report as Run
 from densemoe.runtime import bounds, data, packing, reference
 from densemoe.runtime.errors import DensemoeError
-from densemoe.runtime.layout import tile_scales
+from densemoe.runtime.layout import k64_order, tile_scales
 from densemoe.runtime.nvfp4 import bf16_bits, bf16_values, pack_codes, quantise_rows
 from densemoe.runtime.plan import weight_parts
 from densemoe.runtime.problem import Problem
@@ -218,7 +218,8 @@ def _activations(problem: Problem, kind: str, rng: np.random.Generator) -> tuple
     rows = problem.m * problem.top_k if problem.op == "groupedfc2" else problem.m
     first, scales, scale = data.activations(rng, rows, problem.k, problem.a_dtype, kind)
     if problem.a_dtype == "bf16":
-        return {"a": first}, bf16_values(first).astype(np.float64), scale
+        given = {"a.k64": k64_order(first)} if problem.a_in_k64_order else {"a": first}
+        return given, bf16_values(first).astype(np.float64), scale
     return {"a.codes": first, "a.scales": scales}, reference.activation_values(first, scales), scale
 
 
@@ -373,11 +374,19 @@ def _route(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arrays
         elsewhere=problem.elsewhere,
     )
     tiles, rows = len(routes.tiles), len(routes.rows)
+    ordered = np.zeros((0, 0), np.uint16)
+    if problem.x_dtype:
+        first, scales, _ = data.activations(_rng(case, seed + 1), case.m, problem.hidden, problem.x_dtype, "normal")
+        arrays["x"] = first
+        if scales is not None:
+            arrays["x.scales"] = scales
+        ordered = k64_order(first if scales is None else reference.decoded_bf16(first, scales))
 
     def judge(outputs: Arrays) -> bounds.Report:
         head = ("head", outputs["tiles"][0], np.array([tiles, rows, 0, 0], np.int32))
         listed = ("tiles", outputs["tiles"][1 : 1 + tiles, :3], routes.tiles)
-        return _equal([head, listed, ("rows", outputs["rows"][:rows], routes.rows), ("row_alpha", outputs["row_alpha"][:rows], routes.row_alpha)])
+        parts = [head, listed, ("rows", outputs["rows"][:rows], routes.rows), ("row_alpha", outputs["row_alpha"][:rows], routes.row_alpha)]
+        return _equal([*parts, ("x.k64", outputs["x.k64"], ordered)] if problem.x_dtype else parts)
 
     return arrays, judge
 

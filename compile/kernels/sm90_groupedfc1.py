@@ -20,6 +20,8 @@ from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_fc1 import OUTPUT_COLUMNS, fc1_kernel
+from densemoe.runtime.errors import VariantError
+from densemoe.runtime.problem import K64_ORDER_FROM
 from densemoe.runtime.recipe import Parameter, Recipe, pointer_or_null
 from densemoe.runtime.variant import Variant
 
@@ -91,6 +93,8 @@ def config_of(variant: Variant) -> common.Config:
 def check(variant: Variant) -> None:
     """Raises VariantError where this kernel cannot be ``variant``."""
     common.check_tile(variant)
+    if variant.a_dtype == "bf16" and variant.tile_m >= K64_ORDER_FROM:
+        raise VariantError(f"a_dtype: bf16 of {variant.key}: tiles of {K64_ORDER_FROM} rows and more come in K 64 order, which WGMMA's kernel reads")
 
 
 def recipe(variant: Variant) -> Recipe:

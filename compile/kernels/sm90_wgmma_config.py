@@ -53,7 +53,9 @@ OTHER_WIDTHS: Final = (
     ("groupedfc1", 128, "", "nvfp4", (128,)),
     ("groupedfc2", 64, "", "", (40, 64)),
 )
-LARGEST_COPIED: Final = 64  # tile_m up to which bf16 tokens are copied past the registers; beyond, copies of four bytes cost more than they save
+#: tile_m up to which bf16 tokens that are not in K 64 order are copied past the registers (beyond, copies of four bytes cost more than they
+#: save), and up to which other rows in the places of those that a tile lacks cost less than zeros.
+LARGEST_COPIED: Final = 64
 
 
 @dataclass(frozen=True)
@@ -152,14 +154,19 @@ class Config:
         return pieces // self.threads
 
     @property
+    def k64_order(self) -> bool:
+        """Whether activations come in K 64 order (``runtime.layout``), as ``wgmma`` wants them: FC1's bf16 ones, which ``route`` brings to it."""
+        return self.op == "groupedfc1" and not self.nvfp4_activations and not self.warp_products
+
+    @property
     def copies_tokens(self) -> bool:
         """Whether tokens go from global to shared memory past the registers."""
-        return not self.nvfp4_activations and self.tile_m <= LARGEST_COPIED
+        return not self.nvfp4_activations and (self.k64_order or self.tile_m <= LARGEST_COPIED)
 
     @property
     def fills_with_others(self) -> bool:
         """Whether other rows are brought in the places of rows that a tile does not have, instead of zeros."""
-        return self.copies_tokens and not self.warp_products
+        return self.copies_tokens and not self.warp_products and self.tile_m <= LARGEST_COPIED
 
     @property
     def warps_bring_halves(self) -> bool:

@@ -150,7 +150,7 @@ def wgmma_kernel(
             staging.store_pieces(config, activations, row, row_step, piece, pieces, portion)
     else:
         tokens = copied_tokens(config, table, slot, tile, warp, lane)
-        staging.copy_tokens(config, a, tokens, token_k, k_length * Int32(remaining > 0), activations, warp, lane)
+        staging.copy_tokens(config, a, tokens, token_k, k_blocks, k_length * Int32(remaining > 0), activations, warp, lane)
 
     stage = Int32(0)
     phase = Int32(0)
@@ -203,7 +203,7 @@ def wgmma_kernel(
                     superblock = ring.subview(stage * common.SUPERBLOCK_BYTES + lane * 16).data_ptr()
                     if cutlass.const_expr(config.copies_tokens):
                         tokens = copied_tokens(config, table, slot, tile, warp, lane)
-                        staging.copy_tokens(config, a, tokens, token_k, k_ahead, ahead, warp, lane)
+                        staging.copy_tokens(config, a, tokens, token_k, k_blocks, k_ahead, ahead, warp, lane)
                     for half in cutlass.range_constexpr(common.K64_HALVES):
                         if cutlass.const_expr(not config.copies_tokens and half < config.portions):
                             tokens = tokens_of(config, table, slot, tile, row, row_step, staging.rows_of_portion(config, half))

@@ -100,7 +100,7 @@ def recipe(variant: Variant) -> Recipe:
         grid = "adding"
     return Recipe(
         parameters=(
-            Parameter("a", "pointer", "a.codes" if config.nvfp4_activations else "a"),
+            Parameter("a", "pointer", "a.k64" if config.k64_order else "a.codes" if config.nvfp4_activations else "a"),
             pointer_or_null("a_scales", "a.scales", config.nvfp4_activations),
             Parameter("b", "pointer", "b"),
             Parameter("scales", "pointer", scales),

@@ -239,11 +239,13 @@ def _moe_problems(
     id_dtype, top_k = "i32" if ids.dtype == torch.int32 else "i64", int(ids.shape[1])
     quantise = () if input_multiplier is None else (Problem("quantize", m, 0, hidden, 0, check_quantize(x, input_multiplier), "nvfp4"),)
     tile = rt.group_tile(ordinal, first, second, top_k) if alpha_max is None else 0
+    x_dtype = rt.ordered_dtype(ordinal, first, tile)
     choice = Problem(
-        "route" if tile else "prepare", m, experts, 0, 0, id_dtype, "f32",
-        top_k=top_k, first_expert=first_expert, elsewhere=elsewhere, group_tile=tile,
+        "route" if tile else "prepare", m, experts, hidden if x_dtype else 0, 0, id_dtype, "f32",
+        top_k=top_k, first_expert=first_expert, elsewhere=elsewhere, group_tile=tile, x_dtype=x_dtype,
     )  # fmt: skip
     if tile:
+        first = replace(first, a_dtype="bf16" if x_dtype else first.a_dtype)  # route decodes NVFP4
         gemms = tuple(replace(each, op=f"grouped{each.op}", top_k=top_k, group_tile=tile) for each in (first, second))
     else:
         gemms = tuple(replace(each, active_list=True) for each in (first, second))
@@ -337,16 +339,20 @@ def _moe_uses(problems: tuple[Problem, ...], given: list[bool]) -> tuple[Mapping
         scratch(choice, "active_list", (first, "active_experts"), (second, "active_experts"))
         if fused:
             use("alpha_max", (choice, "alpha_divisor"), (second, "alpha"))
+    x, codes, scales = (first, "a"), (first, "a.codes"), (first, "a.scales")
+    if problems[choice].x_dtype:
+        x, codes, scales = (choice, "x"), (choice, "x"), (choice, "x.scales")
+        scratch(choice, "x.k64", (first, "a.k64"))
     if quantises:
         use("x", (0, "a"))
         use("input_multiplier", (0, "output_multiplier"))
-        scratch(0, "c.codes", (first, "a.codes"))
-        scratch(0, "c.scales", (first, "a.scales"))
+        scratch(0, "c.codes", codes)
+        scratch(0, "c.scales", scales)
     elif quantised_outside:
-        use("x", (first, "a.codes"))
-        use("x_scales", (first, "a.scales"))
+        use("x", codes)
+        use("x_scales", scales)
     else:
-        use("x", (first, "a"))
+        use("x", x)
     if quantised_between:
         use("output_multiplier", (first, "output_multiplier"))
         scratch(first, "c.codes", (second, "a.codes"))

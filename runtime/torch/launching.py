@@ -26,7 +26,7 @@ from typing import Any, Final
 import torch
 
 from densemoe.runtime.errors import DriverError, PlanError, ProblemError
-from densemoe.runtime.grouping import group_tile
+from densemoe.runtime.grouping import group_tile, ordered_dtype
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.plan import Plan, packed_weight_bytes
 from densemoe.runtime.problem import Problem
@@ -413,6 +413,20 @@ class Runtime:
         Args:
             first, second: FC1 and FC2 of the other form.
         """
+        grouping, _ = self._gathering(ordinal)
+        tiles = [self._tiles(ordinal, each.op, each.a_dtype, each.c_dtype) for each in (first, second)]
+        return group_tile(grouping, tiles[0] & tiles[1], first.m, top_k, first.experts)
+
+    def ordered_dtype(self, ordinal: int, first: Problem, tile: int) -> str:
+        """The dtype of a layer's activations that ``route`` brings to K 64 order for FC1 over tiles of ``tile`` rows (``grouping.ordered_dtype``)."""
+        return ordered_dtype(first.a_dtype, tile, self._tiles(ordinal, first.op, "bf16", first.c_dtype)) if tile else ""
+
+    def _tiles(self, ordinal: int, op: str, a_dtype: str, c_dtype: str) -> set[int]:
+        """Rows of the tiles that the device's set has grouped kernels of an op for."""
+        return {tile for own, *dtypes, tile in self._gathering(ordinal)[1] if (own, *dtypes) == (f"grouped{op}", a_dtype, c_dtype)}
+
+    def _gathering(self, ordinal: int) -> tuple[Mapping[str, Any] | None, set[tuple[str, str, str, int]]]:
+        """The table's ``grouping``, and op, dtypes and rows of a tile of the grouped kernels; none where the set cannot sort."""
         found = self._grouped.get(ordinal)
         if found is None:
             variants = [each.variant for each in self.loader.manifest(ordinal).variants.values()]
@@ -420,11 +434,7 @@ class Runtime:
             grouped = {(each.op, each.a_dtype, each.c_dtype, each.tile_m) for each in variants if each.op in GROUPED_OPS and routes}
             table = load_table(self.loader.manifest(ordinal).arch)
             found = self._grouped[ordinal] = (table.get("grouping"), grouped)
-        grouping, grouped = found
-        tiles = [
-            {tile for op, *dtypes, tile in grouped if (op, *dtypes) == (f"grouped{each.op}", each.a_dtype, each.c_dtype)} for each in (first, second)
-        ]
-        return group_tile(grouping, tiles[0] & tiles[1], first.m, top_k, first.experts)
+        return found
 
 
 class _WithContext(AbstractContextManager[None]):

@@ -16,6 +16,7 @@ from densemoe.compile.emulator.execution import Report
 from densemoe.compile.toolchain import compile_variant
 from densemoe.runtime import bounds, data, packing, reference
 from densemoe.runtime.errors import EmulatorError
+from densemoe.runtime.layout import k64_order
 from densemoe.runtime.nvfp4 import bf16_values
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.rules import can_implement
@@ -64,7 +65,8 @@ def run(
     read = reference.Weights("fc1" if fc1 else "fc2", weights.codes, weights.scales, experts)
     first, scales, a_scale = data.activations(rng, problem.a_rows, problem.k, variant.a_dtype, kind)
     if variant.a_dtype == "bf16":
-        arrays, a = {"a": first}, bf16_values(first).astype(np.float64)
+        arrays = {"a.k64": k64_order(first)} if problem.a_in_k64_order else {"a": first}
+        a = bf16_values(first).astype(np.float64)
     else:
         arrays, a = {"a.codes": first, "a.scales": scales}, reference.activation_values(first, scales)
     chosen = np.stack([rng.permutation(experts)[:top_k] for _ in range(m)]) if ids is None else np.asarray(ids)

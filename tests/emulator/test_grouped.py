@@ -10,6 +10,7 @@ from grouped_cases import launch, reads_lists_early_only_where_told, run
 from routes import same_routes
 
 from densemoe.runtime import packing, reference
+from densemoe.runtime.layout import from_k64_order
 from densemoe.runtime.problem import Problem
 
 # ---- route
@@ -46,6 +47,30 @@ def test_ids_of_other_ranks_are_skipped_or_become_nan(ids: Any, elsewhere: bool)
     same(*routed(problem, np.array(ids, np.int32), np.full((3, 3), 0.5, np.float32), np.arange(1, 5, dtype=np.float32)))
 
 
+@pytest.mark.parametrize("sm_count", [1, 2, 3, 9])
+@pytest.mark.parametrize(("x_dtype", "m", "hidden"), [("bf16", 9, 320), ("nvfp4", 9, 320), ("nvfp4", 130, 64), ("bf16", 3, 4096)])
+def test_other_ctas_bring_activations_to_k64_order(x_dtype: str, m: int, hidden: int, sm_count: int) -> None:
+    """Bit for bit, signs of zeros and NaN scales included, while the first CTA sorts."""
+    rng = np.random.default_rng(m)
+    ids, router, w2_alpha = rng.integers(0, 7, (m, 2)).astype(np.int32), rng.random((m, 2), np.float32), rng.random(7, np.float32)
+    given: dict[str, Any] = {"ids": ids, "router": router, "w2_alpha": w2_alpha}
+    if x_dtype == "bf16":
+        given["x"] = expected = rng.integers(0, 1 << 16, (m, hidden)).astype(np.uint16)
+    else:
+        given["x"] = rng.integers(0, 256, (m, hidden // 2)).astype(np.uint8)
+        given["x.scales"] = rng.integers(0, 0x7F, (-(-m // 128) * 128, hidden // 16)).astype(np.uint8)
+        expected = reference.decoded_bf16(given["x"], given["x.scales"])
+    problem = Problem("route", m, 7, hidden, 0, "i32", "f32", top_k=2, group_tile=32, x_dtype=x_dtype)
+    if sm_count == 1:
+        given = {role: each for role, each in given.items() if role[0] != "x"}
+        problem = Problem("route", m, 7, 0, 0, "i32", "f32", top_k=2, group_tile=32)
+    got, _ = launch("route.sm90a.t32x4096.c1x1.i32-f32", problem, given, sm_count=sm_count)
+    same(got, reference.route(ids, router, w2_alpha, group_tile=32))
+    if sm_count > 1:
+        assert np.array_equal(from_k64_order(got["x.k64"], hidden), expected)
+        assert not from_k64_order(got["x.k64"], got["x.k64"].shape[1])[:, hidden:].any()
+
+
 # ---- FC1 and FC2
 
 
@@ -60,7 +85,7 @@ def test_exact_data_is_exact(key: str, a_dtype: str) -> None:
 
 @pytest.mark.parametrize("a_dtype", ["bf16", "nvfp4"])
 @pytest.mark.parametrize(
-    "key", ["groupedfc1.sm90a.t8x64.c1x1.{}-nvfp4", "groupedfc1.sm90a.t32x64.c1x1.{}-f16", "groupedfc2.sm90a.t16x64.c1x1.{}-bf16"]
+    "key", ["groupedfc1.sm90a.t8x64.c1x1.{}-nvfp4", "groupedfc1.sm90a.t16x64.c1x1.{}-f16", "groupedfc2.sm90a.t16x64.c1x1.{}-bf16"]
 )
 def test_general_data_lies_within_the_bounds(key: str, a_dtype: str) -> None:
     """Rules 2 and 3."""

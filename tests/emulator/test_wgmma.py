@@ -41,7 +41,6 @@ def test_exact_data_is_exact(op: str, tile: int, a_dtype: str) -> None:
         for op, c_dtype in (("groupedfc1", "nvfp4"), ("groupedfc2", "f16"))
         for tile in TILES
         for a_dtype in ("bf16", "nvfp4")
-        if (op, tile, a_dtype) != ("groupedfc1", 160, "bf16")  # is no variant
     ],
 )
 def test_general_data_lies_within_the_bounds(op: str, c_dtype: str, tile: int, a_dtype: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from densemoe.runtime import data, packing, reference
+from densemoe.runtime.layout import k64_order
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.rules import can_implement
 from densemoe.runtime.variant import Variant
@@ -93,7 +94,8 @@ def _gemm(variant: Variant, shape: Shape, kind: str, rng: np.random.Generator) -
     weights = (data.fc1_weights if op == "fc1" else data.fc2_weights)(rng, experts, hidden, intermediate, kind)
     packed = packing.pack_fc1(weights.codes, weights.scales) if op == "fc1" else packing.pack_fc2(weights.codes, weights.scales, experts)
     first, scales, a_scale = data.activations(rng, m * top_k if variant.op == "groupedfc2" else m, problem.k, variant.a_dtype, kind)
-    arrays: Arrays = {"b": packed, **({"a": first} if scales is None else {"a.codes": first, "a.scales": scales})}
+    plain: Arrays = {"a.k64": k64_order(first)} if problem.a_in_k64_order else {"a": first}
+    arrays: Arrays = {"b": packed, **(plain if scales is None else {"a.codes": first, "a.scales": scales})}
     rows = None
     if grouped:
         routes = reference.route(*_routing(rng, shape), group_tile=variant.tile_m)

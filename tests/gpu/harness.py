@@ -18,7 +18,7 @@ import torch
 
 from densemoe.runtime import bounds, data, marks, packing, reference
 from densemoe.runtime.layer_data import LayerData, LayerExpert
-from densemoe.runtime.layout import tile_scales
+from densemoe.runtime.layout import k64_order, tile_scales
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.nvfp4 import bf16_values, quantise_expert
 from densemoe.runtime.problem import Problem
@@ -118,12 +118,14 @@ class Weights:
         return other
 
 
-def activations(m: int, k: int, a_dtype: str, kind: str, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, np.float32]:
-    """(tensors by role, float64 values without the global scale, global scale)."""
+def activations(
+    m: int, k: int, a_dtype: str, kind: str, seed: int, ordered: bool = False
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, np.float32]:
+    """(tensors by role, float64 values without the global scale, global scale). ``ordered``: bf16 in K 64 order."""
     first, scales, scale = data.activations(np.random.default_rng(seed), m, k, a_dtype, kind)
     if a_dtype == "bf16":
         a = device_tensor(first)
-        return {"a": a}, a.double(), scale
+        return {"a.k64": device_tensor(k64_order(first))} if ordered else {"a": a}, a.double(), scale
     codes, tiled = device_tensor(first), device_tensor(scales)
     return {"a.codes": codes, "a.scales": tiled}, reference.activation_values(codes, tiled), scale
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from densemoe.runtime import packing, reference
 from densemoe.runtime.errors import DriverError
-from densemoe.runtime.layout import tile_scales
+from densemoe.runtime.layout import from_k64_order, k64_order, tile_scales
 from densemoe.runtime.nvfp4 import bf16_values, convert, pack_codes, quantise_rows
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import Recipe
@@ -184,6 +184,9 @@ class SimulatedPlan:
             routes = reference.route(self.array("ids"), self.array("router"), self.array("w2_alpha"), group_tile=problem.group_tile)
             for role, values in routes.packed(problem.m * problem.top_k).items():
                 self.array(role)[:] = values
+            if problem.x_dtype:
+                plain = self.array("x") if problem.x_dtype == "bf16" else reference.decoded_bf16(self.array("x"), self.array("x.scales"))
+                self.array("x.k64")[:] = k64_order(plain)
             return
         op = problem.op.removeprefix("grouped")
         size = packing.packed_bytes(op, problem.experts, problem.hidden, problem.intermediate)
@@ -191,7 +194,8 @@ class SimulatedPlan:
         codes, scales = unpack(loader.driver.at(self.tensors["b"])[:size], problem.experts, problem.hidden, problem.intermediate)
         weights = reference.Weights(op, codes, tile_scales(scales.reshape(-1, scales.shape[-1])), problem.experts)
         if problem.a_dtype == "bf16":
-            a = bf16_values(self.array("a")).astype(np.float64)
+            stored = from_k64_order(self.array("a.k64"), problem.k) if problem.a_in_k64_order else self.array("a")
+            a = bf16_values(stored).astype(np.float64)
         else:
             a = reference.activation_values(self.array("a.codes"), self.array("a.scales"))
         if op != problem.op:

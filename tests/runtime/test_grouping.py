@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from densemoe.compile import kernels
 from densemoe.runtime.errors import SelectionError
-from densemoe.runtime.grouping import group_tile
+from densemoe.runtime.grouping import group_tile, ordered_dtype
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.select import load_table, select
 from densemoe.runtime.variant import Variant
@@ -22,8 +23,8 @@ def variants(*keys: str) -> list[Variant]:
 
 @pytest.mark.parametrize(
     ("m", "top_k", "experts", "expected"),
-    [(1, 8, 128, 0), (8, 8, 128, 0), (9, 8, 128, 8), (16, 2, 8, 8), (60, 8, 128, 8), (73, 8, 128, 8), (74, 8, 128, 16), (204, 8, 128, 16),
-     (205, 8, 128, 32), (436, 8, 128, 32), (437, 8, 128, 48), (582, 8, 128, 48), (583, 8, 128, 64), (853, 8, 128, 64), (854, 8, 128, 96),
+    [(1, 8, 128, 0), (8, 8, 128, 0), (9, 8, 128, 8), (16, 2, 8, 8), (60, 8, 128, 8), (74, 8, 128, 8), (75, 8, 128, 16), (195, 8, 128, 16),
+     (196, 8, 128, 32), (421, 8, 128, 32), (422, 8, 128, 48), (571, 8, 128, 48), (572, 8, 128, 64), (845, 8, 128, 64), (846, 8, 128, 96),
      (64, 2, 8, 32), (128, 2, 8, 48), (192, 2, 8, 64), (256, 2, 8, 96), (384, 2, 8, 128), (512, 2, 8, 160), (1024, 2, 8, 128)],
 )  # fmt: skip
 def test_tiles_follow_the_rows_of_an_expert(m: int, top_k: int, experts: int, expected: int) -> None:
@@ -53,11 +54,39 @@ def test_tiles_of_16_rows_have_256_weight_rows_from_64_tokens_on(op: str, m: int
 
 
 def test_the_other_kernel_of_a_tile_runs_where_the_first_lacks_the_dtypes() -> None:
-    both = variants("groupedfc1.sm90a.t32x64.c1x1.bf16-bf16", "groupedfc1.sm90a.t32x256.c1x1.bf16-bf16", "groupedfc1.sm90a.t32x64.c1x1.bf16-f32")
-    problem = Problem("groupedfc1", 64, 8, 256, 128, top_k=2, group_tile=32)
-    plain = Problem("groupedfc1", 64, 8, 256, 128, c_dtype="f32", top_k=2, group_tile=32)
+    both = variants("groupedfc1.sm90a.t32x64.c1x1.nvfp4-bf16", "groupedfc1.sm90a.t32x256.c1x1.nvfp4-bf16", "groupedfc1.sm90a.t32x64.c1x1.nvfp4-f32")
+    problem = Problem("groupedfc1", 64, 8, 256, 128, "nvfp4", top_k=2, group_tile=32)
+    plain = Problem("groupedfc1", 64, 8, 256, 128, "nvfp4", "f32", top_k=2, group_tile=32)
     assert select(plain, both, load_table("sm_90a")).variant.tile_n == 64
     assert select(problem, both[:1], load_table("sm_90a")).variant.tile_n == 64
+
+
+def test_rows_in_k64_order_are_for_kernels_that_read_them() -> None:
+    """bf16 tiles of 32 rows and more: a kernel of 64 weight rows would read other columns than it believes."""
+    both = variants("groupedfc1.sm90a.t32x64.c1x1.bf16-bf16", "groupedfc1.sm90a.t32x256.c1x1.bf16-bf16")
+    problem = Problem("groupedfc1", 64, 8, 192, 128, top_k=2, group_tile=32)
+    assert problem.tensors()["a.k64"].shape == (64, 256)
+    assert "a" not in problem.tensors()
+    assert select(problem, both, load_table("sm_90a")).variant.tile_n == 256
+    with pytest.raises(SelectionError, match="come in K 64 order, which kernels of 256 weight rows read"):
+        select(problem, both[:1], load_table("sm_90a"))
+
+
+@pytest.mark.parametrize("key", ["groupedfc1.sm90a.t32x256.c1x1.bf16-bf16", "groupedfc1.sm90a.t16x256.c1x1.bf16-bf16",
+                                 "groupedfc1.sm90a.t48x256.c1x1.nvfp4-bf16", "groupedfc2.sm90a.t32x256.c1x1.bf16-bf16"])  # fmt: skip
+def test_kernels_and_problems_agree_on_who_reads_k64_order(key: str) -> None:
+    (variant,) = variants(key)
+    problem = Problem(variant.op, 8, 4, 256, 128, variant.a_dtype, top_k=2, group_tile=variant.tile_m)
+    roles = {each.value for each in kernels.load(f"sm90_wgmma_{variant.op}").recipe(variant).parameters if each.kind == "pointer"}
+    assert ("a.k64" in roles) == problem.a_in_k64_order == ("a.k64" in problem.tensors())
+
+
+@pytest.mark.parametrize(
+    ("a_dtype", "tile", "tiles", "ordered"),
+    [("bf16", 32, {32}, "bf16"), ("bf16", 16, {16, 32}, ""), ("nvfp4", 48, {48}, "nvfp4"), ("nvfp4", 160, {48}, ""), ("nvfp4", 16, {16}, "")],
+)
+def test_nvfp4_is_decoded_where_fc1_has_a_kernel_that_reads_bf16(a_dtype: str, tile: int, tiles: set[int], ordered: str) -> None:
+    assert ordered_dtype(a_dtype, tile, tiles) == ordered
 
 
 def test_a_tile_that_no_variant_has_is_refused() -> None:
