@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from densemoe.runtime.errors import VariantError
-from densemoe.runtime.problem import Problem
+from densemoe.runtime.problem import Problem, k64_width
 from densemoe.runtime.variant import GROUPED_OPS, OPS, Variant
 
 __all__ = ["can_implement", "check_legal"]
@@ -72,8 +72,8 @@ def _reason(variant: Variant, problem: Problem) -> str:
             return f"bf16 activations of tiles of {problem.group_tile} rows come in K 64 order, which kernels of {K64_ORDER_ROWS} weight rows read"
         steps = problem.m * problem.top_k * -(-max(problem.hidden, problem.intermediate) // 64)
         return f"{steps} steps: it counts them in 32 bits; split M" if steps > LARGEST_WORD else ""
-    if problem.op == "route" and problem.m * problem.hidden // 64 > LARGEST_WORD:
-        return f"{problem.m * problem.hidden // 64} K 64 blocks of activations: it counts them in 32 bits; split M"
+    if problem.op == "route" and (blocks := problem.m * k64_width(problem.hidden) // 64) > LARGEST_WORD // 2:
+        return f"{blocks} K 64 blocks of activations: it counts up to {LARGEST_WORD // 2}; split M"
     tiles = -(-problem.m // variant.tile_m) * -(-_tile_axis(problem) // variant.tile_n)
     if tiles > LARGEST_WORD:
         return f"{tiles} tiles: it counts them in 32 bits; split M"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from densemoe.compile import kernels
-from densemoe.runtime.errors import SelectionError
+from densemoe.runtime.errors import ProblemError, SelectionError
 from densemoe.runtime.grouping import group_tile, ordered_dtype
 from densemoe.runtime.problem import Problem
+from densemoe.runtime.rules import can_implement
 from densemoe.runtime.select import load_table, select
 from densemoe.runtime.variant import Variant
 
@@ -93,3 +95,18 @@ def test_a_tile_that_no_variant_has_is_refused() -> None:
     problem = Problem("groupedfc2", 64, 8, 256, 128, top_k=2, group_tile=48)
     with pytest.raises(SelectionError, match="its tiles have 16 rows, those of the problem 48"):
         select(problem, variants("groupedfc2.sm90a.t16x256.c1x1.bf16-bf16"), load_table("sm_90a"))
+
+
+def test_activations_that_route_cannot_count_are_refused() -> None:
+    (route,) = variants("route.sm90a.t32x4096.c1x1.i32-f32")
+    fits = Problem("route", 1 << 20, 16, 4096, 0, "i32", "f32", top_k=2, group_tile=32, x_dtype="bf16")
+    assert can_implement(route, fits) == (True, "")
+    accepted, reason = can_implement(route, replace(fits, hidden=1 << 17))
+    assert not accepted
+    assert "2147483648 K 64 blocks of activations: it counts up to 1073741823" in reason
+
+
+@pytest.mark.parametrize(("op", "x_dtype", "hidden"), [("route", "f16", 64), ("prepare", "bf16", 64), ("route", "bf16", 0), ("route", "nvfp4", 96)])
+def test_what_route_cannot_order_is_refused(op: str, x_dtype: str, hidden: int) -> None:
+    with pytest.raises(ProblemError, match=r"x_dtype|hidden"):
+        Problem(op, 4, 8, hidden, 0, "i32", "f32", top_k=2, group_tile=32 if op == "route" else 0, x_dtype=x_dtype)

@@ -76,6 +76,24 @@ def test_many_tokens_are_gathered_by_expert(fake: Fake, quantise: bool) -> None:
     assert {plan.problem.group_tile for entry in fake.runtime.entries.values() for plan in entry.plans[-3:]} == {16}
 
 
+@pytest.mark.parametrize("quantise", [False, True])
+def test_route_brings_activations_of_large_tiles_to_the_order_in_which_fc1_reads_them(fake: Fake, quantise: bool) -> None:
+    """60 tokens on 2 of 4 experts: thirty rows an expert; NVFP4 activations are decoded on the way, so that FC1 reads bf16."""
+    a = arguments(60, quantise=quantise)
+    device.moe(*a)
+    *quantised, route, fc1, fc2 = fake.launches()
+    assert [each[0] for each in (*quantised, route, fc1, fc2)] == ["quantize"] * quantise + ["route", "groupedfc1", "groupedfc2"]
+    given = (quantised[0][2]["c.codes"], quantised[0][2]["c.scales"]) if quantise else (a[0].data_ptr(), 0)
+    assert (route[2]["x"], route[2]["x.scales"]) == given
+    assert fc1[2]["a.k64"] == route[2]["x.k64"] != 0
+    assert not {"a", "a.codes"} & set(fc1[2])
+    end = "a.codes" if quantise else "a"
+    assert fc2[2][end] == fc1[2]["c.codes" if quantise else "c"]
+    (plans,) = (entry.plans[-3:] for entry in fake.runtime.entries.values())
+    assert [(plan.problem.op, plan.problem.group_tile) for plan in plans] == [("route", 32), ("groupedfc1", 32), ("groupedfc2", 32)]
+    assert (plans[0].problem.x_dtype, plans[1].problem.a_dtype) == ("nvfp4" if quantise else "bf16", "bf16")
+
+
 def test_the_fused_form_is_not_gathered(fake: Fake) -> None:
     device.moe(*arguments(24, quantise=True, fused=True))
     assert [each[0] for each in fake.launches()] == ["quantize", "prepare", "fc1", "fc2"]
