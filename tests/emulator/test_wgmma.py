@@ -9,6 +9,7 @@ import pytest
 from grouped_cases import launch, reads_lists_early_only_where_told, run
 
 from densemoe.runtime import packing, reference
+from densemoe.runtime.layout import k64_order
 from densemoe.runtime.problem import Problem
 
 TILES = (16, 32, 48, 64, 96, 128, 160)
@@ -163,7 +164,7 @@ def test_rows_that_a_tile_does_not_have_may_hold_anything(tile: int) -> None:
         a[0] = 0x7FC0  # token 0, which is also the first compact row: expert 0's alone
         weights = np.zeros(packing.packed_bytes(op.removeprefix("grouped"), 3, hidden, intermediate), np.uint8)
         problem = Problem(op, m, 3, hidden, intermediate, "bf16", "f32" if op == "groupedfc2" else "bf16", top_k=1, group_tile=tile)
-        given = {**packed, "a": a, "alpha": np.ones(3, np.float32)}
+        given = {**packed, "a": a, "a.k64": k64_order(a), "alpha": np.ones(3, np.float32)}
         tensors = {"b": weights, **{role: given[role] for role in problem.tensors() if role in given}}
         outputs, _ = launch(f"{op}.sm90a.t{tile}x256.c1x1.bf16-{problem.c_dtype}", problem, tensors, sm_count=2)
         c = outputs["c"] if op == "groupedfc2" else (outputs["c"].astype(np.uint32) << 16).view(np.float32)
