@@ -2,11 +2,13 @@
 
 Sources: PTX ISA 9.x, 9.7.9.8 ``ld``, 9.7.9.11 ``st``, 9.7.13.6 ``atom``, 9.7.13.7 ``red``, 9.7.14.5.15 ``ldmatrix``, 9.7.14.5.16 ``stmatrix``.
 
-Lanes of one instruction act in lane order; float additions of ``red`` and ``atom`` on global memory flush subnormals, as the ISA says.
+Lanes of one instruction act in lane order, those of an ``atom`` under random schedules in any; float additions of ``red`` and ``atom`` on global memory
+flush subnormals, as the ISA says.
 """
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +35,7 @@ class Accesses:
     clustered: bool
     cluster_size: int
     moved: dict[str, int]
+    lane_order: random.Random | None
 
     # --- addresses
 
@@ -248,7 +251,8 @@ class Accesses:
     def atomic(
         self, g: Gang, space: str, address: Any, mask: Any, operation: str, kind: str, operands: tuple[Any, ...], order: str = "", reads: bool = True
     ) -> Any:
-        """``atom``: the old values, ``[lanes]``.
+        """``atom``: the old values, ``[lanes]``. Which lane comes first where several meet in a word the ISA does not say: random schedules have them
+        come in any order.
 
         Args:
             order: ``acquire``, ``release`` or ``acq_rel`` and a scope, as in ``acq_rel.gpu``.
@@ -257,7 +261,10 @@ class Accesses:
         size = {"b16": 2, "f16": 2, "bf16": 2}.get(kind) or (8 if kind.endswith("64") else 4)
         old_values = np.zeros(g.lanes, _UNSIGNED[size])
         low = (1 << (8 * size)) - 1
-        for lane in g.active_lanes(mask):
+        coming = list(g.active_lanes(mask))
+        if reads and self.lane_order is not None:
+            self.lane_order.shuffle(coming)
+        for lane in coming:
             where = address if isinstance(address, int) else int(address[lane])
             arguments = [v if isinstance(v, int) else int(v[lane]) for v in operands]
             cell = self._cell(g, space, where, lane, size)

@@ -159,6 +159,7 @@ class Machine(WatchedAccesses, Synchronisation, WarpgroupUnits, TensorMapUpdates
         self.pending: list[AsyncOperation] = []
         self.meetings: list[Meeting] = []
         self.random = random.Random(schedule.seed)
+        self.lane_order = random.Random(schedule.seed) if schedule.kind in ("random", "pct") else None
         self.steps = 0
         self.want_races = races
         self.tensor_fences = tensor_fences

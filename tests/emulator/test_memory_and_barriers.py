@@ -179,6 +179,17 @@ def test_atomics_and_vector_reductions() -> None:
     np.testing.assert_array_equal(one(shared, np.zeros(4, np.uint32), shared=1024), 32)
 
 
+def test_lanes_that_meet_in_an_atomic_come_in_any_order() -> None:
+    """What each reads is its place, another under each random schedule, in the order of lanes where nothing is random; what is left is the same."""
+    body = "mov.u32 %r1, window; setp.eq.u32 %p1, %t0, 0; @%p1 st.shared.b32 [%r1], 0; bar.sync 0; atom.shared.add.u32 %r20, [%r1], 1;"
+    places = {schedule: lanes(body, [np.zeros(32, np.uint32)], [32], threads=32, shared=1024, schedule=schedule)[0].tolist()
+              for schedule in ("eager", "lazy", "random:1", "random:2", "pct:1:3")}  # fmt: skip
+    assert places["eager"] == places["lazy"] == list(range(32))
+    assert all(sorted(each) == list(range(32)) for each in places.values())
+    assert len({tuple(each) for each in places.values()}) > 2
+    assert places["random:1"] != places["eager"]
+
+
 # --- barriers
 
 EXCHANGE = """mov.u32 %r1, window; shl.b32 %r2, %t0, 2; add.u32 %r3, %r1, %r2; st.shared.b32 [%r3], %t0;
