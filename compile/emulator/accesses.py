@@ -2,8 +2,8 @@
 
 Sources: PTX ISA 9.x, 9.7.9.8 ``ld``, 9.7.9.11 ``st``, 9.7.13.6 ``atom``, 9.7.13.7 ``red``, 9.7.14.5.15 ``ldmatrix``, 9.7.14.5.16 ``stmatrix``.
 
-Lanes of one instruction act in lane order, those of an ``atom`` under random schedules in any; float additions of ``red`` and ``atom`` on global memory
-flush subnormals, as the ISA says.
+Lanes of one instruction act in lane order, those of an ``atom`` under random schedules in any; float additions of ``red`` and ``atom`` on global
+memory flush subnormals, as the ISA says.
 """
 
 from __future__ import annotations
