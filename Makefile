@@ -49,11 +49,11 @@ typecheck: $(STAMP)
 
 test: $(STAMP) $(VENV)/.torch lint typecheck
 	$(BIN)/densemoe build --profile full
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-full: $(STAMP) $(VENV)/.torch lint typecheck
 	$(BIN)/densemoe build --profile full
-	$(BIN)/python -m pytest --full --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --full --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist \
