@@ -277,15 +277,14 @@ def _run(library: ctypes.CDLL, entry: str, values: Sequence[Any], sizes: Sequenc
 def shapes(variant: Variant) -> tuple[Problem, ...]:
     """Problems that exercise a variant's recipe: one token, a ragged middle, many tiles; both states of its run-time switches."""
 
-    def make(m: int, experts: int, hidden: int, intermediate: int, switch: bool) -> Problem:
+    def make(m: int, experts: int, hidden: int, intermediate: int, switch: bool, x_dtype: str) -> Problem:
         if variant.op == "prepare":
             return Problem("prepare", m, experts, 0, 0, variant.a_dtype, variant.c_dtype, top_k=min(experts, 8), first_expert=m, elsewhere=switch)
         if variant.op == "route":
             chosen = min(experts, 8)
-            ordered = {1: "", 37: "bf16", 511: "nvfp4"}[m]
             return Problem(
-                "route", m, experts, hidden if ordered else 0, 0, variant.a_dtype, variant.c_dtype,
-                top_k=chosen, first_expert=m, elsewhere=switch, group_tile=16, x_dtype=ordered,
+                "route", m, experts, hidden if x_dtype else 0, 0, variant.a_dtype, variant.c_dtype,
+                top_k=chosen, first_expert=m, elsewhere=switch, group_tile=16, x_dtype=x_dtype,
             )  # fmt: skip
         if variant.op in GROUPED_OPS:
             dtypes = (variant.a_dtype, variant.c_dtype)
@@ -295,7 +294,7 @@ def shapes(variant: Variant) -> tuple[Problem, ...]:
         post, scalar, listed = switch and variant.op == "fc1", switch and variant.op == "fc2", switch
         return Problem(variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype, post, scalar, listed)
 
-    return (make(1, 1, 256, 256, False), make(37, 5, 320, 768, True), make(511, 128, 2048, 768, False))
+    return (make(1, 1, 256, 256, False, ""), make(37, 5, 320, 768, True, "bf16"), make(511, 128, 2048, 768, False, "nvfp4"))
 
 
 def compare(variant: Variant, kernel: str, sm_count: int = 132, options: str = "") -> list[Comparison]:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from densemoe.runtime.arrays import Array, Indices, constants, indices, long, namespace, sigmoid
 from densemoe.runtime.errors import ProblemError
-from densemoe.runtime.layout import GROUP, gate_row, scale_offsets, up_row
+from densemoe.runtime.layout import GROUP, gate_row, k64_order, scale_offsets, up_row
 from densemoe.runtime.nvfp4 import E2M1_VALUES, E4M3_VALUES, bf16_bits
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "grouped_fc2",
     "layer",
     "namespace",
+    "ordered_activations",
     "route",
 ]
 
@@ -76,6 +77,16 @@ def activation_values(codes: Array, scales: Array, rows: Indices | None = None) 
 def decoded_bf16(codes: Array, scales: Array) -> Array:
     """The bf16 bits of ``activation_values``, which bf16 holds exactly: a code and a scale have 6 significant bits together."""
     return bf16_bits(activation_values(codes, scales))
+
+
+def ordered_activations(first: Array, scales: Array | None) -> npt.NDArray[np.uint16]:
+    """What the op ``route`` makes of ``x``: bf16 bits in K 64 order (``layout.k64_order``).
+
+    Args:
+        first: bf16 bits ``[M, H]``, or the code bytes ``[M, H/2]`` of NVFP4.
+        scales: of NVFP4, as in ``activation_values``.
+    """
+    return k64_order(first if scales is None else decoded_bf16(first, scales))
 
 
 @dataclass(frozen=True)
@@ -324,6 +335,10 @@ class Routes:
     experts: npt.NDArray[np.int32]
     rows: npt.NDArray[np.int32]
     row_alpha: npt.NDArray[np.float32]
+
+    def in_one_order(self, row_alpha: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """``row_alpha`` ``[rows]``, a kernel's or this one's, for comparison: where a token names an expert twice, those rows stand in any order."""
+        return row_alpha[np.lexsort((row_alpha, self.rows, self.experts))]
 
     def packed(self, capacity: int) -> dict[str, npt.NDArray[Any]]:
         """The tensors ``tiles``, ``rows`` and ``row_alpha`` as the kernels read them, with room for ``capacity`` pairs."""

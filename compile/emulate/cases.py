@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from densemoe.runtime.data import KINDS
 from densemoe.runtime.errors import ProblemError, VariantError
-from densemoe.runtime.problem import Problem
+from densemoe.runtime.problem import X_DTYPES, Problem
 from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.rules import can_implement
 from densemoe.runtime.variant import Variant
@@ -173,7 +173,7 @@ class Case:
             top_k=self.top_k,
             first_expert=self.experts if self.elsewhere else 0,
             elsewhere=bool(self.elsewhere),
-            x_dtype=("", "bf16", "nvfp4")[self.ordered],
+            x_dtype=X_DTYPES[self.ordered],
             **routed,
         )
 

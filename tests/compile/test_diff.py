@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from densemoe.compile import diff, package
 from densemoe.compile.elf import read_sections
 from densemoe.runtime import cli
-from densemoe.runtime.canonical import canonical
 from densemoe.runtime.errors import ArtifactError, ArtifactNotFound, ManifestError
 from densemoe.runtime.loader import ArtifactSet
-from densemoe.runtime.manifest import IndexEntry, Manifest
+from densemoe.runtime.manifest import Index, IndexEntry, Manifest
 from densemoe.runtime.wheels import extract
 
 KEY = "fc1.sm90a.t8x64.c1x1.bf16-bf16"
@@ -30,9 +29,7 @@ OTHER = "fc2.sm90a.t8x64.c1x1.bf16-bf16"
 def rewrite(root: Path, manifest: Manifest) -> None:
     data = manifest.to_bytes()
     (root / "sm_90a" / "manifest.json").write_bytes(data)
-    index = json.loads((root / "index.json").read_text())
-    index["sets"][0] = dict(vars(IndexEntry.of("sm_90a", data, len(manifest.variants))))
-    (root / "index.json").write_bytes(canonical(index))
+    (root / "index.json").write_bytes(Index({"sm_90a": IndexEntry.of("sm_90a", data, len(manifest.variants))}).to_bytes())
 
 
 def load(root: Path) -> Manifest:

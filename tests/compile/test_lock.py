@@ -16,7 +16,7 @@ from densemoe.compile import build, environment, locking, matrix, reproduction
 from densemoe.runtime import cli
 from densemoe.runtime.errors import ManifestError, ToolchainError
 from densemoe.runtime.lock import Lock, LockedWheel
-from densemoe.runtime.manifest import IndexEntry, Manifest
+from densemoe.runtime.manifest import Index, IndexEntry, Manifest
 from densemoe.runtime.variant import Variant
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,11 +37,7 @@ def write_cubin(root: Path, key: str, image: bytes) -> None:
     changed = dataclasses.replace(manifest, variants={**manifest.variants, key: entry}).to_bytes()
     (folder / f"{key}.cubin").write_bytes(image)
     (folder / "manifest.json").write_bytes(changed)
-    index = json.loads((root / "index.json").read_text())
-    index["sets"][0] = dict(vars(IndexEntry.of("sm_90a", changed, len(manifest.variants))))
-    from densemoe.runtime.canonical import canonical
-
-    (root / "index.json").write_bytes(canonical(index))
+    (root / "index.json").write_bytes(Index({"sm_90a": IndexEntry.of("sm_90a", changed, len(manifest.variants))}).to_bytes())
 
 
 def test_what_is_built_is_what_is_locked(lock: Lock, artifacts: Path) -> None:

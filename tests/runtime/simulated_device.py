@@ -14,7 +14,7 @@ import numpy as np
 
 from densemoe.runtime import packing, reference
 from densemoe.runtime.errors import DriverError
-from densemoe.runtime.layout import from_k64_order, k64_order, tile_scales
+from densemoe.runtime.layout import from_k64_order, tile_scales
 from densemoe.runtime.nvfp4 import bf16_values, convert, pack_codes, quantise_rows
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import Recipe
@@ -185,8 +185,8 @@ class SimulatedPlan:
             for role, values in routes.packed(problem.m * problem.top_k).items():
                 self.array(role)[:] = values
             if problem.x_dtype:
-                plain = self.array("x") if problem.x_dtype == "bf16" else reference.decoded_bf16(self.array("x"), self.array("x.scales"))
-                self.array("x.k64")[:] = k64_order(plain)
+                scales = self.array("x.scales") if problem.x_dtype == "nvfp4" else None
+                self.array("x.k64")[:] = reference.ordered_activations(self.array("x"), scales)
             return
         op = problem.op.removeprefix("grouped")
         size = packing.packed_bytes(op, problem.experts, problem.hidden, problem.intermediate)

@@ -478,7 +478,6 @@ import types
 elf = types.ModuleType("densemoe.compile.elf")
 from densemoe.runtime.loader import ArtifactSet, Loader
 from densemoe.runtime.problem import Problem
-from densemoe.runtime.proof import BLOCK
 class Driver:
     def __getattr__(self, name):
         return lambda *a, **k: None

@@ -23,7 +23,7 @@ from densemoe.runtime import addons, cli, signature, verify_cli
 from densemoe.runtime.canonical import canonical
 from densemoe.runtime.errors import ArtifactCorrupt, SignatureError
 from densemoe.runtime.loader import ArtifactSet
-from densemoe.runtime.manifest import IndexEntry
+from densemoe.runtime.manifest import Index, IndexEntry
 from densemoe.runtime.signature import Signed, Signer
 
 FIXED = Path(__file__).parent / "signed"
@@ -275,9 +275,8 @@ def test_one_signature_covers_every_byte(run: Run, trust: LocalTrust, artifacts_
     manifest.write_text(text)
     assert run("--artifacts", artifacts_copy)[0] == 1
     index = artifacts_copy / "index.json"
-    document = json.loads(index.read_text())
-    document["sets"][0] = dict(vars(IndexEntry.of("sm_90a", text.encode(), document["sets"][0]["variants"])))
-    index.write_bytes(canonical(document))
+    variants = Index.from_bytes(index.read_bytes(), "index.json").sets["sm_90a"].variants
+    index.write_bytes(Index({"sm_90a": IndexEntry.of("sm_90a", text.encode(), variants)}).to_bytes())
     assert ArtifactSet(artifacts_copy).manifest("sm_90a")  # all hashes agree: only the signature tells
     code, out, error = run("--artifacts", artifacts_copy)
     assert (code, out) == (1, "")
