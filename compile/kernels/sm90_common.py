@@ -147,15 +147,6 @@ def load_global_u8_if(address: Any, valid: Any) -> Any:
     )
 
 
-def load_global_u32_if(address: Any, valid: Any) -> Any:
-    """One word where ``valid`` is not 0, else 0."""
-    return pr.inline_ptx_hl(
-        "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; mov.b32 {$w0}, 0; @p ld.global.b32 {$w0}, [{$r0}]; }",
-        write_only_types=[Uint32],
-        read_only_args=[address, valid],
-    )
-
-
 def load_global_f32_if(address: Any, valid: Any) -> Any:
     """One float32 where ``valid`` is not 0, else 0."""
     return pr.inline_ptx_hl(

@@ -249,7 +249,7 @@ def order_activations(x, x_scales, x_k64, tokens_total, hidden, worker, workers,
 def order_blocks(x, x_scales, x_k64, tokens_total, hidden, worker, workers, tid, coded: cutlass.Constexpr):
     """Every ``workers * WARPS``-th block. ``coded``: of NVFP4."""
     lane = tid % 32
-    groups = Int32((Uint32(hidden) + (K64 * 2 - 1)) // (K64 * 2)) * 2  # of a row as it is written: whole K 128 blocks
+    groups = common.k_blocks_of(hidden) * 2  # of a row as it is written: whole K 128 blocks
     blocks = tokens_total * groups
     step = workers * WARPS
     for base in cutlass.range(worker * WARPS + tid // 32, blocks, step * BLOCKS_AHEAD, unroll=1):
@@ -270,7 +270,7 @@ def move_blocks(
             words.append(decoded_word(x, x_scales, token, group, read, hidden, lane))
         else:
             at = x + (Int64(token) * Int64(hidden) + Int64(group * K64 + lane * 2)) * 2
-            words.append(common.load_global_u32_if(at, read))
+            words.append(common.load_global_s32_or(at, read, Int32(0)))
     for block, word in zip(mine, words, strict=True):
         epilogue.store_if("b32", x_k64 + Int64(block) * (K64 * 2) + Int64(place) * 4, Int32(block < blocks), [word])
 
