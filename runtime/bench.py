@@ -180,7 +180,7 @@ class Bench:
             problem = data.problem(case.m, tile)
             plan = of.loader.plan(problem, rotations[0], tuner.device, key, settings=of.stated(key))
             opened.append(plan)
-            data.poison(case.m)
+            data.poison(case.m, tile)
             plan.launch(tuner.timer.stream)
             tuner.driver.synchronize()
             reports.append(data.check(case.m, tile))

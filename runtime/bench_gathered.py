@@ -12,16 +12,16 @@ Needs the extra [host].
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from densemoe.runtime import bounds, data, reference
-from densemoe.runtime.layout import k64_order, scale_offsets, tile_scales, untile_scales
-from densemoe.runtime.nvfp4 import GROUP, bf16_values, unpack_codes, widen
-from densemoe.runtime.problem import Problem, k64_width
+from densemoe.runtime.layout import from_k64_order, tile_scales, untile_scales
+from densemoe.runtime.nvfp4 import bf16_values, widen
+from densemoe.runtime.problem import K64_ORDER_FROM, Problem, TensorSpec, grouped_dtype, k64_width
 from densemoe.runtime.tune_data import DeviceMemory, OpData
 
 __all__ = ["GatheredData", "GatheredLayer", "TiledData"]
@@ -37,11 +37,10 @@ class GatheredData:
     Args:
         made: whose weights, activations and routing are used; it must outlive this.
         before: of FC2 in a layer: grouped FC1, whose output it reads; its own random activations where None.
-        decoded: of FC1 in a layer: tiles over which NVFP4 activations come as bf16, from ``route``.
     """
 
-    def __init__(self, made: OpData, before: GatheredData | None = None, decoded: Collection[int] = ()) -> None:
-        self.made, self.op, self._before, self._decoded = made, f"grouped{made.op}", before, decoded
+    def __init__(self, made: OpData, before: GatheredData | None = None) -> None:
+        self.made, self.op, self._before = made, f"grouped{made.op}", before
         self._memory = DeviceMemory(made.driver)
         self._routed = DeviceMemory(made.driver)
         self._routes: dict[int, reference.Routes] = {}
@@ -55,13 +54,13 @@ class GatheredData:
                 rng = np.random.default_rng([made.seed, 4])
                 stored, tiled, _ = data.activations(rng, pairs, shape.intermediate, made.a_dtype, "normal")
                 self._a = {"a": stored} if tiled is None else {"a.codes": stored, "a.scales": tiled}
+                self._a["a.k64"] = reference.ordered_activations(stored, tiled)
                 self._inputs = {role: self._memory.put(array) for role, array in self._a.items()}
             else:
                 self._inputs = {role: pointer for role, pointer in made.inputs.items() if role.startswith("a")}  # alpha too
-                if made.a_dtype == "bf16":
-                    self._inputs["a.k64"] = self._memory.put(k64_order(made.stored_activations))
-            specs = self.problem(made.largest_m, 8).tensors()
-            self._outputs = {role: self._memory.empty(spec.nbytes) for role, spec in specs.items() if spec.output}
+                self._inputs["a.k64"] = self._memory.put(reference.ordered_activations(*made.stored_activations))
+            outputs = {role: spec.nbytes for tile in (1, K64_ORDER_FROM) for role, spec in self._written(made.largest_m, tile).items()}
+            self._outputs = {role: self._memory.empty(nbytes) for role, nbytes in outputs.items()}
         except BaseException:
             self.close()
             raise
@@ -69,10 +68,14 @@ class GatheredData:
     def problem(self, m: int, tile: int) -> Problem:
         """The Problem at ``m`` tokens, over tiles of up to ``tile`` rows."""
         made, shape = self.made, self.made.shape
-        a_dtype = "bf16" if tile in self._decoded else made.a_dtype
         return Problem(
-            self.op, m, shape.experts, shape.hidden, shape.intermediate, a_dtype, made.c_dtype, top_k=shape.top_k, group_tile=tile
+            self.op, m, shape.experts, shape.hidden, shape.intermediate, grouped_dtype(made.a_dtype, tile), made.c_dtype,
+            top_k=shape.top_k, group_tile=tile,
         )  # fmt: skip
+
+    def _written(self, m: int, tile: int) -> dict[str, TensorSpec]:
+        """What a launch at ``m`` tokens over tiles of ``tile`` rows writes."""
+        return {role: spec for role, spec in self.problem(m, tile).tensors().items() if spec.output}
 
     @property
     def outputs(self) -> Mapping[str, int]:
@@ -120,24 +123,22 @@ class GatheredData:
         routing = np.array(self.made.routing(m, rotation), dtype=np.int64)
         return reference.route(routing, self.made.router[:m], self.made.w2_alpha, group_tile=tile)
 
-    def fetch(self, m: int) -> dict[str, npt.NDArray[Any]]:
+    def fetch(self, m: int, tile: int) -> dict[str, npt.NDArray[Any]]:
         """The outputs as they are stored, by role."""
-        specs = self.problem(m, 8).tensors()
-        return {role: self._memory.get(pointer, specs[role].shape, _NUMPY[specs[role].dtype]) for role, pointer in self._outputs.items()}
+        return {role: self._memory.get(self._outputs[role], spec.shape, _NUMPY[spec.dtype]) for role, spec in self._written(m, tile).items()}
 
-    def poison(self, m: int) -> None:
+    def poison(self, m: int, tile: int) -> None:
         """Makes every byte of the outputs wrong."""
-        specs = self.problem(m, 8).tensors()
-        for role, pointer in self._outputs.items():
-            self.made.driver.fill(pointer, 0xA5, specs[role].nbytes)
+        for role, spec in self._written(m, tile).items():
+            self.made.driver.fill(self._outputs[role], 0xA5, spec.nbytes)
 
     def check(self, m: int, tile: int) -> bounds.Report:
         """Sampled outputs of rotation 0 against the reference; in a layer, of what FC1 did write."""
         made, shape = self.made, self.made.shape
-        got = self.fetch(m)
+        got = self.fetch(m, tile)
         routes = self._routes[tile]
         if self._before is not None:
-            self._a = {role.replace("c", "a", 1): array for role, array in self._before.fetch(m).items()}
+            self._a = {role.replace("c", "a", 1): array for role, array in self._before.fetch(m, tile).items()}
         reports = []
         chosen = np.unique(np.round(np.linspace(0, (len(routes.rows) if self.op == "groupedfc1" else m) - 1, SAMPLED)).astype(np.int64))
         for place in chosen:
@@ -145,7 +146,9 @@ class GatheredData:
                 expert, token = int(routes.experts[place]), int(routes.rows[place])
                 columns = _columns(shape.intermediate, int(place))
                 one = made.fc1_reference(np.array([token]), expert, columns)
-                reports.append(self._compare_fc1(got, int(place), columns, one))
+                multiplier = made.output_multiplier if made.c_dtype == "nvfp4" else None
+                problem = self.problem(m, tile)
+                reports.append(bounds.compare_fc1(got, one, problem, output_multiplier=multiplier, rows=[int(place)], columns=columns))
                 continue
             rows = np.flatnonzero(routes.rows == place)
             columns = _columns(shape.hidden, int(place))
@@ -154,16 +157,10 @@ class GatheredData:
             reports.append(bounds.compare_plain(widen(got["c"][[place]][:, columns], made.c_dtype), two.c, bound, made.c_dtype))
         return bounds.combine(reports)
 
-    def _compare_fc1(self, got: Mapping[str, npt.NDArray[Any]], place: int, columns: npt.NDArray[np.int64], exact: Any) -> bounds.Report:
-        made, bound = self.made, bounds.fc1_bound(exact, self.made.shape.hidden)
-        if made.c_dtype != "nvfp4":
-            return bounds.compare_plain(widen(got["c"][[place]][:, columns], made.c_dtype), exact.y, bound, made.c_dtype)
-        codes = unpack_codes(np.ascontiguousarray(got["c.codes"][[place]][:, columns[::2] // 2]))
-        offsets = scale_offsets([[place]], columns[None, ::GROUP] // GROUP, made.shape.intermediate // GROUP)
-        return bounds.compare_nvfp4(codes, got["c.scales"].reshape(-1)[offsets], exact.y, bound, made.output_multiplier)
-
     def _rows_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """FC2's activations of some rows, exact."""
+        if "a.k64" in self._a:
+            return bf16_values(from_k64_order(self._a["a.k64"][rows], self.made.shape.intermediate)).astype(np.float64)
         if "a" in self._a:
             return bf16_values(self._a["a"][rows]).astype(np.float64)
         codes = self._a["a.codes"]
@@ -205,11 +202,11 @@ class TiledData:
 
     def poison(self, m: int) -> None:
         """Makes every byte of the output wrong."""
-        self._data.poison(m)
+        self._data.poison(m, self.tile)
 
     def fetch(self, m: int) -> Mapping[str, npt.NDArray[Any]]:
         """The outputs, by role."""
-        return self._data.fetch(m)
+        return self._data.fetch(m, self.tile)
 
     def check(self, m: int, got: Mapping[str, npt.NDArray[Any]]) -> bounds.Report:
         """Sampled outputs against the reference."""
@@ -221,14 +218,13 @@ class GatheredLayer:
 
     Args:
         one, two: FC1 and FC2 with a list of active experts; they must outlive this.
-        decoded: tiles over which FC1 has NVFP4 activations decoded by ``route`` (``grouping.ordered_dtype``).
     """
 
-    def __init__(self, one: OpData, two: OpData, decoded: Collection[int] = ()) -> None:
+    def __init__(self, one: OpData, two: OpData) -> None:
         self._one, self._memory = one, DeviceMemory(one.driver)
         self._ids: tuple[int, list[int]] = (0, [])
         self._ids_memory = DeviceMemory(one.driver)
-        self._fc1 = GatheredData(one, decoded=decoded)
+        self._fc1 = GatheredData(one)
         try:
             self._fc2 = GatheredData(two, self._fc1)
             specs = self.problems(one.largest_m, 8)[0].tensors()
@@ -265,8 +261,8 @@ class GatheredLayer:
         for role, spec in self.problems(m, tile)[0].tensors().items():
             if spec.output:
                 self._one.driver.fill({**self._routed, "x.k64": self._ordered}[role], 0xA5, spec.nbytes)
-        self._fc1.poison(m)
-        self._fc2.poison(m)
+        self._fc1.poison(m, tile)
+        self._fc2.poison(m, tile)
 
     def check(self, m: int, tile: int) -> tuple[bool, str]:
         """Whether rotation 0's tiles and rows are the reference's, and FC1 and FC2 within their bounds; and what was wrong."""

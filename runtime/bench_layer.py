@@ -19,11 +19,11 @@ from densemoe.runtime.bench_gathered import GatheredLayer
 from densemoe.runtime.bench_report import GATHERED, OURS, WHOLE, WITH_PREPARE
 from densemoe.runtime.bench_timing import Launch
 from densemoe.runtime.errors import SelectionError
-from densemoe.runtime.grouping import group_tile, ordered_dtype
+from densemoe.runtime.grouping import group_tile
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.select import load_table
-from densemoe.runtime.tune import grouped_keys, grouped_tiles
+from densemoe.runtime.tune import grouped_tiles
 from densemoe.runtime.tune_cases import Case, Shape, worth_a_tile
 from densemoe.runtime.tune_data import DeviceMemory, OpData
 
@@ -45,7 +45,7 @@ class LayerBench(Bench):
                 gathered = None
                 try:
                     if active and any(self._tiles(each, dtypes) for each in self.sets):
-                        gathered = GatheredLayer(one, two, self._decoded(dtypes))
+                        gathered = GatheredLayer(one, two)
                     for m in tokens:
                         yield self._layer(one, two, m, gathered)
                 finally:
@@ -113,12 +113,6 @@ class LayerBench(Bench):
         passed = self._layer_passed(own, pairs[0][0], pairs[1][0], one, two, m)
         found = [] if passed else [f"{of.name}FC1 and FC2 with a list of active experts, or dense"]
         return own, found + self._add_gathered_layer(point, of, plans, one, two, m, len(pairs[0]), gathered)
-
-    def _decoded(self, dtypes: tuple[str, str, str]) -> set[int]:
-        """Tiles over which ``route`` decodes the layer's NVFP4 activations for FC1, as the layer op has it do."""
-        first, middle, _ = dtypes
-        tiles = {tile for tile, _ in grouped_keys(self.sets[0].entries.values(), "groupedfc1", "bf16", middle)}
-        return {tile for tile in tiles if first == "nvfp4" and ordered_dtype(first, tile, tiles)}
 
     def _tiles(self, of: ArtifactSet, dtypes: Sequence[str]) -> set[int]:
         """Rows of the tiles that a layer of these dtypes may be gathered into."""

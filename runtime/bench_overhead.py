@@ -127,15 +127,14 @@ def _calls(torch: Any, ops: Any) -> dict[str, tuple[Callable[..., Any], tuple[An
     one, two, ones, multiplier = weights("fc1"), weights("fc2"), torch.ones(EXPERTS, device="cuda"), torch.ones(1, device="cuda")
     second = multiplier.clone()  # a layer's tensors are its own
     alpha, fc2_alpha = ones / 64, torch.ones(TOKENS, EXPERTS, device="cuda")
-    middle = ops.fc1_swiglu(x, None, one, alpha, None, None, WIDTH, packing.LAYOUT, "bf16")[0]
-    layer = (x, None, ids, router, one, alpha, two, alpha.clone())
-    last = (None, WIDTH, WIDTH, packing.LAYOUT, "bf16")
+    middle = ops.fc1_swiglu(x, one, alpha, WIDTH, packing.LAYOUT)[0]
+    layer = (x, ids, router, one, alpha, two, alpha.clone(), WIDTH, WIDTH, packing.LAYOUT)
     return {
         "quantize_nvfp4": (ops.quantize_nvfp4, (x, multiplier)),
-        "fc1_swiglu": (ops.fc1_swiglu, (x, None, one, alpha, None, None, WIDTH, packing.LAYOUT, "bf16")),
-        "fc2": (ops.fc2, (middle, None, two, fc2_alpha, EXPERTS, WIDTH, packing.LAYOUT, "bf16")),
-        "moe of bf16": (ops.moe, (*layer, None, None, *last)),
-        "moe of nvfp4": (ops.moe, (*layer, multiplier, second, *last)),
+        "fc1_swiglu": (ops.fc1_swiglu, (x, one, alpha, WIDTH, packing.LAYOUT)),
+        "fc2": (ops.fc2, (middle, two, fc2_alpha, EXPERTS, WIDTH, packing.LAYOUT)),
+        "moe of bf16": (ops.moe, layer),
+        "moe of nvfp4": (ops.moe, (*layer, "bf16", multiplier, second)),
     }
 
 

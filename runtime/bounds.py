@@ -18,6 +18,7 @@ import numpy as np
 
 from densemoe.runtime.arrays import Array, Indices, constants, indices, long, namespace, power_of_two, sigmoid, to_host, unpack, untile
 from densemoe.runtime.errors import ProblemError
+from densemoe.runtime.layout import k64_positions
 from densemoe.runtime.nvfp4 import E2M1_VALUES, E4M3_VALUES, GROUP, convert, widen
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.reference import Fc1Result, Fc2Result
@@ -310,6 +311,30 @@ def compare_nvfp4(codes: Array, scales: Array, exact: Array, bound: Array, multi
     return scale_report
 
 
+def _coded(values: Array, exact: Array, multiplier: float) -> tuple[Array, Array]:
+    """(codes, one a byte, ``[M, N]``; scale bytes ``[M, N/16]``) that decoded NVFP4 output stands for: under the scale of the exact group, else under
+    one of its neighbours. A group of which no such scale makes codes has the scale byte −1, which no rule allows.
+
+    Args:
+        values, exact: float64 ``[M, N]``.
+    """
+    xp = namespace(exact)
+    m, n = (int(size) for size in exact.shape)
+    got, groups = (each.reshape(m, n // GROUP, GROUP) for each in (values, exact))
+    table, of_code = constants(exact, E4M3_VALUES[:127]), constants(exact, E2M1_VALUES[:8])
+    ideal = _nearest(_amax(xp.abs(xp.where(xp.isfinite(groups), groups, xp.zeros_like(groups)))) / 6 * multiplier, table)
+    codes, scales = long(xp.zeros_like(got)), xp.zeros_like(ideal) - 1
+    for step in (0, -1, 1):
+        byte = ideal + step
+        byte = xp.where((byte < 0) | (byte > 126), ideal, byte)
+        scale = table[byte][:, :, None]
+        magnitude = _nearest(xp.abs(got) / xp.where(scale > 0, scale, xp.ones_like(scale)), of_code)
+        fits = (of_code[magnitude] * scale == xp.abs(got)).all(2) & (scales < 0)
+        scales = xp.where(fits, byte, scales)
+        codes = xp.where(fits[:, :, None], magnitude + 8 * long((got < 0) & (magnitude > 0)), codes)
+    return codes.reshape(m, n), scales
+
+
 def _compare_scales(xp: Any, stored: Array, groups: Array, bounds: Array, specified: Array, multiplier: float) -> Report:
     table = constants(groups, E4M3_VALUES[:127])
     middle = (table[1:] + table[:-1]) / 2
@@ -429,7 +454,7 @@ def compare_fc1(
     """FC1's output against the reference, by the rule that its dtype and data call for.
 
     Args:
-        actual: the whole output by role: ``c`` ``[M, E·I]``, or ``c.codes`` ``[M, E·I/2]`` and tiled ``c.scales``.
+        actual: the whole output by role: ``c`` ``[M, E·I]``, or ``c.codes`` ``[M, E·I/2]`` and tiled ``c.scales``, or ``c.k64`` in K 64 order.
         result: ``reference.fc1`` of the same rows and columns.
         output_multiplier: of NVFP4 output.
         rows, columns: the sample that ``result`` covers; columns of NVFP4 output are whole groups of 16.
@@ -445,8 +470,12 @@ def compare_fc1(
         y = _exact_y(result)
         bound = np.zeros(y.shape)
         xp = np
+    if problem.c_in_k64_order:
+        positions = k64_positions(problem.n_out)
+        got = _widened(_part(actual["c.k64"], rows, positions if columns is None else positions[np.asarray(columns)]), "bf16")
+    elif problem.c_dtype != "nvfp4":
+        got = _widened(_part(actual["c"], rows, columns), problem.c_dtype)
     if problem.c_dtype != "nvfp4":
-        got = _part(_widened(actual["c"], problem.c_dtype), rows, columns)
         if exact:
             return compare_exact(to_host(got), widen(convert(y, problem.c_dtype), problem.c_dtype), name=name)
         return compare_plain(got, y, bound, problem.c_dtype, name=name)
@@ -458,11 +487,15 @@ def compare_fc1(
         if len(chosen) % GROUP or (chosen.reshape(-1, GROUP) != chosen[::GROUP, None] // GROUP * GROUP + np.arange(GROUP)).any():
             raise ProblemError("columns cut a group of 16: sample whole groups of NVFP4 output")
         groups = chosen[::GROUP] // GROUP
-    codes = _part(unpack(actual["c.codes"]), rows, columns)
-    scales = _part(untile(actual["c.scales"], problem.c_rows), rows, groups)
-    if xp is np:
-        codes, scales = to_host(codes), to_host(scales)
-    return compare_nvfp4(codes, scales, y.astype(np.float64) if exact else y, bound, output_multiplier, name=name)
+    y = y.astype(np.float64) if exact else y
+    if problem.c_in_k64_order:
+        codes, scales = _coded(to_host(got) if xp is np else got, y, output_multiplier)
+    else:
+        codes = _part(unpack(_part(actual["c.codes"], rows, None)), None, columns)
+        scales = _part(untile(actual["c.scales"], problem.c_rows), rows, groups)
+        if xp is np:
+            codes, scales = to_host(codes), to_host(scales)
+    return compare_nvfp4(codes, scales, y, bound, output_multiplier, name=name)
 
 
 def compare_fc2(

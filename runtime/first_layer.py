@@ -119,7 +119,7 @@ def _torch(task: dict[str, Any]) -> None:
         ids = torch.tensor(_ids(), dtype=torch.int32)
         router = torch.full((TOKENS, TOP_K), 1 / TOP_K)
         alpha = torch.ones(EXPERTS)
-    found = torch.ops.densemoe.moe(x, None, ids, router, one, alpha, two, alpha, None, None, None, HIDDEN, INTERMEDIATE, layout, "bf16")
+    found = torch.ops.densemoe.moe(x, ids, router, one, alpha, two, alpha, HIDDEN, INTERMEDIATE, layout)
     found.cpu()
 
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from densemoe.runtime.problem import in_k64_order
-
-__all__ = ["group_tile", "ordered_dtype"]
+__all__ = ["group_tile"]
 
 
 def group_tile(grouping: Mapping[str, Any] | None, tiles: Collection[int], m: int, top_k: int, experts: int) -> int:
@@ -31,15 +29,3 @@ def group_tile(grouping: Mapping[str, Any] | None, tiles: Collection[int], m: in
     share = m * top_k / experts
     wanted = next(int(each["tile_m"]) for each in grouping["tiles"] if share <= each.get("share_to", share))
     return min(tiles, key=lambda tile: (abs(tile - wanted), tile))
-
-
-def ordered_dtype(a_dtype: str, tile: int, bf16_tiles: Collection[int]) -> str:
-    """The dtype of a layer's activations that ``route`` brings to K 64 order for grouped FC1, which then reads bf16; "" where FC1 reads them as they
-    are.
-
-    Args:
-        a_dtype: of the layer; tile: rows of a tile.
-        bf16_tiles: tiles that FC1 has kernels for that read bf16 and write what the layer's FC2 reads: NVFP4 activations are decoded for them, once
-            instead of by every CTA.
-    """
-    return a_dtype if in_k64_order("groupedfc1", "bf16", tile) and tile in bf16_tiles else ""

@@ -17,6 +17,7 @@ __all__ = [
     "gate_row",
     "interleave_up_gate",
     "k64_order",
+    "k64_positions",
     "k64_width",
     "padded_rows",
     "scale_offset",
@@ -71,11 +72,16 @@ def k64_order(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.ascontiguousarray(padded.reshape(rows, -1, 4, 8, 2).transpose(0, 1, 3, 2, 4)).reshape(rows, -1)
 
 
+def k64_positions(k: int) -> npt.NDArray[np.int64]:
+    """Where each of ``k`` columns stands in a row in K 64 order: int64 ``[k]``."""
+    column = np.arange(k)
+    lane, word = column % 64 // 16, column % 16 // 2
+    return column // 64 * 64 + (word * 4 + lane) * 2 + column % 2
+
+
 def from_k64_order(values: npt.NDArray[Any], k: int) -> npt.NDArray[Any]:
     """The inverse of ``k64_order``, of ``k`` columns."""
-    rows, width = values.shape
-    plain = values.reshape(rows, width // 64, 8, 4, 2).transpose(0, 1, 3, 2, 4)
-    return np.ascontiguousarray(plain.reshape(rows, width)[:, :k])
+    return values[:, k64_positions(k)]
 
 
 def _check_scales(name: str, scales: Any) -> None:

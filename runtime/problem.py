@@ -11,7 +11,7 @@ from typing import Final
 from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.variant import A_DTYPES_OF, ALL_OPS, C_DTYPES, GROUPED_OPS, OPS
 
-__all__ = ["ELEMENT_BITS", "Problem", "TensorSpec", "in_k64_order"]
+__all__ = ["ELEMENT_BITS", "Problem", "TensorSpec", "grouped_dtype", "in_k64_order"]
 
 ELEMENT_BITS: Final = {"nvfp4": 4, "e4m3": 8, "e5m2": 8, "u8": 8, "bf16": 16, "f16": 16, "f32": 32, "u32": 32, "i32": 32, "i64": 64}
 #: Contract section 8: any dimension of 2**31 or more is refused; byte offsets are 64-bit.
@@ -23,9 +23,10 @@ OTHER_ALIGNMENT: Final = 16
 LARGEST_LISTED: Final = 4096  # experts that `prepare` has flags for
 LARGEST_TOP_K: Final = 32  # `prepare` holds a token's experts one a lane
 TILE_WORDS: Final = 4  # of one tile of `route`: expert, first row, rows, unused
-K64_ORDER_FROM: Final = 32  # rows of a tile from which grouped FC1 reads bf16 activations in K 64 order
+K64_ORDER_FROM: Final = 32  # rows of a tile from which what the grouped ops multiply is bf16 in K 64 order
 X_DTYPES: Final = ("", "bf16", "nvfp4")  # of what `route` brings to it
 _ROUTED: Final = ("route", *GROUPED_OPS)
+_BETWEEN: Final = ("bf16", "nvfp4")  # between grouped FC1 and FC2 of large tiles
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,16 @@ def _ceil_to(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-def in_k64_order(op: str, a_dtype: str, group_tile: int) -> bool:
-    """Whether an op reads its activations in K 64 order (``layout.k64_order``): grouped FC1 over tiles of 32 rows and more reads bf16 ones so, which
-    WGMMA's shared memory then takes by sixteen bytes. ``route`` brings them to it."""
-    return op == "groupedfc1" and a_dtype == "bf16" and group_tile >= K64_ORDER_FROM
+def in_k64_order(op: str, group_tile: int) -> bool:
+    """Whether an op reads its activations as bf16 in K 64 order (``layout.k64_order``): the grouped ops over tiles of 32 rows and more, whose shared
+    memory then takes them by sixteen bytes. ``route`` brings a layer's to it, and FC1 writes so what FC2 reads; of NVFP4 both give the decoded
+    values, which bf16 holds exactly."""
+    return op in GROUPED_OPS and group_tile >= K64_ORDER_FROM
+
+
+def grouped_dtype(a_dtype: str, group_tile: int) -> str:
+    """The dtype that a grouped op over tiles of so many rows reads activations of ``a_dtype`` in: NVFP4 ones of large tiles come decoded."""
+    return "bf16" if group_tile >= K64_ORDER_FROM else a_dtype
 
 
 def k64_width(k: int) -> int:
@@ -79,8 +86,9 @@ class Problem:
     ``prepare`` (contract section 5) turns the router's ids and weights into alpha ``[M, E]`` and the list of active experts; its H and I are 0.
     ``route`` sorts the router's choice by expert: one row a (token, expert) pair, ``M·k`` of them at most, and tiles of up to ``group_tile`` rows
     of one expert. ``groupedfc1`` and ``groupedfc2`` are FC1 and FC2 over those rows; what stands between them is ``[M·k, I]``, of which only the
-    pairs' rows are written. Where ``x_dtype`` is given ``route`` brings the activations ``x`` ``[M, H]`` to K 64 order besides (``in_k64_order``),
-    NVFP4 ones decoded, which bf16 holds exactly.
+    pairs' rows are written. Over tiles of 32 rows and more both read bf16 in K 64 order (``in_k64_order``): where ``x_dtype`` is given ``route``
+    brings the activations ``x`` ``[M, H]`` to it besides, NVFP4 ones decoded, and FC1 writes ``c.k64``, of NVFP4 the values that codes and scales
+    stand for.
     ``quantize`` (section 2) turns activations ``[M, H]`` into NVFP4; its E and I are 0.
 
     Attributes:
@@ -157,6 +165,15 @@ class Problem:
             raise ProblemError(f"group_tile={self.group_tile} for {self.op}: route and the grouped ops have the rows of a tile, the others 0")
         if self.x_dtype not in (X_DTYPES if self.op == "route" else ("",)):
             raise ProblemError(f"x_dtype={self.x_dtype!r} for {self.op}: route has bf16, nvfp4 or none, the others none")
+        if in_k64_order(self.op, self.group_tile):
+            if self.a_dtype != "bf16":
+                raise ProblemError(
+                    f"a_dtype={self.a_dtype!r} for {self.op} over tiles of {self.group_tile} rows: use bf16, which `route` and FC1 decode NVFP4 to"
+                )
+            if self.op == "groupedfc1" and self.c_dtype not in _BETWEEN:
+                raise ProblemError(
+                    f"c_dtype={self.c_dtype!r} for {self.op} over tiles of {self.group_tile} rows: use {' or '.join(_BETWEEN)}, what FC2 reads"
+                )
         if (self.active_list and not gemm) or (self.active_list and self.op in GROUPED_OPS):
             raise ProblemError(f"active_list=True for {self.op}: only FC1 and FC2 have a list of active experts (contract section 5)")
 
@@ -169,8 +186,13 @@ class Problem:
 
     @property
     def a_in_k64_order(self) -> bool:
-        """Whether activations are ``a.k64``, ``[M, ⌈H / 128⌉ · 128]`` in K 64 order, instead of ``a``."""
-        return in_k64_order(self.op, self.a_dtype, self.group_tile)
+        """Whether activations are ``a.k64``, ``[rows, ⌈K / 128⌉ · 128]`` in K 64 order, instead of ``a``."""
+        return in_k64_order(self.op, self.group_tile)
+
+    @property
+    def c_in_k64_order(self) -> bool:
+        """Whether the output is ``c.k64``, bf16 ``[rows, ⌈I / 128⌉ · 128]`` in K 64 order, zeros behind I, in place of ``c`` or codes and scales."""
+        return self.op == "groupedfc1" and in_k64_order(self.op, self.group_tile)
 
     @property
     def a_rows(self) -> int:
@@ -197,7 +219,7 @@ class Problem:
         Roles: ``a`` or ``a.codes`` + ``a.scales``; ``alpha``; ``alpha_post``; ``active_experts`` (the
         count, then as many expert ids, ascending); ``output_multiplier``; ``c`` or ``c.codes`` + ``c.scales``.
         Of ``route`` and the grouped ops: ``tiles`` (a head [tiles, rows, 0, 0], then [expert, first row, rows, 0] each), ``rows`` (the token of each
-        row) and ``row_alpha`` (its scale in FC2); and ``a.k64`` in place of ``a`` where grouped FC1 reads it in K 64 order (``a_in_k64_order``).
+        row) and ``row_alpha`` (its scale in FC2); and ``a.k64`` and ``c.k64`` where they are in K 64 order (``a_in_k64_order``, ``c_in_k64_order``).
         """
         rows = _ceil_to(self.m, SCALE_ROWS)
         if self.op in ("prepare", "route"):
@@ -231,6 +253,9 @@ class Problem:
             specs.append(TensorSpec("active_experts", "i32", (1 + self.experts,), 4))
         if self.c_dtype == "nvfp4":
             specs.append(TensorSpec("output_multiplier", "f32", (1,), 4))
+        if self.c_in_k64_order:
+            specs.append(TensorSpec("c.k64", "bf16", (self.c_rows, k64_width(self.n_out)), OTHER_ALIGNMENT, output=True))
+        elif self.c_dtype == "nvfp4":
             scale_rows = _ceil_to(self.c_rows, SCALE_ROWS)
             specs.append(TensorSpec("c.codes", "u8", (self.c_rows, self.n_out // 2), CODES_ALIGNMENT, output=True))
             specs.append(TensorSpec("c.scales", "u8", (scale_rows, self.n_out // GROUP), OTHER_ALIGNMENT, output=True))

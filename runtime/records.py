@@ -9,6 +9,7 @@ from densemoe.runtime.fields import plain
 
 __all__ = ["lines", "summary"]
 
+LARGEST_COUNT: Final = 1 << 63
 _DIGEST: Final = 12  # digits of a sha256 that are shown
 _DIGESTS: Final = ("emulator", "sources", "ptx", "list")
 
@@ -45,8 +46,9 @@ def _value(value: Any) -> str:
 
 
 def _counts(value: Any) -> dict[str, int]:
-    """Counts by name; what is none is left out."""
-    return {plain(name): count for name, count in value.items() if type(count) is int} if isinstance(value, Mapping) else {}
+    """Counts by name; what is none is left out, as is what no run counts to."""
+    counts = value.items() if isinstance(value, Mapping) else ()
+    return {plain(name): count for name, count in counts if type(count) is int and abs(count) < LARGEST_COUNT}
 
 
 def _counted(counters: Mapping[str, Any]) -> list[str]:

@@ -69,7 +69,7 @@ def _reason(variant: Variant, problem: Problem) -> str:
         if variant.tile_m != problem.group_tile:
             return f"its tiles have {variant.tile_m} rows, those of the problem {problem.group_tile}"
         if problem.a_in_k64_order and variant.tile_n != K64_ORDER_ROWS:
-            return f"bf16 activations of tiles of {problem.group_tile} rows come in K 64 order, which kernels of {K64_ORDER_ROWS} weight rows read"
+            return f"activations of tiles of {problem.group_tile} rows come in K 64 order, which kernels of {K64_ORDER_ROWS} weight rows read"
         steps = problem.m * problem.top_k * -(-max(problem.hidden, problem.intermediate) // 64)
         return f"{steps} steps: it counts them in 32 bits; split M" if steps > LARGEST_WORD else ""
     if problem.op == "route" and (blocks := problem.m * k64_width(problem.hidden) // 64) > LARGEST_WORD // 2:

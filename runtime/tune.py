@@ -24,6 +24,7 @@ from densemoe.runtime.errors import DensemoeError, ProblemError
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.manifest import ManifestVariant
 from densemoe.runtime.plan import Plan
+from densemoe.runtime.problem import grouped_dtype
 from densemoe.runtime.rules import can_implement
 from densemoe.runtime.tune_cases import Case, Shape, in_order, worth_a_tile
 from densemoe.runtime.tune_data import OpData, PackedWeights
@@ -205,18 +206,20 @@ def cases_of(
             for m in in_order(tokens):
                 cases += [Case(op, shape, m, a, c, active) for active in forms for a, c in by_pair]
                 worth = [(pair, tile) for pair, own in by_pair.items() for tile in sorted(own) if m == min(tokens) or worth_a_tile(shape, m, tile)]
-                cases += [Case(f"grouped{op}", shape, m, a, c, False, tile) for (a, c), tile in worth]
+                # FC2 of both activations' layers is one case where NVFP4 comes decoded
+                gathered = dict.fromkeys(Case(f"grouped{op}", shape, m, grouped_dtype(a, tile), c, False, tile) for (a, c), tile in worth)
+                cases += gathered
     return found
 
 
 def grouped_keys(entries: Iterable[ManifestVariant], op: str, a_dtype: str, c_dtype: str) -> list[tuple[int, str]]:
-    """(rows of a tile, key) of a grouped op's variants of these dtypes, ascending."""
-    variants = [entry.variant for entry in entries]
-    return sorted((each.tile_m, each.key) for each in variants if (each.op, each.a_dtype, each.c_dtype) == (op, a_dtype, c_dtype))
+    """(rows of a tile, key) of a grouped op's variants for a layer's dtypes, ascending: those over large tiles read NVFP4 decoded."""
+    variants = [entry.variant for entry in entries if (entry.variant.op, entry.variant.c_dtype) == (op, c_dtype)]
+    return sorted((each.tile_m, each.key) for each in variants if each.a_dtype == grouped_dtype(a_dtype, each.tile_m))
 
 
 def grouped_tiles(entries: Collection[ManifestVariant], dtypes: Sequence[str], *ops: str) -> set[int]:
-    """Rows of the tiles that every one of some grouped ops has a variant for.
+    """Rows of the tiles that every one of a layer's grouped ops has a variant for.
 
     Args:
         dtypes: of the first op's activations, of what lies between, of the last op's output.

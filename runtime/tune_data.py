@@ -153,9 +153,9 @@ class OpData:
         return self._inputs
 
     @property
-    def stored_activations(self) -> npt.NDArray[Any]:
-        """Activations as they are stored: bf16 bits, or codes."""
-        return self._a
+    def stored_activations(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8] | None]:
+        """Activations as they are stored: bf16 bits and None, or codes and tiled scales."""
+        return self._a, None if self._a_scales is None else tile_scales(self._a_scales)
 
     @property
     def output_multiplier(self) -> float:

@@ -44,6 +44,7 @@ ACCUMULATORS = 4  # float32 registers a lane holds of one m16n8 tile
 WARPS = 4
 UNROLL = 2  # steps of a main loop in which two sets of activations take turns, so that loaded ones need not move from one to the other
 TILES_M = (8, 16, 32)
+GROUPED_TILES_M = (8, 16)  # rows of larger tiles come in K 64 order, which the kernels of 256 weight rows read
 #: Superblocks in a warp's ring, by tile_m: where fewer warps are resident each keeps more bytes in flight.
 STAGES = {8: 2, 16: 2, 32: 3}
 

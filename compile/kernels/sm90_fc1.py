@@ -33,7 +33,7 @@ from densemoe.compile.kernels import Expected
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels.host import pointer
-from densemoe.compile.kernels.sm90_epilogue import store_fc1_row
+from densemoe.compile.kernels.sm90_epilogue import OUTPUT_COLUMNS, store_fc1_row
 from densemoe.runtime.recipe import Parameter, Recipe, pointer_or_null
 from densemoe.runtime.variant import Variant
 
@@ -44,7 +44,6 @@ WEIGHT_LAYOUT = common.WEIGHT_LAYOUT
 RESIDENT_CTAS = {8: 4, 16: 3, 32: 2}
 PREFETCH_UP_TO = 16  # largest tile_m whose activations are loaded one superblock ahead
 SMALLEST_SPAN = 2 * common.WARPS  # K 128 blocks of a CTA
-OUTPUT_COLUMNS = common.SUPERBLOCK_ROWS // 2  # of one superblock row: half its rows are gates
 
 
 @cute.kernel

@@ -19,9 +19,8 @@ from densemoe.compile.kernels import Expected, sm90_fc1
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels.host import pointer
-from densemoe.compile.kernels.sm90_fc1 import OUTPUT_COLUMNS, fc1_kernel
-from densemoe.runtime.errors import VariantError
-from densemoe.runtime.problem import K64_ORDER_FROM
+from densemoe.compile.kernels.sm90_epilogue import OUTPUT_COLUMNS
+from densemoe.compile.kernels.sm90_fc1 import fc1_kernel
 from densemoe.runtime.recipe import Parameter, Recipe, pointer_or_null
 from densemoe.runtime.variant import Variant
 
@@ -92,9 +91,7 @@ def config_of(variant: Variant) -> common.Config:
 
 def check(variant: Variant) -> None:
     """Raises VariantError where this kernel cannot be ``variant``."""
-    common.check_tile(variant)
-    if variant.a_dtype == "bf16" and variant.tile_m >= K64_ORDER_FROM:
-        raise VariantError(f"a_dtype: bf16 of {variant.key}: tiles of {K64_ORDER_FROM} rows and more come in K 64 order, which WGMMA's kernel reads")
+    common.check_tile(variant, common.GROUPED_TILES_M)
 
 
 def recipe(variant: Variant) -> Recipe:

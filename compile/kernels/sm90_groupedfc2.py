@@ -40,10 +40,10 @@ from densemoe.runtime.variant import Variant
 OP = "groupedfc2"
 ARCHITECTURES = ("sm_90a",)
 WEIGHT_LAYOUT = common.WEIGHT_LAYOUT
-RESIDENT_CTAS = {8: 4, 16: 3, 32: 2}
+RESIDENT_CTAS = {8: 4, 16: 3}
 SMALLEST_SPAN = 1  # K 128 blocks of a warp
 LARGEST_GROUP = 4  # row blocks
-CONVERTED_AT_ONCE = {8: 1, 16: 2, 32: 2}  # pieces whose loads a converting warp has in flight, as registers allow
+CONVERTED_AT_ONCE = {8: 1, 16: 2}  # pieces whose loads a converting warp has in flight, as registers allow
 
 
 @cute.kernel
@@ -348,7 +348,7 @@ def config_of(variant: Variant) -> common.Config:
 
 def check(variant: Variant) -> None:
     """Raises VariantError where this kernel cannot be ``variant``."""
-    common.check_tile(variant)
+    common.check_tile(variant, common.GROUPED_TILES_M)
 
 
 def recipe(variant: Variant) -> Recipe:

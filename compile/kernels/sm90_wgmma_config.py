@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from densemoe.compile.kernels import sm90_common as common
+from densemoe.runtime.errors import VariantError
 from densemoe.runtime.variant import Variant
 
 WARPGROUP_WARPS: Final = 4
 GROUP_ROWS: Final = WARPGROUP_WARPS * common.SUPERBLOCK_ROWS  # weight rows of a CTA's unit
 ROW_BYTES: Final = 128  # of a token in a K 64 half
 TOKEN_STRIDE: Final = 2 * ROW_BYTES + 16  # from a token's K 128 to the next's, for ``mma.sync``: lanes that load together then meet in no bank
-LARGEST_PORTION: Final = 4  # pieces of 16 bytes that a thread has on their way beside 128 accumulators
 TABLE_SLOTS: Final = 3  # tiles whose rows stand in shared memory: the one that is multiplied, the one that is loaded, the next
 
 
@@ -42,20 +42,15 @@ SHAPES: Final = {
     16: Shape(1, 2, 4, (8, 16), 4, warp_products=True),
     32: Shape(1, 2, 3, (24, 32), 8),
     48: Shape(1, 3, 2, (32, 40, 48), 8),
-    64: Shape(1, 3, 2, (32, 48, 64), 8),
+    64: Shape(1, 3, 2, (48, 64), 8),
     96: Shape(2, 3, 1, (80, 96), 0),
-    128: Shape(2, 3, 1, (64, 128), 0),
+    128: Shape(2, 3, 1, (112, 128), 0),
     160: Shape(2, 3, 1, (160,), 0),
 }
-#: (op, tile_m, activations, outputs, widths): kernels that would spill with those of the shape, or gain nothing by them; "" stands for each.
-OTHER_WIDTHS: Final = (
-    ("groupedfc1", 64, "", "nvfp4", (32, 64)),
-    ("groupedfc1", 128, "", "nvfp4", (128,)),
-    ("groupedfc2", 64, "", "", (40, 64)),
-)
-#: tile_m up to which bf16 tokens that are not in K 64 order are copied past the registers (beyond, copies of four bytes cost more than they
-#: save), and up to which other rows in the places of those that a tile lacks cost less than zeros.
-LARGEST_COPIED: Final = 64
+#: (op, tile_m) → widths other than the shape's: those that were measured better, or do not spill.
+OTHER_WIDTHS: Final = {("groupedfc1", 160): (144, 160), ("groupedfc2", 64): (40, 64)}
+#: tile_m up to which other rows in the places of those that a tile lacks cost less than zeros.
+LARGEST_FILLED: Final = 64
 
 
 @dataclass(frozen=True)
@@ -82,10 +77,7 @@ class Config:
     @property
     def widths(self) -> tuple[int, ...]:
         """Columns of ``wgmma`` that the kernel has a loop for: those of the shape, or of OTHER_WIDTHS."""
-        for op, tile_m, activations, outputs, other in OTHER_WIDTHS:
-            if (op, tile_m) == (self.op, self.tile_m) and activations in ("", self.activations) and outputs in ("", self.c_dtype):
-                return other
-        return self.shape.widths
+        return OTHER_WIDTHS.get((self.op, self.tile_m), self.shape.widths)
 
     @property
     def warp_products(self) -> bool:
@@ -101,11 +93,6 @@ class Config:
     def staged_rows(self) -> int:
         """Rows that a warp of FC2 hands through shared memory at a time."""
         return self.shape.staged_rows if self.op == "groupedfc2" else 0
-
-    @property
-    def activations(self) -> str:
-        """Their dtype."""
-        return "nvfp4" if self.nvfp4_activations else "bf16"
 
     @property
     def warps(self) -> int:
@@ -148,36 +135,14 @@ class Config:
         return self.tile_m * TOKEN_STRIDE if self.warp_products else self.half_bytes * common.K64_HALVES
 
     @property
-    def rows_a_thread(self) -> int:
-        """Rows of which a thread brings one piece: 16 bytes of bf16, or a group of 16 codes of one half."""
-        pieces = self.tile_m * (8 if self.nvfp4_activations else 16)
-        return pieces // self.threads
-
-    @property
     def k64_order(self) -> bool:
-        """Whether activations come in K 64 order (``runtime.layout``), as ``wgmma`` wants them: FC1's bf16 ones, which ``route`` brings to it."""
-        return self.op == "groupedfc1" and not self.nvfp4_activations and not self.warp_products
-
-    @property
-    def copies_tokens(self) -> bool:
-        """Whether tokens go from global to shared memory past the registers."""
-        return not self.nvfp4_activations and (self.k64_order or self.tile_m <= LARGEST_COPIED)
+        """Whether activations come as bf16 in K 64 order (``runtime.layout``), as ``wgmma`` wants them, and FC1 writes so what FC2 reads."""
+        return not self.warp_products
 
     @property
     def fills_with_others(self) -> bool:
         """Whether other rows are brought in the places of rows that a tile does not have, instead of zeros."""
-        return self.copies_tokens and not self.warp_products and self.tile_m <= LARGEST_COPIED
-
-    @property
-    def warps_bring_halves(self) -> bool:
-        """Whether a warp that brings tokens through registers has one K 64 half of several rows, which no two lanes store to one bank, or two whole
-        rows, as FC2 of 160 rows of bf16, which has no registers for the other."""
-        return self.nvfp4_activations or (self.op, self.tile_m) != ("groupedfc2", 160)
-
-    @property
-    def portions(self) -> int:
-        """Parts in which a thread brings its rows of a K 128, one a K 64 half of the block before: what is on its way lies in registers."""
-        return 2 if not self.nvfp4_activations and self.rows_a_thread > LARGEST_PORTION else 1
+        return self.k64_order and self.tile_m <= LARGEST_FILLED
 
     @property
     def table_words(self) -> int:
@@ -191,5 +156,7 @@ def config_of(variant: Variant) -> Config:
 
 
 def check_tile(variant: Variant) -> None:
-    """Raises VariantError where the family has no such tile, cluster or option."""
+    """Raises VariantError where the family has no such tile, cluster or option, or reads other activations over it."""
     common.check_tile(variant, SHAPES, GROUP_ROWS)
+    if variant.a_dtype != "bf16" and not SHAPES[variant.tile_m].warp_products:
+        raise VariantError(f"a_dtype: {variant.a_dtype} of {variant.key}: activations of tiles of {variant.tile_m} rows come as bf16 in K 64 order")

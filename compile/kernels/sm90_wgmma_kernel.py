@@ -32,7 +32,7 @@ from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels import sm90_wgmma as wgmma
 from densemoe.compile.kernels import sm90_wgmma_tokens as staging
 from densemoe.compile.kernels import sm90_workspace as workspace
-from densemoe.compile.kernels.sm90_epilogue import fc1_pairs, store_fc1_outputs, store_fc1_pairs
+from densemoe.compile.kernels.sm90_epilogue import fc1_pairs, store_fc1_outputs, store_fc1_pairs, store_k64_zeros
 from densemoe.compile.kernels.sm90_fc2 import add_to_workspace
 from densemoe.compile.kernels.sm90_wgmma_config import GROUP_ROWS, TABLE_SLOTS, WARPGROUP_WARPS, Config
 
@@ -136,18 +136,17 @@ def wgmma_kernel(
     token_k = k
     tile = work.tile(unit)
     next_tile = work.tile(unit + 1)
-    row, row_step, piece = staging.thread_place(config, tid)
+    row, piece = staging.thread_place(config, tid)
     held = Int32(tid < config.tile_m)
     slot = Int32(0)  # of the table, of the tokens' unit
     store_entry(config, table, Int32(0), tid, held, load_entry(config, rows, scales, tile, tid))
     store_entry(config, table, Int32(1), tid, held, load_entry(config, rows, scales, next_tile, tid))
     pr.barrier_cta_sync(0)  # the table stands, the mbarriers are made
     pr.griddepcontrol("wait")  # weights and lists do not depend on the launch before; activations do
-    if cutlass.const_expr(not config.copies_tokens):
-        for portion in cutlass.range_constexpr(config.portions):
-            tokens = tokens_of(config, table, slot, tile, row, row_step, staging.rows_of_portion(config, portion))
-            pieces = staging.load_pieces(config, a, a_scales, tokens, token_k, k_length * Int32(remaining > 0), piece)
-            staging.store_pieces(config, activations, row, row_step, piece, pieces, portion)
+    if cutlass.const_expr(config.nvfp4_activations):
+        (token,) = tokens_of(config, table, slot, tile, row, 1, range(1))
+        words = staging.load_piece(a, a_scales, token, token_k, k_length * Int32(remaining > 0), piece)
+        staging.store_piece(activations, row, piece, words)
     else:
         tokens = copied_tokens(config, table, slot, tile, warp, lane)
         staging.copy_tokens(config, a, tokens, token_k, k_blocks, k_length * Int32(remaining > 0), activations, warp, lane)
@@ -168,7 +167,7 @@ def wgmma_kernel(
             if is_width(config, index, own_count):
                 own_sums = common.zero_accumulators(config.accumulators * width // config.tile_m)
                 for step in cutlass.range(run, unroll=1):
-                    if cutlass.const_expr(config.copies_tokens):
+                    if cutlass.const_expr(not config.nvfp4_activations):
                         staging.wait_for_tokens()
                     if cutlass.const_expr(not config.warp_products):
                         wgmma.fence_to_async_proxy()
@@ -201,20 +200,21 @@ def wgmma_kernel(
                     ahead = activations + activation_stage * config.stage_bytes
                     low = wgmma.operand(config, at, lane)
                     superblock = ring.subview(stage * common.SUPERBLOCK_BYTES + lane * 16).data_ptr()
-                    if cutlass.const_expr(config.copies_tokens):
+                    if cutlass.const_expr(config.nvfp4_activations):
+                        (token,) = tokens_of(config, table, slot, tile, row, 1, range(1))
+                    else:
                         tokens = copied_tokens(config, table, slot, tile, warp, lane)
                         staging.copy_tokens(config, a, tokens, token_k, k_blocks, k_ahead, ahead, warp, lane)
                     for half in cutlass.range_constexpr(common.K64_HALVES):
-                        if cutlass.const_expr(not config.copies_tokens and half < config.portions):
-                            tokens = tokens_of(config, table, slot, tile, row, row_step, staging.rows_of_portion(config, half))
-                            pieces = staging.load_pieces(config, a, a_scales, tokens, token_k, k_ahead, piece)
+                        if cutlass.const_expr(config.nvfp4_activations and half == 0):
+                            words = staging.load_piece(a, a_scales, token, token_k, k_ahead, piece)
                         if cutlass.const_expr(half == 0):
                             common.wait(barriers.subview(stage), phase)
                         own_sums = wgmma.multiply_half(config, own_sums, superblock, first_block, low, width, half)
                         if cutlass.const_expr(half == 0):
                             entry = load_entry(config, rows, scales, [next_tile[0], next_tile[1], next_tile[2] * entering], tid)
-                        if cutlass.const_expr(not config.copies_tokens and (config.portions == 2 or half == 1)):
-                            staging.store_pieces(config, ahead, row, row_step, piece, pieces, half % config.portions)
+                        if cutlass.const_expr(config.nvfp4_activations and half == 1):
+                            staging.store_piece(ahead, row, piece, words)
                     stage += 1
                     if stage == stages:
                         stage = Int32(0)
@@ -251,29 +251,30 @@ def wgmma_kernel(
                 own_lane, own_warp = thread % 32, thread // 32
                 own_g, own_t, half_of_row = own_lane // 4, own_lane % 4, own_warp // WARPGROUP_WARPS
                 own_row = work.group(unit) * WARPGROUP_WARPS + own_warp % WARPGROUP_WARPS
-                end = own_first + own_count * Int32(own_row < work.row_blocks)
-                column = own_row * (common.SUPERBLOCK_ROWS // 2)
+                there = Int32(own_row < work.row_blocks)
+                end = own_first + own_count * there
+                scale = common.load_global_f32_if(scales + Int64(own_expert) * 4, Int32(1))
                 if cutlass.const_expr(config.shape.warpgroups == 1):
                     outputs = wgmma.by_token_block(config, sums, config.tile_m)
                     store_fc1_outputs(
-                        config, outputs, scales, None, output_multiplier, c, c_scales,
-                        own_first, end, own_expert, Int32(0), column, intermediate, own_g, own_t,
-                    )  # fmt: skip
+                        config, outputs, scale, output_multiplier, c, c_scales, own_first, end, own_row, again(intermediate), own_g, own_t
+                    )
                 else:
                     peaks = shared.peaks.data_ptr().toint(Int32) + (own_warp % WARPGROUP_WARPS) * wgmma.peak_bytes(config)
-                    scale = common.load_global_f32_if(scales + Int64(own_expert) * 4, Int32(1))
                     pairs = fc1_pairs(config, sums, scale, peaks, half_of_row, own_g, own_t)
                     if cutlass.const_expr(config.c_dtype == "nvfp4"):
                         pr.barrier_cta_sync(0)
                     store_fc1_pairs(
-                        config, pairs, peaks, output_multiplier, c, c_scales,
-                        own_first, end, column, intermediate, half_of_row, own_g, own_t,
-                    )  # fmt: skip
+                        config, pairs, peaks, output_multiplier, c, own_first, end, own_row, again(intermediate), half_of_row, own_g, own_t
+                    )
+                if cutlass.const_expr(config.k64_order):  # noqa: SIM102 - decided while compiling
+                    if (there == 0) & (half_of_row == 0):  # a group's columns are whole K 128 blocks, which FC2 multiplies
+                        store_k64_zeros(config, c, own_first, own_first + own_count, own_row, again(intermediate), own_lane)
         k += run
         if k == k_blocks:
             k = Int32(0)
             unit += 1
-    if cutlass.const_expr(config.copies_tokens):
+    if cutlass.const_expr(not config.nvfp4_activations):
         staging.wait_for_tokens()
     if cutlass.const_expr(fc2):
         of_group = again(work.tile_count) * k_blocks  # the units of the same 256 weight rows

@@ -1,8 +1,7 @@
 """Tokens of a tile on their way to shared memory, for the sm_90a kernels of 256 weight rows a CTA (``sm90_wgmma``).
 
-    mma.sync  rows as they are, 16 bytes apart: bf16 by cp.async of sixteen bytes; NVFP4 decoded in registers
-    wgmma     K 64 order, 128-byte swizzle:     bf16 that comes so (FC1's) by cp.async of sixteen bytes; FC2's up to 64 tokens by cp.async of four,
-                                                more, and NVFP4, through registers
+    mma.sync  rows as they are, 16 bytes apart:                            bf16 by cp.async of sixteen bytes; NVFP4 decoded in registers
+    wgmma     bf16 that comes in K 64 order, under the 128-byte swizzle:   by cp.async of sixteen bytes
 
 For ``wgmma`` the activations of a K 128 are two K 64 halves of ``tile_m`` rows of 128 bytes. Inside a half K is permuted as in the weights' lanes
 (K 64 order, ``runtime.layout``): 16-byte chunk 2s + c of a row, word t, is logical word 8t + 2s + c, so that k16 step s reads chunks 2s, 2s + 1. The
@@ -30,87 +29,47 @@ HALF_WARP: Final = 16  # lanes that copy a row for ``mma.sync`` together, sixtee
 LANE_BYTES: Final = 32  # of a token in a K 64 half that one lane multiplies by ``mma.sync``
 
 
-def thread_place(config: Config, tid: Any) -> tuple[Any, Any, Any]:
-    """(first row, row step, piece) of a thread: it brings piece ``piece`` of ``rows_a_thread`` rows, which are ``row step`` apart.
-
-    The row step is a multiple of 8, so that all of a thread's rows have the same swizzle. A piece of bf16 is the 16-byte chunk of the K 128, of NVFP4
-    it is 4·half + group. A warp has one half, of as many rows as its lanes bring: then no two lanes store to one bank.
-    """
-    if not config.warps_bring_halves:
-        return tid // 16, config.threads // 16, tid % 16
-    pieces = 4 if config.nvfp4_activations else 8  # of a half of a row
-    warp, rows = tid // 32, 32 // pieces
-    return (warp // 2) * rows + (tid % 32) // pieces, config.warps // 2 * rows, (warp % 2) * pieces + tid % pieces
+def thread_place(config: Config, tid: Any) -> tuple[Any, Any]:
+    """(row, piece) of a thread that decodes NVFP4: piece ``4·half + group`` of a K 128 of one row. A warp has one half of eight rows: no two lanes
+    then store to one bank."""
+    warp, groups = tid // 32, common.K16_STEPS
+    return (warp // 2) * (32 // groups) + (tid % 32) // groups, (warp % 2) * groups + tid % groups
 
 
-def load_pieces(config: Config, a: Any, a_scales: Any, tokens: list[Any], k_block: Any, k_total: Any, piece: Any) -> list[Any]:
-    """A thread's pieces of one K 128, as stored: loads only, so that they may fly while the block before is multiplied.
+def load_piece(a: Any, a_scales: Any, token: Any, k_block: Any, k_total: Any, piece: Any) -> list[Any]:
+    """Two words of codes and a scale byte of one K 128, as stored: loads only, so that they may fly while the block before is multiplied.
 
     Args:
-        a: bf16 ``[rows, k_total]``, or codes ``[rows, k_total / 2]``; a_scales: tiled scales of the codes.
-        tokens: the activation row of each piece, negative where there is none: it counts as 0 and is not read.
+        a: codes ``[rows, k_total / 2]``; a_scales: their tiled scales.
+        token: the activation row, negative where there is none: it counts as 0 and is not read.
         piece: of the K 128 (``thread_place``).
-
-    Returns:
-        For each row four words, or two words of codes and a scale byte.
     """
-    words: list[Any] = []
-    column = k_block * common.SUPERBLOCK_K + piece * (16 if config.nvfp4_activations else 8)
-    inside = Int32(column < k_total)
-    if config.nvfp4_activations:
-        codes = a + Int64(column) // 2
-        for token in tokens:
-            valid = Int32(token >= 0) & inside
-            scale = a_scales + common.scale_offset(Uint32(token), Uint32(column // 16), Uint32(k_total // 16))
-            words += [*common.load_global_v2_if(codes + Int64(token) * Int64(k_total // 2), valid), common.load_global_u8_if(scale, valid)]
-    else:
-        values = a + Int64(column) * 2
-        for token in tokens:
-            words += common.load_global_v4_if(values + Int64(token) * Int64(k_total * 2), Int32(token >= 0) & inside)
-    return words
+    column = k_block * common.SUPERBLOCK_K + piece * 16
+    valid = Int32(token >= 0) & Int32(column < k_total)
+    scale = a_scales + common.scale_offset(Uint32(token), Uint32(column // 16), Uint32(k_total // 16))
+    codes = a + Int64(column) // 2 + Int64(token) * Int64(k_total // 2)
+    return [*common.load_global_v2_if(codes, valid), common.load_global_u8_if(scale, valid)]
 
 
-def rows_of_portion(config: Config, portion: int) -> range:
-    """Which of a thread's rows a portion has."""
-    count = config.rows_a_thread // config.portions
-    return range(portion * count, (portion + 1) * count)
-
-
-def store_pieces(config: Config, stage: Any, row: Any, step: int, piece: Any, words: list[Any], portion: int) -> None:
-    """Stores what ``load_pieces`` gave for a portion at its permuted and swizzled place.
+def store_piece(stage: Any, row: Any, piece: Any, words: list[Any]) -> None:
+    """Decodes what ``load_piece`` gave and stores it.
 
     Args:
-        stage: shared-memory address of the K 128's first half.
-        row, step, piece: of ``thread_place``.
+        stage: shared-memory address of the K 128.
+        row, piece: of ``thread_place``.
     """
-    swizzle = row % SWIZZLE_ROWS
-    each = 3 if config.nvfp4_activations else 4
-    for position, index in enumerate(rows_of_portion(config, portion)):
-        own = words[position * each : (position + 1) * each]
-        if config.nvfp4_activations:
-            low, high, scale = own
-            factor = common.expand_activation_scale(scale)
-            decoded = [common.mul_bf16x2(pair, factor) for word in (low, high) for pair in common.decode_activation_pairs(word)]
-            if config.warp_products:
-                at = stage + (row + index * step) * TOKEN_STRIDE + (piece // 4) * ROW_BYTES + (piece % 4) * LANE_BYTES
-                common.store_shared_v4(at, decoded[:4])
-                common.store_shared_v4(at + CHUNK, decoded[4:])
-                continue
-            base = stage + (piece // 4) * config.half_bytes + row * ROW_BYTES + (piece % 4) * 4
-            places = [(base + ((swizzle ^ chunk) * CHUNK), word) for chunk, word in enumerate(decoded)]
-        else:
-            inside = piece % 8  # 16-byte chunk of the half: words 8t + 4·(inside % 2) + w, t = inside // 2
-            base = stage + (piece // 8) * config.half_bytes + row * ROW_BYTES + (inside // 2) * 4
-            places = [(base + ((swizzle ^ ((inside % 2) * 4 + w)) * CHUNK), word) for w, word in enumerate(own)]
-        for address, word in places:
-            common.store_shared(address + index * step * ROW_BYTES, word)
+    low, high, scale = words
+    factor = common.expand_activation_scale(scale)
+    decoded = [common.mul_bf16x2(pair, factor) for word in (low, high) for pair in common.decode_activation_pairs(word)]
+    at = stage + row * TOKEN_STRIDE + (piece // 4) * ROW_BYTES + (piece % 4) * LANE_BYTES
+    common.store_shared_v4(at, decoded[:4])
+    common.store_shared_v4(at + CHUNK, decoded[4:])
 
 
 def copied_rows(config: Config, warp: Any, lane: Any) -> tuple[Any, int, range]:
-    """(first row, row step, indices) of the rows that a lane copies parts of: a warp copies two at a time, or one whose words it permutes."""
-    whole = config.warp_products or config.k64_order
-    first, step = (warp * 2 + lane // HALF_WARP, 2 * config.warps) if whole else (warp, config.warps)
-    return first, step, range(config.tile_m // step)
+    """(first row, row step, indices) of the rows that a lane copies parts of: a warp copies two at a time, sixteen bytes a lane."""
+    step = 2 * config.warps
+    return warp * 2 + lane // HALF_WARP, step, range(config.tile_m // step)
 
 
 def copy_tokens(config: Config, a: Any, tokens: list[Any], k_block: Any, k_blocks: Any, k_total: Any, stage: Any, warp: Any, lane: Any) -> None:
@@ -125,28 +84,8 @@ def copy_tokens(config: Config, a: Any, tokens: list[Any], k_block: Any, k_block
     if config.k64_order:
         _copy_ordered(config, a, tokens, k_block, k_blocks, stage, warp, lane)
     else:
-        copy = _copy_whole if config.warp_products else _copy_permuted
-        copy(config, a, tokens, k_block, k_total, stage, warp, lane)
+        _copy_whole(config, a, tokens, k_block, k_total, stage, warp, lane)
     pr.inline_ptx_hl("cp.async.commit_group;")
-
-
-def _copy_permuted(config: Config, a: Any, tokens: list[Any], k_block: Any, k_total: Any, stage: Any, warp: Any, lane: Any) -> None:
-    """``copy_tokens`` for ``wgmma``: a lane copies words ``lane`` of both halves of a row, neighbours in global memory, and in shared memory in 32
-    banks."""
-    column = k_block * common.SUPERBLOCK_K + lane * 2
-    values = a + Int64(column) * 2
-    inside = [Int32(column + half * 64 < k_total) * 4 for half in range(common.K64_HALVES)]
-    chunk = (lane % 8) ^ (warp % SWIZZLE_ROWS)
-    place = stage + warp * ROW_BYTES + (lane // 8) * 4
-    for index, token in enumerate(tokens):
-        first = index * config.warps
-        at = place + (chunk ^ (first % SWIZZLE_ROWS)) * CHUNK + first * ROW_BYTES
-        source = values + Int64(token) * Int64(k_total * 2)
-        for half in range(common.K64_HALVES):
-            pr.inline_ptx_hl(
-                "cp.async.ca.shared.global [{$r0}], [{$r1}], 4, {$r2};",
-                read_only_args=[at + half * config.half_bytes, source + half * ROW_BYTES, inside[half]],
-            )
 
 
 def _copy_whole(config: Config, a: Any, tokens: list[Any], k_block: Any, k_total: Any, stage: Any, warp: Any, lane: Any) -> None:

@@ -66,13 +66,13 @@ def _c_dtype(op: str, c_dtype: str) -> str:
 
 def fc1_problem(
     a: Tensor,
-    a_scales: Tensor | None,
     b: Tensor,
     alpha: Tensor,
-    alpha_post: Tensor | None,
-    output_multiplier: Tensor | None,
     intermediate: int,
     c_dtype: str,
+    output_multiplier: Tensor | None,
+    a_scales: Tensor | None,
+    alpha_post: Tensor | None,
 ) -> Problem:
     """The Problem of ``densemoe::fc1_swiglu``'s arguments.
 
@@ -93,7 +93,7 @@ def fc1_problem(
     return problem
 
 
-def fc2_problem(a: Tensor, a_scales: Tensor | None, b: Tensor, alpha: Tensor, experts: int, hidden: int, c_dtype: str) -> Problem:
+def fc2_problem(a: Tensor, b: Tensor, alpha: Tensor, experts: int, hidden: int, c_dtype: str, a_scales: Tensor | None) -> Problem:
     """The Problem of ``densemoe::fc2``'s arguments.
 
     Raises:
@@ -136,19 +136,19 @@ def moe_problems(
 
 def check_moe(
     x: Tensor,
-    x_scales: Tensor | None,
     ids: Tensor,
     router: Tensor,
     w1: Tensor,
     w1_alpha: Tensor,
     w2: Tensor,
     w2_alpha: Tensor,
-    input_multiplier: Tensor | None,
-    output_multiplier: Tensor | None,
-    alpha_max: Tensor | None,
     hidden: int,
     intermediate: int,
     c_dtype: str,
+    input_multiplier: Tensor | None,
+    output_multiplier: Tensor | None,
+    x_scales: Tensor | None,
+    alpha_max: Tensor | None,
 ) -> tuple[Problem, Problem]:
     """The Problems of ``densemoe::moe``'s arguments.
 

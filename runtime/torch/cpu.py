@@ -89,17 +89,17 @@ def _convert(y: Tensor, c_dtype: str) -> Tensor:
 
 def fc1_swiglu(
     a: Tensor,
-    a_scales: Tensor | None,
     b: Tensor,
     alpha: Tensor,
-    alpha_post: Tensor | None,
-    output_multiplier: Tensor | None,
     intermediate: int,
     layout: str,
-    c_dtype: str,
+    c_dtype: str = "bf16",
+    output_multiplier: Tensor | None = None,
+    a_scales: Tensor | None = None,
+    alpha_post: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Contract section 3, every expert."""
-    problem = fc1_problem(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, c_dtype)
+    problem = fc1_problem(a, b, alpha, intermediate, c_dtype, output_multiplier, a_scales, alpha_post)
     shape = (problem.experts, problem.hidden, intermediate)
     post = None if alpha_post is None else alpha_post.double()
     exact = reference.fc1(
@@ -118,9 +118,11 @@ def _fc1_output(y: Tensor, output_multiplier: Tensor | None, c_dtype: str) -> tu
     return _convert(y, c_dtype), torch.empty((0, 0), dtype=torch.uint8)
 
 
-def fc2(a: Tensor, a_scales: Tensor | None, b: Tensor, alpha: Tensor, experts: int, hidden: int, layout: str, c_dtype: str) -> Tensor:
+def fc2(
+    a: Tensor, b: Tensor, alpha: Tensor, experts: int, hidden: int, layout: str, c_dtype: str = "bf16", a_scales: Tensor | None = None
+) -> Tensor:
     """Contract section 4."""
-    problem = fc2_problem(a, a_scales, b, alpha, experts, hidden, c_dtype)
+    problem = fc2_problem(a, b, alpha, experts, hidden, c_dtype, a_scales)
     shape = (experts, hidden, problem.intermediate)
     exact = reference.fc2(
         activation_values(a, a_scales),
@@ -134,26 +136,26 @@ def fc2(a: Tensor, a_scales: Tensor | None, b: Tensor, alpha: Tensor, experts: i
 
 def moe(
     x: Tensor,
-    x_scales: Tensor | None,
     ids: Tensor,
     router: Tensor,
     w1: Tensor,
     w1_alpha: Tensor,
     w2: Tensor,
     w2_alpha: Tensor,
-    input_multiplier: Tensor | None,
-    output_multiplier: Tensor | None,
-    alpha_max: Tensor | None,
     hidden: int,
     intermediate: int,
     layout: str,
-    c_dtype: str,
+    c_dtype: str = "bf16",
+    input_multiplier: Tensor | None = None,
+    output_multiplier: Tensor | None = None,
+    x_scales: Tensor | None = None,
+    alpha_max: Tensor | None = None,
     first_expert: int = 0,
     elsewhere: bool = False,
 ) -> Tensor:
     """Contract section 5: quantise, alpha, FC1, FC2."""
     first, second = check_moe(
-        x, x_scales, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, alpha_max, hidden, intermediate, c_dtype
+        x, ids, router, w1, w1_alpha, w2, w2_alpha, hidden, intermediate, c_dtype, input_multiplier, output_multiplier, x_scales, alpha_max
     )
     experts = first.experts
     alpha2 = torch.from_numpy(

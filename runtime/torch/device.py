@@ -15,7 +15,7 @@ import torch
 
 from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.plan import WEIGHT_ALIGNMENT
-from densemoe.runtime.problem import CODES_ALIGNMENT, Problem
+from densemoe.runtime.problem import CODES_ALIGNMENT, K64_ORDER_FROM, Problem, grouped_dtype
 from densemoe.runtime.torch import launching
 from densemoe.runtime.torch.checks import C_DTYPES, check_moe, check_quantize
 from densemoe.runtime.torch.launching import Entry, Launch, Owner, Runtime, Source, check_aligned, runtime, use_runtime
@@ -54,45 +54,46 @@ _empty: Final = torch.empty
 
 def moe(
     x: Tensor,
-    x_scales: Tensor | None,
     ids: Tensor,
     router: Tensor,
     w1: Tensor,
     w1_alpha: Tensor,
     w2: Tensor,
     w2_alpha: Tensor,
-    input_multiplier: Tensor | None,
-    output_multiplier: Tensor | None,
-    alpha_max: Tensor | None,
     hidden: int,
     intermediate: int,
     layout: str,
-    c_dtype: str,
+    c_dtype: str = "bf16",
+    input_multiplier: Tensor | None = None,
+    output_multiplier: Tensor | None = None,
+    x_scales: Tensor | None = None,
+    alpha_max: Tensor | None = None,
     first_expert: int = 0,
     elsewhere: bool = False,
 ) -> Tensor:
     """See ``ops``."""
     rt, w1_pointer, w2_pointer = launching.current, w1.data_ptr(), w2.data_ptr()
-    stream = rt.stream(x.get_device())
     given: Any = input_multiplier is None
-    like: tuple[Tensor, ...] = (x, ids, router, w1, w1_alpha, w2, w2_alpha)
     if x_scales is None and alpha_max is None and given is (output_multiplier is None):
-        if not given:
+        if given:
+            like: tuple[Tensor, ...] = (x, ids, router, w1, w1_alpha, w2, w2_alpha)
+        else:
             like = (x, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier)
     else:
-        optional = (x_scales, input_multiplier, output_multiplier, alpha_max)
-        given, like = tuple([each is None for each in optional]), (*like, *[each for each in optional if each is not None])
-    short_key = (
-        "moe", stream, w1_pointer, w2_pointer, x.numel(), given, hidden, intermediate, layout, c_dtype, first_expert, elsewhere
-    )  # fmt: skip
-    short = rt.shortcuts.get(short_key)
-    if short is not None and short.check(*like) and not (stream and rt.capturing()):
-        entry, here = short.entry, rt.current_device() == short.ordinal
-        c = short.output() if here else short.output_elsewhere()
-        scratch = (short.second() if here else short.second_elsewhere()) if entry.scratch else None
+        optional = (input_multiplier, output_multiplier, x_scales, alpha_max)
+        given = tuple([each is None for each in optional])
+        like = (x, ids, router, w1, w1_alpha, w2, w2_alpha, *[each for each in optional if each is not None])
+    facts = ("moe", w1_pointer, w2_pointer, given, hidden, intermediate, layout, c_dtype, first_expert, elsewhere)
+    short = rt.last_moe.get(w1_pointer)
+    if short is None or short.stream != rt.stream(short.ordinal) or short.facts != facts or not short.check(*like):
+        short = rt.shortcut(rt.last_moe, w1_pointer, facts, like)
+    if short is not None and not (short.stream and rt.capturing()):
+        here = short.alone or rt.current_device() == short.ordinal
+        c, scratch = short.output() if here else short.output_elsewhere(), None
+        if short.second is not None:
+            scratch = short.second() if here else short.second_elsewhere()
         pointers = (
             x.data_ptr(),
-            0 if x_scales is None else x_scales.data_ptr(),
             ids.data_ptr(),
             router.data_ptr(),
             w1_pointer,
@@ -101,11 +102,12 @@ def moe(
             w2_alpha.data_ptr(),
             0 if input_multiplier is None else input_multiplier.data_ptr(),
             0 if output_multiplier is None else output_multiplier.data_ptr(),
+            0 if x_scales is None else x_scales.data_ptr(),
             0 if alpha_max is None else alpha_max.data_ptr(),
             c.data_ptr(),
             0 if scratch is None else scratch.data_ptr(),
         )
-        entry.launch(pointers, stream, here)
+        short.entry.launch(pointers, short.stream, here)
         return c
     dtype = C_DTYPES.get(c_dtype)
     if dtype is None:
@@ -114,59 +116,63 @@ def moe(
         make = partial(_empty, x.shape[0], hidden, dtype=dtype, device=x.device)
         c = make()
     except (IndexError, RuntimeError):  # what the checks refuse, or no memory
-        tensors = (x, x_scales, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, alpha_max)
-        check_moe(*tensors, hidden, intermediate, c_dtype)
+        check_moe(
+            x, ids, router, w1, w1_alpha, w2, w2_alpha, hidden, intermediate, c_dtype, input_multiplier, output_multiplier, x_scales, alpha_max
+        )
         raise
     entry = _moe(
-        x, x_scales, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, alpha_max,
-        hidden, intermediate, layout, c_dtype, first_expert, elsewhere, c, True,
+        x, ids, router, w1, w1_alpha, w2, w2_alpha, hidden, intermediate, layout, c_dtype,
+        input_multiplier, output_multiplier, x_scales, alpha_max, first_expert, elsewhere, c, True,
     )  # fmt: skip
-    rt.shorten(short_key, entry, like, make, partial(_empty, entry.scratch, dtype=_U8, device=x.device))
+    make_scratch = partial(_empty, entry.scratch, dtype=_U8, device=x.device) if entry.scratch else None
+    rt.shorten(rt.last_moe, w1_pointer, facts, entry, like, make, make_scratch)
     return c
 
 
 def moe_out(
     x: Tensor,
-    x_scales: Tensor | None,
     ids: Tensor,
     router: Tensor,
     w1: Tensor,
     w1_alpha: Tensor,
     w2: Tensor,
     w2_alpha: Tensor,
-    input_multiplier: Tensor | None,
-    output_multiplier: Tensor | None,
-    alpha_max: Tensor | None,
     hidden: int,
     intermediate: int,
     layout: str,
-    c_dtype: str,
+    c_dtype: str = "bf16",
+    input_multiplier: Tensor | None = None,
+    output_multiplier: Tensor | None = None,
+    x_scales: Tensor | None = None,
+    alpha_max: Tensor | None = None,
     first_expert: int = 0,
     elsewhere: bool = False,
     *,
     c: Tensor,
 ) -> None:
     """See ``ops``."""
-    tensors = (x, x_scales, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, alpha_max)
-    _moe(*tensors, hidden, intermediate, layout, c_dtype, first_expert, elsewhere, c, False)
+    _moe(
+        x, ids, router, w1, w1_alpha, w2, w2_alpha, hidden, intermediate, layout, c_dtype,
+        input_multiplier, output_multiplier, x_scales, alpha_max, first_expert, elsewhere, c, False,
+    )  # fmt: skip
 
 
 def _moe(
     x: Tensor,
-    x_scales: Tensor | None,
     ids: Tensor,
     router: Tensor,
     w1: Tensor,
     w1_alpha: Tensor,
     w2: Tensor,
     w2_alpha: Tensor,
-    input_multiplier: Tensor | None,
-    output_multiplier: Tensor | None,
-    alpha_max: Tensor | None,
     hidden: int,
     intermediate: int,
     layout: str,
     c_dtype: str,
+    input_multiplier: Tensor | None,
+    output_multiplier: Tensor | None,
+    x_scales: Tensor | None,
+    alpha_max: Tensor | None,
     first_expert: int,
     elsewhere: bool,
     c: Tensor,
@@ -181,19 +187,18 @@ def _moe(
         w1.shape, w1.dtype, w1.is_contiguous(), w1.get_device(), w2.shape, w2.dtype, w2.is_contiguous(), w2.get_device(),
         w1_alpha.shape, w1_alpha.dtype, w1_alpha.is_contiguous(), w1_alpha.get_device(),
         w2_alpha.shape, w2_alpha.dtype, w2_alpha.is_contiguous(), w2_alpha.get_device(),
-        None if x_scales is None else signature(x_scales),
         None if input_multiplier is None else signature(input_multiplier),
         None if output_multiplier is None else signature(output_multiplier),
+        None if x_scales is None else signature(x_scales),
         None if alpha_max is None else signature(alpha_max),
     )  # fmt: skip
     entry = None if stream and rt.capturing() else rt.entries.get(key)
     if entry is None:
-        tensors = (x, x_scales, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, alpha_max)
+        tensors = (x, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, x_scales, alpha_max)
         entry = _entry(rt, key, max(ordinal, 0), stream, tensors, c, (hidden, intermediate, layout, c_dtype, first_expert, elsewhere))
     scratch = _empty(entry.scratch, dtype=_U8, device=x.device) if entry.scratch else None
     pointers = (
         x.data_ptr(),
-        0 if x_scales is None else x_scales.data_ptr(),
         ids.data_ptr(),
         router.data_ptr(),
         w1_pointer,
@@ -202,6 +207,7 @@ def _moe(
         w2_alpha.data_ptr(),
         0 if input_multiplier is None else input_multiplier.data_ptr(),
         0 if output_multiplier is None else output_multiplier.data_ptr(),
+        0 if x_scales is None else x_scales.data_ptr(),
         0 if alpha_max is None else alpha_max.data_ptr(),
         c.data_ptr(),
         0 if scratch is None else scratch.data_ptr(),
@@ -214,8 +220,8 @@ def _moe(
 
 
 _NAMES: Final = (
-    "x", "x_scales", "ids", "router weights", "w1", "w1_alpha", "w2", "w2_alpha",
-    "input_multiplier", "output_multiplier", "alpha_max", "c", "scratch",
+    "x", "ids", "router weights", "w1", "w1_alpha", "w2", "w2_alpha",
+    "input_multiplier", "output_multiplier", "x_scales", "alpha_max", "c", "scratch",
 )  # fmt: skip
 _OUTPUT: Final = _NAMES.index("c")
 
@@ -231,22 +237,23 @@ def _moe_problems(
     elsewhere: bool,
 ) -> tuple[Problem, ...]:
     """[quantise], prepare or route, FC1, FC2 of checked arguments."""
-    x, x_scales, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, alpha_max = tensors
+    x, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, x_scales, alpha_max = tensors
     first, second = check_moe(
-        x, x_scales, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, alpha_max, hidden, intermediate, c_dtype
+        x, ids, router, w1, w1_alpha, w2, w2_alpha, hidden, intermediate, c_dtype, input_multiplier, output_multiplier, x_scales, alpha_max
     )
     m, experts = first.m, first.experts
     id_dtype, top_k = "i32" if ids.dtype == torch.int32 else "i64", int(ids.shape[1])
     quantise = () if input_multiplier is None else (Problem("quantize", m, 0, hidden, 0, check_quantize(x, input_multiplier), "nvfp4"),)
     tile = rt.group_tile(ordinal, first, second, top_k) if alpha_max is None else 0
-    x_dtype = rt.ordered_dtype(ordinal, first, tile)
+    x_dtype = first.a_dtype if tile >= K64_ORDER_FROM else ""  # what route brings to K 64 order
     choice = Problem(
         "route" if tile else "prepare", m, experts, hidden if x_dtype else 0, 0, id_dtype, "f32",
         top_k=top_k, first_expert=first_expert, elsewhere=elsewhere, group_tile=tile, x_dtype=x_dtype,
     )  # fmt: skip
     if tile:
-        first = replace(first, a_dtype="bf16" if x_dtype else first.a_dtype)  # route decodes NVFP4
-        gemms = tuple(replace(each, op=f"grouped{each.op}", top_k=top_k, group_tile=tile) for each in (first, second))
+        gemms = tuple(
+            replace(each, op=f"grouped{each.op}", a_dtype=grouped_dtype(each.a_dtype, tile), top_k=top_k, group_tile=tile) for each in (first, second)
+        )
     else:
         gemms = tuple(replace(each, active_list=True) for each in (first, second))
     return (*quantise, choice, *gemms)
@@ -277,7 +284,7 @@ def _make_moe(
         return Entry(rt, owner, (), [Source(name) for name in _NAMES])
     given = [each is not None for each in tensors]
     uses, size = _moe_uses(problems, given)
-    _, _, _, _, w1, _, w2, *_ = tensors
+    _, _, _, w1, _, w2, *_ = tensors
     default = {"alpha_divisor": rt.one(ordinal)} if problems[-3].op == "prepare" and not given[10] else None
     launches = [
         *(Launch(each) for each in problems[:-3]),
@@ -302,14 +309,14 @@ def _make_moe(
 
 def _source(name: str, uses: list[tuple[int, str, int]], problems: tuple[Problem, ...], weight_bytes: int) -> Source:
     if weight_bytes or name == "scratch":
-        return Source(name, WEIGHT_ALIGNMENT if weight_bytes else CODES_ALIGNMENT, weight_bytes, tuple(uses))
+        return Source(name, WEIGHT_ALIGNMENT if weight_bytes else CODES_ALIGNMENT, weight_bytes, tuple(uses), fixed=bool(weight_bytes))
     specs = [problems[launch].tensors()[role] for launch, role, _ in uses]
     return Source(name, max((each.alignment for each in specs), default=1), max((each.nbytes for each in specs), default=0), tuple(uses))
 
 
 def _moe_uses(problems: tuple[Problem, ...], given: list[bool]) -> tuple[Mapping[str, list[tuple[int, str, int]]], int]:
     """(launch, role, offset) of each kernel that reads or writes a tensor of the layer, and the bytes of scratch."""
-    quantised_outside, quantises, quantised_between, fused = given[1], given[8], given[9], given[10]
+    quantises, quantised_between, quantised_outside, fused = given[7:]
     choice, first, second = (len(problems) - back for back in (3, 2, 1))
     uses: dict[str, list[tuple[int, str, int]]] = {name: [] for name in _NAMES}
     end = 0
@@ -355,6 +362,9 @@ def _moe_uses(problems: tuple[Problem, ...], given: list[bool]) -> tuple[Mapping
         use("x", x)
     if quantised_between:
         use("output_multiplier", (first, "output_multiplier"))
+    if problems[first].c_in_k64_order:
+        scratch(first, "c.k64", (second, "a.k64"))
+    elif quantised_between:
         scratch(first, "c.codes", (second, "a.codes"))
         scratch(first, "c.scales", (second, "a.scales"))
     else:

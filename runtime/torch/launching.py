@@ -1,6 +1,7 @@
 """How the ops launch: Plans made once for everything that their checks depend on, then pointed to each call's tensors.
 
-A call whose key is known writes the addresses that moved into the parameter blocks and launches; nothing else is done twice.
+A call whose key is known writes the addresses that moved into the parameter blocks and launches; nothing else is done twice. A call like the one
+before with the same weights finds its Plans by their address.
 
 Memory. Workspaces (zero between launches) belong to one stream, or to one capture of a CUDA graph: no two streams and no two graphs share any.
 Layers of one stream run one after another, each kernel after all before it has ended (``griddepcontrol.wait``), and a lock keeps the launches of
@@ -21,15 +22,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, Final
 
 import torch
 
 from densemoe.runtime.errors import DriverError, PlanError, ProblemError
-from densemoe.runtime.grouping import group_tile, ordered_dtype
+from densemoe.runtime.grouping import group_tile
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.plan import Plan, packed_weight_bytes
-from densemoe.runtime.problem import Problem
+from densemoe.runtime.problem import Problem, grouped_dtype
 from densemoe.runtime.recipe import evaluate
 from densemoe.runtime.select import load_table
 from densemoe.runtime.variant import GROUPED_OPS
@@ -38,6 +40,7 @@ __all__ = ["Entry", "Launch", "Runtime", "Shortcut", "Source", "check_aligned", 
 
 Tensor = Any
 Owner = tuple[str, int, int]  # (stream or capture, device, which)
+Facts = tuple[Any, ...]  # what decides beside tensors and stream what is launched
 
 KEPT_ENTRIES: Final = 4096  # some 10 KB of host memory each; a served model has layers x token counts of them
 KEPT_SCRATCH: Final = 16 << 20  # bytes between the launches of a call that a stream keeps
@@ -56,12 +59,14 @@ class Source:
         alignment: of its address, in bytes.
         nbytes: its size.
         uses: (launch, role there, offset in bytes) of each kernel that is pointed to it.
+        fixed: whether its address belongs to the entry's key, so that no call of the entry has another.
     """
 
     name: str
     alignment: int = 1
     nbytes: int = 0
     uses: tuple[tuple[int, str, int], ...] = ()
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,24 +100,24 @@ class Entry:
         scratch: bytes that a call allocates for what lies between its launches; 0 where the stream keeps them.
         used: how many entries had been made when it was launched last.
         key: of the Runtime's ``entries``; None where a capture owns it.
-        ordinal: the device.
+        ordinal, stream: the device and the stream that it is for; of a capture's entry the capture.
     """
 
     def __init__(self, runtime: Runtime, owner: Owner, plans: tuple[Plan, ...], sources: Sequence[Source], scratch: int = 0) -> None:
         self.plans, self.sources, self.scratch, self.used = plans, tuple(sources), scratch, runtime.made
         self.key: Any = None
-        self._runtime, self.ordinal = runtime, owner[1]
-        self._lock = runtime.lock(owner)
+        self._runtime, (_, self.ordinal, self.stream) = runtime, owner
+        self._turn = runtime.turn(owner)
         self._launch = runtime.loader.driver.launcher(*[plan.prepared for plan in plans]) if plans else None
         self._bound: tuple[int, ...] = (-1,) * len(self.sources)
         self._nowhere = self._bound
         words = [plan.words() for plan in plans]
-        #: (source's position, its alignment, parameter block as 64-bit words, index, offset) of each word that holds an address
+        #: (source's position, its alignment, parameter block as 64-bit words, index, offset) of each word that holds an address which calls change
         self._slots: list[tuple[int, int, memoryview, int, int]] = []
-        #: (source's position, its alignment, Plan, role, offset) of each address that stands in tensor maps
+        #: (source's position, its alignment, Plan, role, offset) of each such address that stands in tensor maps
         self._encoded: list[tuple[int, int, Plan, str, int]] = []
         for position, source in enumerate(self.sources):
-            for launch, role, offset in source.uses if plans else ():
+            for launch, role, offset in source.uses if plans and not source.fixed else ():
                 found = words[launch]
                 if found is None:
                     self._encoded.append((position, source.alignment, plans[launch], role, offset))
@@ -130,10 +135,10 @@ class Entry:
             ProblemError: an address is not aligned; nothing was launched.
         """
         self.used = self._runtime.made
-        launch, lock = self._launch, self._lock
+        launch, turn = self._launch, self._turn
         if launch is None:
             return
-        lock.acquire()  # in half the time of `with`
+        turn.get()
         try:
             if pointers != self._bound:
                 self._point(pointers)
@@ -147,7 +152,7 @@ class Entry:
             else:
                 self._launch_guarded(launch, stream)
         finally:
-            lock.release()
+            turn.put(None)
 
     def _launch_guarded(self, launch: Callable[[int], None], stream: int) -> None:
         with self._runtime.on_device(self.ordinal):
@@ -161,6 +166,11 @@ class Entry:
                 if pointer % alignment:
                     check_aligned(self.sources[position], pointer)
                 block[index] = pointer + offset
+        if self._encoded:
+            self._encode(pointers, before)
+        self._bound = pointers
+
+    def _encode(self, pointers: tuple[int, ...], before: tuple[int, ...]) -> None:
         again: dict[Plan, dict[str, int]] = {}
         for position, alignment, plan, role, offset in self._encoded:
             pointer = pointers[position]
@@ -170,7 +180,6 @@ class Entry:
                 again.setdefault(plan, {})[role] = pointer + offset
         for plan, addresses in again.items():
             plan.rebind(addresses)
-        self._bound = pointers
 
     def check_apart(self, pointers: tuple[int, ...], output: int) -> None:
         """ProblemError where the caller's output at position ``output`` lies over another tensor of the call."""
@@ -192,21 +201,24 @@ class Shortcut:
     those that the entry was found for with its full key; where they are not, or one of them is given twice, the full key decides.
 
     Attributes:
-        ordinal: the device of the entry.
+        facts: what decides beside the tensors and the stream what is launched.
+        ordinal, stream: the entry's.
+        alone: whether no other device than the entry's can be the current one.
         output, second: make the op's outputs while that device is the current one; output_elsewhere, second_elsewhere: while another is.
+            ``second`` is the output itself where all calls give the same one.
     """
 
-    __slots__ = ("check", "entry", "ordinal", "output", "output_elsewhere", "second", "second_elsewhere")
+    __slots__ = ("alone", "check", "entry", "facts", "ordinal", "output", "output_elsewhere", "second", "second_elsewhere", "stream")
 
-    def __init__(self, check: Callable[..., bool], entry: Entry, output: Callable[[], Tensor], second: Callable[[], Tensor]) -> None:
-        self.check, self.entry, self.ordinal = check, entry, entry.ordinal
+    def __init__(self, check: Callable[..., bool], facts: Facts, entry: Entry, alone: bool, output: Callable[[], Tensor], second: Any) -> None:
+        self.check, self.facts, self.entry, self.alone, self.ordinal, self.stream = check, facts, entry, alone, entry.ordinal, entry.stream
         self.output, self.output_elsewhere = _allocation(output), output
         self.second, self.second_elsewhere = _allocation(second), second
 
 
-def _allocation(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def _allocation(make: Any) -> Any:
     """``make``, a prepared ``torch.empty`` of a shape, by the function that compiled code of torch allocates with, on the current device: less of the
-    host's time. ``make`` itself where this torch lacks it or it gives something else, or where it is another function."""
+    host's time. ``make`` itself where this torch lacks it or it gives something else, or where it is anything else."""
     if not isinstance(make, partial):
         return make
     device, dtype = make.keywords["device"], make.keywords["dtype"]
@@ -235,6 +247,9 @@ def _guards(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
         return None
 
 
+Last = dict[int, Shortcut]  # the one used last, by the address of a tensor that stays where it is: the weights
+
+
 class Runtime:
     """What the ops launch through. One serves a process; tests give their own loader and callables.
 
@@ -260,15 +275,20 @@ class Runtime:
         self.stream: Callable[[int], int] = stream or _torch("_cuda_getCurrentRawStream", lambda ordinal: 0)
         self.capturing: Callable[[], bool] = capturing or _torch("_cuda_isCurrentStreamCapturing", lambda: False)
         self.current_device: Callable[[], int] = current_device or _torch("_cuda_getDevice", lambda: 0)
+        self._asks_torch = current_device is None
         self._guard = guard or torch.cuda.device
         self._lock = threading.RLock()  # making an entry may make the loader
         self.entries: dict[Any, Entry] = {}
         self.shortcuts: dict[Any, Shortcut] = {}
+        self.last_quantize: Last = {}
+        self.last_fc1: Last = {}
+        self.last_fc2: Last = {}
+        self.last_moe: Last = {}
         self.made = 0  # entries, so far
         self._captured: dict[Any, Entry] = {}
         self._workspaces: dict[tuple[Owner, str, bool], tuple[int, int]] = {}  # → (address, bytes)
         self._outgrown: list[int] = []
-        self._locks: dict[Owner, Any] = {}
+        self._turns: dict[Owner, SimpleQueue[None]] = {}
         self._ones: dict[int, int] = {}
         self._grouped: dict[int, tuple[Mapping[str, Any] | None, set[tuple[str, str, str, int]]]] = {}
 
@@ -296,7 +316,7 @@ class Runtime:
             for entry in self.entries.values():
                 entry.close()
             self.entries.clear()
-            self.shortcuts.clear()
+            self._forget_shortcuts()
             free = [key for key in self._workspaces if key[0][0] == "stream"]
             for pointer in (*self._outgrown, *(self._workspaces.pop(key)[0] for key in free)):
                 self.loader.driver.free(pointer)
@@ -324,24 +344,65 @@ class Runtime:
                 found.key = key
             return found
 
-    def shorten(
-        self, key: Any, entry: Entry, tensors: Sequence[Tensor], output: Callable[[], Tensor], second: Callable[[], Tensor]
-    ) -> None:
-        """Lets calls with ``key`` and tensors like these find ``entry``, unless it is a capture's or has been dropped.
+    def shortcut(self, last: Last, address: int, facts: Facts, tensors: Sequence[Tensor]) -> Shortcut | None:
+        """The shortcut of a call that the last one's does not fit; it is the last one's from now on.
 
         Args:
-            key: everything but the tensors that decides what is launched, which optional tensors there are included.
-            output, second: make what the call gives: ``torch.empty`` with its shape as integers, its dtype and its device, or any other function.
+            last: of the op; address: there.
+            facts: as for ``shorten``.
+        """
+        first = tensors[0]
+        key = (self.stream(first.get_device()), first.numel(), first.dtype, facts)
+        found = self.shortcuts.get(key)
+        if found is None or not found.check(*tensors):
+            return None
+        if self._lock.acquire(blocking=False):  # another thread may be making an entry, which takes long, or dropping some
+            try:
+                if self.shortcuts.get(key) is found:
+                    if len(last) >= KEPT_ENTRIES:
+                        last.clear()
+                    last[address] = found
+            finally:
+                self._lock.release()
+        return found
+
+    def shorten(
+        self,
+        last: Last,
+        address: int,
+        facts: Facts,
+        entry: Entry,
+        tensors: Sequence[Tensor],
+        output: Callable[[], Tensor],
+        second: Any = None,
+    ) -> None:
+        """Lets calls with these ``facts`` and tensors like these find ``entry``, unless it is a capture's or has been dropped.
+
+        Args:
+            last, address: as for ``shortcut``.
+            facts: what decides beside the tensors and the stream what is launched: the op, which optional tensors there are, its other arguments.
+            tensors: of the call, those with which a served model's calls differ first.
+            output, second: make what the call gives: ``torch.empty`` with its shape as integers, its dtype and its device, or any other function;
+                ``second`` may be the output itself.
         """
         check = _guards(tensors)
         with self._lock:
             if check is not None and self.entries.get(entry.key) is entry:
                 if len(self.shortcuts) >= KEPT_ENTRIES:
-                    self.shortcuts.clear()
-                self.shortcuts[key] = Shortcut(check, entry, output, second)
+                    self._forget_shortcuts()
+                made = Shortcut(check, facts, entry, self._alone(), output, second)
+                last[address] = self.shortcuts[entry.stream, tensors[0].numel(), tensors[0].dtype, facts] = made
+
+    def _alone(self) -> bool:
+        """Whether torch sees one device, which then is the current one of every thread."""
+        return self._asks_torch and torch.cuda.device_count() == 1
+
+    def _forget_shortcuts(self) -> None:
+        for each in (self.shortcuts, self.last_quantize, self.last_fc1, self.last_fc2, self.last_moe):
+            each.clear()
 
     def _drop(self) -> None:
-        self.shortcuts.clear()
+        self._forget_shortcuts()
         for key, entry in heapq.nsmallest(max(1, KEPT_ENTRIES // 64), self.entries.items(), key=lambda each: each[1].used):
             entry.close()
             del self.entries[key]
@@ -388,9 +449,15 @@ class Runtime:
         """Address of what lies between the launches of a stream's calls, or 0 where a call allocates it."""
         return 0 if owner[0] == "capture" or nbytes > KEPT_SCRATCH else self._workspace(owner, "scratch", False, nbytes, owner[1])
 
-    def lock(self, owner: Owner) -> Any:
-        """What keeps the launches of a call together on their stream."""
-        return self._locks.setdefault(owner, threading.Lock())
+    def turn(self, owner: Owner) -> SimpleQueue[None]:
+        """What keeps the launches of a call together on their stream: a lock that is taken with ``get`` and given back with ``put``, in two thirds of
+        the time that a ``threading.Lock`` takes."""
+        with self._lock:
+            turn = self._turns.get(owner)
+            if turn is None:
+                turn = self._turns[owner] = SimpleQueue()
+                turn.put(None)
+            return turn
 
     def _allocate(self, nbytes: int, content: bytes, ordinal: int) -> int:
         try:
@@ -417,13 +484,10 @@ class Runtime:
         tiles = [self._tiles(ordinal, each.op, each.a_dtype, each.c_dtype) for each in (first, second)]
         return group_tile(grouping, tiles[0] & tiles[1], first.m, top_k, first.experts)
 
-    def ordered_dtype(self, ordinal: int, first: Problem, tile: int) -> str:
-        """The dtype of a layer's activations that ``route`` brings to K 64 order for FC1 over tiles of ``tile`` rows (``grouping.ordered_dtype``)."""
-        return ordered_dtype(first.a_dtype, tile, self._tiles(ordinal, first.op, "bf16", first.c_dtype)) if tile else ""
-
     def _tiles(self, ordinal: int, op: str, a_dtype: str, c_dtype: str) -> set[int]:
-        """Rows of the tiles that the device's set has grouped kernels of an op for."""
-        return {tile for own, *dtypes, tile in self._gathering(ordinal)[1] if (own, *dtypes) == (f"grouped{op}", a_dtype, c_dtype)}
+        """Rows of the tiles that the device's set has grouped kernels of an op for, in a layer of these dtypes."""
+        kernels = self._gathering(ordinal)[1]
+        return {tile for own, read, written, tile in kernels if (own, read, written) == (f"grouped{op}", grouped_dtype(a_dtype, tile), c_dtype)}
 
     def _gathering(self, ordinal: int) -> tuple[Mapping[str, Any] | None, set[tuple[str, str, str, int]]]:
         """The table's ``grouping``, and op, dtypes and rows of a tile of the grouped kernels; none where the set cannot sort."""

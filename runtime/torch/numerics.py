@@ -69,8 +69,8 @@ def report(experts: int, top_k: int, hidden: int, intermediate: int, *, tokens: 
             alpha2 = scales[1] if second is None else scales[1] / second
             largest = alpha2.max().reshape(1) if fused else None
             choice = (torch.from_numpy(ids).to(device), torch.from_numpy(router).to(device))
-            scaled = (packed[0], alpha1, packed[1], alpha2, first, second, largest)
-            out = ops.moe(x.to(device), None, *choice, *scaled, hidden, intermediate, packing.LAYOUT, "bf16").double().cpu()
+            weights_and_sizes = (packed[0], alpha1, packed[1], alpha2, hidden, intermediate, packing.LAYOUT, "bf16")
+            out = ops.moe(x.to(device), *choice, *weights_and_sizes, first, second, alpha_max=largest).double().cpu()
             error = (out - exact).abs()
             within = (error <= _MARK_ABSOLUTE + _MARK_RELATIVE * exact.abs()).double().mean()
             rows.append(Row(m, form, float(error.square().mean().sqrt()) / size, float(error.max()) / size, float(within)))

@@ -28,12 +28,14 @@ __all__ = ["SCHEMAS", "fc1_swiglu", "fc2", "moe", "quantize_nvfp4"]
 Tensor = Any
 
 _FC1: Final = (
-    "Tensor a, Tensor? a_scales, Tensor b, Tensor alpha, Tensor? alpha_post, Tensor? output_multiplier, int intermediate, str layout, str c_dtype"
+    'Tensor a, Tensor b, Tensor alpha, int intermediate, str layout, str c_dtype="bf16", Tensor? output_multiplier=None, Tensor? a_scales=None,'
+    " Tensor? alpha_post=None"
 )
-_FC2: Final = "Tensor a, Tensor? a_scales, Tensor b, Tensor alpha, int experts, int hidden, str layout, str c_dtype"
+_FC2: Final = 'Tensor a, Tensor b, Tensor alpha, int experts, int hidden, str layout, str c_dtype="bf16", Tensor? a_scales=None'
 _MOE: Final = (
-    "Tensor x, Tensor? x_scales, Tensor ids, Tensor router, Tensor w1, Tensor w1_alpha, Tensor w2, Tensor w2_alpha, Tensor? input_multiplier,"
-    " Tensor? output_multiplier, Tensor? alpha_max, int hidden, int intermediate, str layout, str c_dtype, int first_expert=0, bool elsewhere=False"
+    "Tensor x, Tensor ids, Tensor router, Tensor w1, Tensor w1_alpha, Tensor w2, Tensor w2_alpha, int hidden, int intermediate, str layout,"
+    ' str c_dtype="bf16", Tensor? input_multiplier=None, Tensor? output_multiplier=None, Tensor? x_scales=None, Tensor? alpha_max=None,'
+    " int first_expert=0, bool elsewhere=False"
 )
 
 #: op → (arguments, outputs)
@@ -58,14 +60,14 @@ def _fake_quantize(x: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fake_fc1(
     a: Tensor,
-    a_scales: Tensor | None,
     b: Tensor,
     alpha: Tensor,
-    alpha_post: Tensor | None,
-    output_multiplier: Tensor | None,
     intermediate: int,
     layout: str,
-    c_dtype: str,
+    c_dtype: str = "bf16",
+    output_multiplier: Tensor | None = None,
+    a_scales: Tensor | None = None,
+    alpha_post: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     m, n = a.shape[0], alpha.shape[0] * intermediate
     if c_dtype == "nvfp4":
@@ -73,14 +75,31 @@ def _fake_fc1(
     return a.new_empty((m, n), dtype=C_DTYPES[c_dtype]), a.new_empty((0, 0), dtype=torch.uint8)
 
 
-def _fake_fc2(a: Tensor, a_scales: Tensor | None, b: Tensor, alpha: Tensor, experts: int, hidden: int, layout: str, c_dtype: str) -> Tensor:
+def _fake_fc2(
+    a: Tensor, b: Tensor, alpha: Tensor, experts: int, hidden: int, layout: str, c_dtype: str = "bf16", a_scales: Tensor | None = None
+) -> Tensor:
     return a.new_empty((a.shape[0], hidden), dtype=C_DTYPES[c_dtype])
 
 
-def _fake_moe(x: Tensor, x_scales: Tensor | None, ids: Tensor, router: Tensor, *rest: Any, **named: Any) -> Tensor:
-    # hidden and c_dtype stand 8th and 11th behind router, whether given by place or by name
-    hidden = named["hidden"] if "hidden" in named else rest[7]
-    c_dtype = named["c_dtype"] if "c_dtype" in named else rest[10]
+def _fake_moe(
+    x: Tensor,
+    ids: Tensor,
+    router: Tensor,
+    w1: Tensor,
+    w1_alpha: Tensor,
+    w2: Tensor,
+    w2_alpha: Tensor,
+    hidden: int,
+    intermediate: int,
+    layout: str,
+    c_dtype: str = "bf16",
+    input_multiplier: Tensor | None = None,
+    output_multiplier: Tensor | None = None,
+    x_scales: Tensor | None = None,
+    alpha_max: Tensor | None = None,
+    first_expert: int = 0,
+    elsewhere: bool = False,
+) -> Tensor:
     return x.new_empty((x.shape[0], hidden), dtype=C_DTYPES[c_dtype])
 
 
@@ -131,17 +150,18 @@ _register()
 #: factor; codes uint8 ``[M, K/2]``, scales uint8 ``[⌈M/128⌉·128, K/16]`` in the tiled order.
 quantize_nvfp4: Final = torch.ops.densemoe.quantize_nvfp4
 
-#: ``fc1_swiglu(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, layout, c_dtype) -> (c, c_scales)``: a bf16 ``[M, H]``, or codes
-#: ``[M, H/2]`` with a_scales; alpha f32 ``[E]``; alpha_post f32 ``[M, E]`` or None; output_multiplier f32 ``[1]`` exactly for ``nvfp4``;
-#: c ``[M, E·I]`` (codes ``[M, E·I/2]``), c_scales empty for plain outputs (on a GPU one tensor for many calls).
+#: ``fc1_swiglu(a, b, alpha, intermediate, layout, c_dtype="bf16", output_multiplier=None, a_scales=None, alpha_post=None) -> (c, c_scales)``:
+#: a bf16 ``[M, H]``, or codes ``[M, H/2]`` with a_scales; alpha f32 ``[E]``; output_multiplier f32 ``[1]`` exactly for ``nvfp4``; alpha_post f32
+#: ``[M, E]``; c ``[M, E·I]`` (codes ``[M, E·I/2]``), c_scales empty for plain outputs (on a GPU one tensor for many calls).
 fc1_swiglu: Final = torch.ops.densemoe.fc1_swiglu
 
-#: ``fc2(a, a_scales, b, alpha, experts, hidden, layout, c_dtype) -> c``: a bf16 ``[M, E·I]``, or codes with a_scales; alpha f32 ``[M, E]`` or
-#: ``[1]``; c ``[M, H]``.
+#: ``fc2(a, b, alpha, experts, hidden, layout, c_dtype="bf16", a_scales=None) -> c``: a bf16 ``[M, E·I]``, or codes with a_scales; alpha f32
+#: ``[M, E]`` or ``[1]``; c ``[M, H]``.
 fc2: Final = torch.ops.densemoe.fc2
 
-#: ``moe(x, x_scales, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, alpha_max, hidden, intermediate, layout,
-#: c_dtype, first_expert=0, elsewhere=False) -> c``: ids int32 or int64 ``[M, k]``, router f32 ``[M, k]``; input_multiplier: quantise x first;
-#: output_multiplier: NVFP4 between FC1 and FC2, else bf16; alpha_max: the fused form; this rank holds experts first_expert … first_expert + E - 1,
-#: and ids outside belong to other ranks where ``elsewhere``, else they are an error (on a GPU: NaN in the token's row).
+#: ``moe(x, ids, router, w1, w1_alpha, w2, w2_alpha, hidden, intermediate, layout, c_dtype="bf16", input_multiplier=None, output_multiplier=None,
+#: x_scales=None, alpha_max=None, first_expert=0, elsewhere=False) -> c``: x bf16 ``[M, H]``, or codes ``[M, H/2]`` with x_scales; ids int32 or int64
+#: ``[M, k]``, router f32 ``[M, k]``; input_multiplier: quantise x first; output_multiplier: NVFP4 between FC1 and FC2, else bf16; alpha_max: the
+#: fused form; this rank holds experts first_expert … first_expert + E - 1, and ids outside belong to other ranks where ``elsewhere``, else they are
+#: an error (on a GPU: NaN in the token's row).
 moe: Final = torch.ops.densemoe.moe

@@ -1,13 +1,14 @@
 """Single ops on a GPU: one launch each. A call computes its key (everything that its checks depend on: shapes, dtypes, contiguity and devices of
 all tensors, the stream, the weights' address), and launches the entry of that key (``launching``); one that is new is checked and planned first.
-Where a shortcut leads to the entry (``launching.Shortcut``), the key is not computed.
+Where a shortcut leads to the entry (``launching.Shortcut``), the key is not computed: the one used last for the same weights, found by their address,
+or one by a short key.
 
 These functions are what a call costs beyond its launch, so they are written out: no loops, no dictionaries, no allocations but the outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Final
 
@@ -48,7 +49,7 @@ def _make(rt: Runtime, owner: Owner, launch: Launch, roles: Iterable[str], point
         if spec is not None:
             sources.append(Source(role, spec.alignment, spec.nbytes, ((0, role, 0),)))
         else:
-            sources.append(Source("b", WEIGHT_ALIGNMENT, launch.weight_bytes, ((0, "b", 0),)) if role == "b" else Source(role))
+            sources.append(Source("b", WEIGHT_ALIGNMENT, launch.weight_bytes, ((0, "b", 0),), fixed=True) if role == "b" else Source(role))
     addresses = {source.name: pointer for source, pointer in zip(sources, pointers, strict=True) if source.uses}
     for source, pointer in zip(sources, pointers, strict=True):
         check_aligned(source, pointer)
@@ -59,18 +60,20 @@ def _make(rt: Runtime, owner: Owner, launch: Launch, roles: Iterable[str], point
 # ---- quantize_nvfp4
 
 _QUANTIZE: Final = ("a", "output_multiplier", "c.codes", "c.scales")
+_QUANTIZE_FACTS: Final = ("quantize",)
 
 
 def quantize_nvfp4(x: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
     """See ``ops``."""
     rt = launching.current
-    stream = rt.stream(x.get_device())
-    short_key = ("quantize", stream, x.numel(), x.dtype)
-    short = rt.shortcuts.get(short_key)
-    if short is not None and short.check(x, multiplier) and not (stream and rt.capturing()):
-        here = rt.current_device() == short.ordinal
+    tensors, address = (x, multiplier), multiplier.data_ptr()
+    short = rt.last_quantize.get(address)
+    if short is None or short.stream != rt.stream(short.ordinal) or not short.check(*tensors):
+        short = rt.shortcut(rt.last_quantize, address, _QUANTIZE_FACTS, tensors)
+    if short is not None and not (short.stream and rt.capturing()):
+        here = short.alone or rt.current_device() == short.ordinal
         codes, scales = (short.output(), short.second()) if here else (short.output_elsewhere(), short.second_elsewhere())
-        short.entry.launch((x.data_ptr(), multiplier.data_ptr(), codes.data_ptr(), scales.data_ptr()), stream, here)
+        short.entry.launch((x.data_ptr(), address, codes.data_ptr(), scales.data_ptr()), short.stream, here)
         return codes, scales
     device = x.device
     try:
@@ -82,7 +85,7 @@ def quantize_nvfp4(x: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
         check_quantize(x, multiplier)
         raise
     entry = _quantize(x, multiplier, codes, scales)
-    rt.shorten(short_key, entry, (x, multiplier), make_codes, make_scales)
+    rt.shorten(rt.last_quantize, address, _QUANTIZE_FACTS, entry, tensors, make_codes, make_scales)
     return codes, scales
 
 
@@ -122,96 +125,101 @@ def check_given(name: str, target: Tensor, dtype: Any, shape: tuple[int, ...], b
 # ---- fc1_swiglu
 
 
-def _always(tensor: Tensor) -> Callable[[], Tensor]:
-    """Gives one tensor to every call: plain outputs have no scales, and an empty tensor takes as long to make as any other."""
-    return lambda: tensor
-
-
-_FC1_BF16: Final = ("a", "-", "b", "alpha", "alpha_post", "output_multiplier")
-_FC1_NVFP4: Final = ("a.codes", "a.scales", "b", "alpha", "alpha_post", "output_multiplier")
+_FC1_BF16: Final = ("a", "b", "alpha", "output_multiplier", "-", "alpha_post")
+_FC1_NVFP4: Final = ("a.codes", "b", "alpha", "output_multiplier", "a.scales", "alpha_post")
 
 
 def fc1_swiglu(
     a: Tensor,
-    a_scales: Tensor | None,
     b: Tensor,
     alpha: Tensor,
-    alpha_post: Tensor | None,
-    output_multiplier: Tensor | None,
     intermediate: int,
     layout: str,
-    c_dtype: str,
+    c_dtype: str = "bf16",
+    output_multiplier: Tensor | None = None,
+    a_scales: Tensor | None = None,
+    alpha_post: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``ops``."""
     rt, b_pointer = launching.current, b.data_ptr()
-    stream = rt.stream(a.get_device())
-    plain = a_scales is None and alpha_post is None and output_multiplier is None
-    given = plain or (a_scales is None, alpha_post is None, output_multiplier is None)
-    short_key = ("fc1", stream, b_pointer, a.numel(), given, intermediate, layout, c_dtype)
-    short = rt.shortcuts.get(short_key)
-    tensors = (a, b, alpha) if plain else tuple([each for each in (a, b, alpha, a_scales, alpha_post, output_multiplier) if each is not None])
-    if short is not None and short.check(*tensors) and not (stream and rt.capturing()):
-        here = rt.current_device() == short.ordinal
-        c, c_scales = (short.output(), short.second()) if here else (short.output_elsewhere(), short.second_elsewhere())
+    given: Any = output_multiplier is None and a_scales is None and alpha_post is None
+    if given:
+        tensors = (a, b, alpha)
+    else:
+        given = (output_multiplier is None, a_scales is None, alpha_post is None)
+        tensors = tuple([each for each in (a, b, alpha, output_multiplier, a_scales, alpha_post) if each is not None])
+    facts = ("fc1", b_pointer, given, intermediate, layout, c_dtype)
+    short = rt.last_fc1.get(b_pointer)
+    if short is None or short.stream != rt.stream(short.ordinal) or short.facts != facts or not short.check(*tensors):
+        short = rt.shortcut(rt.last_fc1, b_pointer, facts, tensors)
+    if short is not None and not (short.stream and rt.capturing()):
+        here = short.alone or rt.current_device() == short.ordinal
+        c = short.output() if here else short.output_elsewhere()
+        if output_multiplier is None:  # so c_dtype is not nvfp4
+            c_scales, c_scales_pointer = short.second, 0
+        else:
+            c_scales = short.second() if here else short.second_elsewhere()
+            c_scales_pointer = c_scales.data_ptr()
         pointers = (
             a.data_ptr(),
-            0 if a_scales is None else a_scales.data_ptr(),
             b_pointer,
             alpha.data_ptr(),
-            0 if alpha_post is None else alpha_post.data_ptr(),
             0 if output_multiplier is None else output_multiplier.data_ptr(),
+            0 if a_scales is None else a_scales.data_ptr(),
+            0 if alpha_post is None else alpha_post.data_ptr(),
             c.data_ptr(),
-            c_scales.data_ptr() if c_dtype == "nvfp4" else 0,
+            c_scales_pointer,
         )
-        short.entry.launch(pointers, stream, here)
+        short.entry.launch(pointers, short.stream, here)
         return c, c_scales
     device = a.device
     try:
         m, n = a.shape[0], alpha.shape[0] * intermediate
-        make_scales: Callable[[], Tensor]
         if c_dtype == "nvfp4":
             make_c = partial(_empty, m, n // 2, dtype=_U8, device=device)
-            make_scales = partial(_empty, (m + 127) // 128 * 128, n // GROUP, dtype=_U8, device=device)
+            second: Any = partial(_empty, (m + 127) // 128 * 128, n // GROUP, dtype=_U8, device=device)
+            c, c_scales = make_c(), second()
         else:
             make_c = partial(_empty, m, n, dtype=C_DTYPES[c_dtype], device=device)
-            make_scales = _always(_empty(0, 0, dtype=_U8, device=device))
-        c, c_scales = make_c(), make_scales()
+            # one tensor for every call: plain outputs have no scales, and an empty tensor takes as long to make as any other
+            second = c_scales = _empty(0, 0, dtype=_U8, device=device)
+            c = make_c()
     except (IndexError, KeyError, RuntimeError):  # what the checks refuse, or no memory
-        fc1_problem(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, c_dtype)
+        fc1_problem(a, b, alpha, intermediate, c_dtype, output_multiplier, a_scales, alpha_post)
         raise
-    entry = _fc1(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, layout, c_dtype, c, c_scales)
-    rt.shorten(short_key, entry, tensors, make_c, make_scales)
+    entry = _fc1(a, b, alpha, intermediate, layout, c_dtype, output_multiplier, a_scales, alpha_post, c, c_scales)
+    rt.shorten(rt.last_fc1, b_pointer, facts, entry, tensors, make_c, second)
     return c, c_scales
 
 
 def fc1_swiglu_out(
     a: Tensor,
-    a_scales: Tensor | None,
     b: Tensor,
     alpha: Tensor,
-    alpha_post: Tensor | None,
-    output_multiplier: Tensor | None,
     intermediate: int,
     layout: str,
-    c_dtype: str,
+    c_dtype: str = "bf16",
+    output_multiplier: Tensor | None = None,
+    a_scales: Tensor | None = None,
+    alpha_post: Tensor | None = None,
     *,
     c: Tensor,
     c_scales: Tensor,
 ) -> None:
     """See ``ops``."""
-    _fc1(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, layout, c_dtype, c, c_scales, own=False)
+    _fc1(a, b, alpha, intermediate, layout, c_dtype, output_multiplier, a_scales, alpha_post, c, c_scales, own=False)
 
 
 def _fc1(
     a: Tensor,
-    a_scales: Tensor | None,
     b: Tensor,
     alpha: Tensor,
-    alpha_post: Tensor | None,
-    output_multiplier: Tensor | None,
     intermediate: int,
     layout: str,
     c_dtype: str,
+    output_multiplier: Tensor | None,
+    a_scales: Tensor | None,
+    alpha_post: Tensor | None,
     c: Tensor,
     c_scales: Tensor,
     own: bool = True,
@@ -221,24 +229,24 @@ def _fc1(
     key = (
         "fc1", stream, ordinal, intermediate, layout, c_dtype, b_pointer, a.shape, a.dtype, a.is_contiguous(),
         b.shape, b.dtype, b.is_contiguous(), b.get_device(), alpha.shape, alpha.dtype, alpha.is_contiguous(), alpha.get_device(),
+        None if output_multiplier is None else signature(output_multiplier),
         None if a_scales is None else signature(a_scales),
         None if alpha_post is None else signature(alpha_post),
-        None if output_multiplier is None else signature(output_multiplier),
     )  # fmt: skip
     quantised = c_dtype == "nvfp4"
     pointers = (
         a.data_ptr(),
-        0 if a_scales is None else a_scales.data_ptr(),
         b_pointer,
         alpha.data_ptr(),
-        0 if alpha_post is None else alpha_post.data_ptr(),
         0 if output_multiplier is None else output_multiplier.data_ptr(),
+        0 if a_scales is None else a_scales.data_ptr(),
+        0 if alpha_post is None else alpha_post.data_ptr(),
         c.data_ptr(),
         c_scales.data_ptr() if quantised else 0,
     )
     entry = None if stream and rt.capturing() else rt.entries.get(key)
     if entry is None:
-        problem = fc1_problem(a, a_scales, b, alpha, alpha_post, output_multiplier, intermediate, c_dtype)
+        problem = fc1_problem(a, b, alpha, intermediate, c_dtype, output_multiplier, a_scales, alpha_post)
         roles = (*(_FC1_BF16 if a_scales is None else _FC1_NVFP4), *(("c.codes", "c.scales") if quantised else ("c", "-")))
         entry = _entry(rt, key, ordinal, stream, Launch(problem, layout, b.numel()), roles, pointers)
     if not own:
@@ -255,39 +263,42 @@ def _fc1(
 # ---- fc2
 
 
-def fc2(a: Tensor, a_scales: Tensor | None, b: Tensor, alpha: Tensor, experts: int, hidden: int, layout: str, c_dtype: str) -> Tensor:
+def fc2(
+    a: Tensor, b: Tensor, alpha: Tensor, experts: int, hidden: int, layout: str, c_dtype: str = "bf16", a_scales: Tensor | None = None
+) -> Tensor:
     """See ``ops``."""
     rt, b_pointer = launching.current, b.data_ptr()
-    stream = rt.stream(a.get_device())
-    short_key = ("fc2", stream, b_pointer, a.numel(), a_scales is None, experts, hidden, layout, c_dtype)
-    short = rt.shortcuts.get(short_key)
     tensors = (a, b, alpha) if a_scales is None else (a, b, alpha, a_scales)
-    if short is not None and short.check(*tensors) and not (stream and rt.capturing()):
-        here = rt.current_device() == short.ordinal
+    facts = ("fc2", b_pointer, a_scales is None, experts, hidden, layout, c_dtype)
+    short = rt.last_fc2.get(b_pointer)
+    if short is None or short.stream != rt.stream(short.ordinal) or short.facts != facts or not short.check(*tensors):
+        short = rt.shortcut(rt.last_fc2, b_pointer, facts, tensors)
+    if short is not None and not (short.stream and rt.capturing()):
+        here = short.alone or rt.current_device() == short.ordinal
         c = short.output() if here else short.output_elsewhere()
         scales = 0 if a_scales is None else a_scales.data_ptr()
-        short.entry.launch((a.data_ptr(), scales, b_pointer, alpha.data_ptr(), c.data_ptr()), stream, here)
+        short.entry.launch((a.data_ptr(), b_pointer, alpha.data_ptr(), scales, c.data_ptr()), short.stream, here)
         return c
     try:
         make = partial(_empty, a.shape[0], hidden, dtype=C_DTYPES[c_dtype], device=a.device)
         c = make()
     except (IndexError, KeyError, RuntimeError):  # what the checks refuse, or no memory
-        fc2_problem(a, a_scales, b, alpha, experts, hidden, c_dtype)
+        fc2_problem(a, b, alpha, experts, hidden, c_dtype, a_scales)
         raise
-    entry = _fc2(a, a_scales, b, alpha, experts, hidden, layout, c_dtype, c)
-    rt.shorten(short_key, entry, tensors, make, make)
+    entry = _fc2(a, b, alpha, experts, hidden, layout, c_dtype, a_scales, c)
+    rt.shorten(rt.last_fc2, b_pointer, facts, entry, tensors, make)
     return c
 
 
 def fc2_out(
-    a: Tensor, a_scales: Tensor | None, b: Tensor, alpha: Tensor, experts: int, hidden: int, layout: str, c_dtype: str, *, c: Tensor
+    a: Tensor, b: Tensor, alpha: Tensor, experts: int, hidden: int, layout: str, c_dtype: str = "bf16", a_scales: Tensor | None = None, *, c: Tensor
 ) -> None:
     """See ``ops``."""
-    _fc2(a, a_scales, b, alpha, experts, hidden, layout, c_dtype, c, own=False)
+    _fc2(a, b, alpha, experts, hidden, layout, c_dtype, a_scales, c, own=False)
 
 
 def _fc2(
-    a: Tensor, a_scales: Tensor | None, b: Tensor, alpha: Tensor, experts: int, hidden: int, layout: str, c_dtype: str, c: Tensor, own: bool = True
+    a: Tensor, b: Tensor, alpha: Tensor, experts: int, hidden: int, layout: str, c_dtype: str, a_scales: Tensor | None, c: Tensor, own: bool = True
 ) -> Entry:
     rt, ordinal = launching.current, a.get_device()
     stream, b_pointer = rt.stream(ordinal), b.data_ptr()
@@ -296,11 +307,11 @@ def _fc2(
         b.shape, b.dtype, b.is_contiguous(), b.get_device(), alpha.shape, alpha.dtype, alpha.is_contiguous(), alpha.get_device(),
         None if a_scales is None else signature(a_scales),
     )  # fmt: skip
-    pointers = (a.data_ptr(), 0 if a_scales is None else a_scales.data_ptr(), b_pointer, alpha.data_ptr(), c.data_ptr())
+    pointers = (a.data_ptr(), b_pointer, alpha.data_ptr(), 0 if a_scales is None else a_scales.data_ptr(), c.data_ptr())
     entry = None if stream and rt.capturing() else rt.entries.get(key)
     if entry is None:
-        problem = fc2_problem(a, a_scales, b, alpha, experts, hidden, c_dtype)
-        roles = ("a", "-", "b", "alpha", "c") if a_scales is None else ("a.codes", "a.scales", "b", "alpha", "c")
+        problem = fc2_problem(a, b, alpha, experts, hidden, c_dtype, a_scales)
+        roles = ("a", "b", "alpha", "-", "c") if a_scales is None else ("a.codes", "b", "alpha", "a.scales", "c")
         entry = _entry(rt, key, ordinal, stream, Launch(problem, layout, b.numel()), roles, pointers)
     if not own:
         check_given("c", c, C_DTYPES[c_dtype], (a.shape[0], hidden), a)

@@ -70,7 +70,7 @@ def test_one_group_of_products_has_one_wait() -> None:
     assert serialised(count_opcodes(ptx), cubin) == []
 
 
-@pytest.mark.parametrize("key", ["groupedfc1.sm90a.t32x256.c1x1.bf16-bf16", "groupedfc2.sm90a.t128x256.c1x1.nvfp4-bf16"])
+@pytest.mark.parametrize("key", ["groupedfc1.sm90a.t32x256.c1x1.bf16-bf16", "groupedfc2.sm90a.t128x256.c1x1.bf16-bf16"])
 def test_shipped_kernels_wait_once_a_group_and_do_not_spill(key: str) -> None:
     variant = Variant.parse(key)
     name = f"sm90_wgmma_{variant.op}"

@@ -16,7 +16,7 @@ from densemoe.compile.emulator.execution import Report
 from densemoe.compile.toolchain import compile_variant
 from densemoe.runtime import bounds, data, packing, reference
 from densemoe.runtime.errors import EmulatorError
-from densemoe.runtime.layout import k64_order
+from densemoe.runtime.layout import from_k64_order, k64_order
 from densemoe.runtime.nvfp4 import bf16_values
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.rules import can_implement
@@ -91,6 +91,8 @@ def run(
     recipe = kernels.load(kernel_of(variant)).recipe(variant)
     assert all(not workspaces[each.role].any() for each in recipe.workspaces if each.zeroed)
     is_exact = kind == "exact"
+    if problem.c_in_k64_order:  # FC2 reads whole K 128 blocks
+        assert not from_k64_order(outputs["c.k64"], outputs["c.k64"].shape[1])[:used, intermediate:].any()
     if fc1:
         given = None if multiplier is None else float(multiplier)
         return bounds.compare_fc1(outputs, exact, problem, output_multiplier=given, rows=np.arange(used), exact=is_exact), report

@@ -63,4 +63,4 @@ def test_a_layer_runs_on_the_device_of_its_tensors_whatever_the_current_one_is()
         torch.testing.assert_close(out.cpu(), ops.moe(*layer.arguments("nvfp4")), **TOLERANCE)
     assert torch.cuda.current_device() == 0
     with pytest.raises(Exception, match="put every tensor on one device"):
-        ops.moe(*[arguments[0], None, arguments[2].to("cuda:0"), *arguments[3:]])
+        ops.moe(*[arguments[0], arguments[1].to("cuda:0"), *arguments[2:]])

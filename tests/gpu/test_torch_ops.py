@@ -39,8 +39,8 @@ class Layer:
         w1_alpha = self.scales[0] / (given if given is not None else 1)
         w2_alpha = self.scales[1] / (between if between is not None else 1)
         largest = w2_alpha.max().reshape(1) if form == "fused" else None
-        tensors = [self.x, None, self.ids, self.router, self.packed[0], w1_alpha, self.packed[1], w2_alpha, given, between, largest]
-        return [*tensors, *self.shape, packing.LAYOUT, c_dtype]
+        required = [self.x, self.ids, self.router, self.packed[0], w1_alpha, self.packed[1], w2_alpha, *self.shape, packing.LAYOUT, c_dtype]
+        return [*required, given, between, None, largest]
 
 
 def on_gpu(arguments: list[Any]) -> list[Any]:
@@ -101,11 +101,11 @@ def test_a_captured_graph_follows_changing_routing(ops: Any, layer: Layer) -> No
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         ids = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(8)]).to(torch.int32)
-        arguments[2].copy_(ids)
+        arguments[1].copy_(ids)
         graph.replay()
         torch.cuda.synchronize()
         expected = layer.arguments("nvfp4")
-        expected[2] = ids
+        expected[1] = ids
         torch.testing.assert_close(out.cpu(), ops.moe(*expected), **TOLERANCE)
 
 
@@ -126,8 +126,8 @@ def test_streams_run_apart_and_give_the_same(ops: Any, layer: Layer) -> None:
 
 def test_an_id_outside_makes_its_token_nan_and_no_other(ops: Any, layer: Layer) -> None:
     arguments = on_gpu(layer.arguments("bf16"))
-    arguments[2] = arguments[2].clone()
-    arguments[2][3, 1] = 99
+    arguments[1] = arguments[1].clone()
+    arguments[1][3, 1] = 99
     out = ops.moe(*arguments)
     assert out[3].isnan().all()
     assert not out[[0, 1, 2, 4, 5, 6, 7]].isnan().any()
@@ -192,7 +192,7 @@ def test_wrong_inputs_raise_before_anything_is_launched(ops: Any, layer: Layer) 
     arguments = on_gpu(layer.arguments("bf16"))
     ops.moe(*arguments)
     unaligned = torch.zeros(8 * 512 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(8, 512)
-    for position, value in ((0, layer.x.cuda().t().contiguous().t()), (0, unaligned), (2, layer.ids), (3, layer.router.cuda().double()), (11, 448)):
+    for position, value in ((0, layer.x.cuda().t().contiguous().t()), (0, unaligned), (1, layer.ids), (2, layer.router.cuda().double()), (7, 448)):
         wrong = [*arguments[:position], value, *arguments[position + 1 :]]
         with pytest.raises((ProblemError, NotImplementedError)):  # tensors of two devices: PyTorch's own dispatcher may refuse them
             ops.moe(*wrong)

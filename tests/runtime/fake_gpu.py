@@ -61,20 +61,20 @@ def arguments(m: int = 4, *, quantise: bool = False, fused: bool = False, layout
     w1, w2 = (w[-w.data_ptr() % 128 :][:size] for w, size in zip((w1, w2), sizes, strict=True))
     return [
         torch.zeros(m, HIDDEN, dtype=torch.bfloat16),
-        None,
         torch.zeros(m, TOP_K, dtype=ids),
         torch.ones(m, TOP_K),
         w1,
         torch.ones(EXPERTS),
         w2,
         torch.ones(EXPERTS),
-        one if quantise else None,
-        one.clone() if quantise else None,
-        one.clone() if fused else None,
         HIDDEN,
         INTERMEDIATE,
         layout,
         "bf16",
+        one if quantise else None,
+        one.clone() if quantise else None,
+        None,
+        one.clone() if fused else None,
     ]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from densemoe.runtime import packing, reference
 from densemoe.runtime.errors import DriverError
-from densemoe.runtime.layout import from_k64_order, tile_scales
+from densemoe.runtime.layout import from_k64_order, k64_order, tile_scales
 from densemoe.runtime.nvfp4 import bf16_values, convert, pack_codes, quantise_rows
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import Recipe
@@ -200,8 +200,12 @@ class SimulatedPlan:
             a = reference.activation_values(self.array("a.codes"), self.array("a.scales"))
         if op != problem.op:
             y = self.grouped(a, weights).astype(np.float32)
-            if problem.c_dtype == "nvfp4":
-                plain, own_scales = quantise_rows(y, self.array("output_multiplier")[0])
+            plain, own_scales = quantise_rows(y, self.array("output_multiplier")[0]) if problem.c_dtype == "nvfp4" else (None, None)
+            if problem.c_in_k64_order:
+                self.array("c.k64")[:] = (
+                    k64_order(convert(y, "bf16")) if plain is None else reference.ordered_activations(pack_codes(plain), tile_scales(own_scales))
+                )
+            elif plain is not None:
                 self.array("c.codes")[:], self.array("c.scales")[:] = pack_codes(plain), tile_scales(own_scales)
             else:
                 self.array("c")[:] = convert(y, problem.c_dtype)

@@ -9,8 +9,8 @@ import pytest
 
 from densemoe.compile import kernels
 from densemoe.runtime.errors import ProblemError, SelectionError
-from densemoe.runtime.grouping import group_tile, ordered_dtype
-from densemoe.runtime.problem import Problem
+from densemoe.runtime.grouping import group_tile
+from densemoe.runtime.problem import Problem, grouped_dtype
 from densemoe.runtime.rules import can_implement
 from densemoe.runtime.select import load_table, select
 from densemoe.runtime.variant import Variant
@@ -56,39 +56,57 @@ def test_tiles_of_16_rows_have_256_weight_rows_from_64_tokens_on(op: str, m: int
 
 
 def test_the_other_kernel_of_a_tile_runs_where_the_first_lacks_the_dtypes() -> None:
-    both = variants("groupedfc1.sm90a.t32x64.c1x1.nvfp4-bf16", "groupedfc1.sm90a.t32x256.c1x1.nvfp4-bf16", "groupedfc1.sm90a.t32x64.c1x1.nvfp4-f32")
-    problem = Problem("groupedfc1", 64, 8, 256, 128, "nvfp4", top_k=2, group_tile=32)
-    plain = Problem("groupedfc1", 64, 8, 256, 128, "nvfp4", "f32", top_k=2, group_tile=32)
+    both = variants("groupedfc1.sm90a.t16x64.c1x1.nvfp4-bf16", "groupedfc1.sm90a.t16x256.c1x1.nvfp4-bf16", "groupedfc1.sm90a.t16x64.c1x1.nvfp4-f32")
+    problem = Problem("groupedfc1", 64, 8, 256, 128, "nvfp4", top_k=2, group_tile=16)
+    plain = Problem("groupedfc1", 64, 8, 256, 128, "nvfp4", "f32", top_k=2, group_tile=16)
     assert select(plain, both, load_table("sm_90a")).variant.tile_n == 64
     assert select(problem, both[:1], load_table("sm_90a")).variant.tile_n == 64
 
 
-def test_rows_in_k64_order_are_for_kernels_that_read_them() -> None:
-    """bf16 tiles of 32 rows and more: a kernel of 64 weight rows would read other columns than it believes."""
-    both = variants("groupedfc1.sm90a.t32x64.c1x1.bf16-bf16", "groupedfc1.sm90a.t32x256.c1x1.bf16-bf16")
-    problem = Problem("groupedfc1", 64, 8, 192, 128, top_k=2, group_tile=32)
-    assert problem.tensors()["a.k64"].shape == (64, 256)
+@pytest.mark.parametrize("op", ["groupedfc1", "groupedfc2"])
+def test_rows_in_k64_order_are_for_kernels_that_read_them(op: str) -> None:
+    """Tiles of 32 rows and more: a kernel of 64 weight rows would read other columns than it believes."""
+    both = variants(f"{op}.sm90a.t32x64.c1x1.bf16-bf16", f"{op}.sm90a.t32x256.c1x1.bf16-bf16")
+    problem = Problem(op, 64, 8, 192, 320, top_k=2, group_tile=32)
+    assert problem.tensors()["a.k64"].shape == ((64, 256) if op == "groupedfc1" else (128, 384))
     assert "a" not in problem.tensors()
     assert select(problem, both, load_table("sm_90a")).variant.tile_n == 256
     with pytest.raises(SelectionError, match="come in K 64 order, which kernels of 256 weight rows read"):
         select(problem, both[:1], load_table("sm_90a"))
 
 
+@pytest.mark.parametrize("c_dtype", ["bf16", "nvfp4"])
+def test_what_lies_between_the_ops_over_large_tiles_is_bf16_in_k64_order(c_dtype: str) -> None:
+    sizes = (8, 4, 256, 192)
+    first, second = Problem("groupedfc1", *sizes, "bf16", c_dtype, top_k=2, group_tile=32), Problem("groupedfc2", *sizes, top_k=2, group_tile=32)
+    written, read = first.tensors()["c.k64"], second.tensors()["a.k64"]
+    assert (written.shape, written.dtype) == (read.shape, read.dtype) == ((16, 256), "bf16")
+    assert [role for role, spec in first.tensors().items() if spec.output] == ["c.k64"]
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"op": "groupedfc1", "a_dtype": "nvfp4"}, r"a_dtype='nvfp4' for groupedfc1 over tiles of 48 rows: use bf16, which `route` and FC1 decode"),
+    ({"op": "groupedfc2", "a_dtype": "nvfp4"}, r"a_dtype='nvfp4' for groupedfc2 over tiles of 48 rows: use bf16"),
+    ({"op": "groupedfc1", "c_dtype": "f16"}, r"c_dtype='f16' for groupedfc1 over tiles of 48 rows: use bf16 or nvfp4, what FC2 reads"),
+])  # fmt: skip
+def test_other_dtypes_over_large_tiles_are_refused(fields: dict[str, str], message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        Problem(m=8, experts=4, hidden=256, intermediate=192, top_k=2, group_tile=48, **fields)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("key", ["groupedfc1.sm90a.t32x256.c1x1.bf16-bf16", "groupedfc1.sm90a.t16x256.c1x1.bf16-bf16",
-                                 "groupedfc1.sm90a.t48x256.c1x1.nvfp4-bf16", "groupedfc2.sm90a.t32x256.c1x1.bf16-bf16"])  # fmt: skip
-def test_kernels_and_problems_agree_on_who_reads_k64_order(key: str) -> None:
+                                 "groupedfc1.sm90a.t48x256.c1x1.bf16-nvfp4", "groupedfc2.sm90a.t32x256.c1x1.bf16-bf16"])  # fmt: skip
+def test_kernels_and_problems_agree_on_who_reads_and_writes_k64_order(key: str) -> None:
     (variant,) = variants(key)
-    problem = Problem(variant.op, 8, 4, 256, 128, variant.a_dtype, top_k=2, group_tile=variant.tile_m)
+    problem = Problem(variant.op, 8, 4, 256, 128, variant.a_dtype, variant.c_dtype, top_k=2, group_tile=variant.tile_m)
     roles = {each.value for each in kernels.load(f"sm90_wgmma_{variant.op}").recipe(variant).parameters if each.kind == "pointer"}
     assert ("a.k64" in roles) == problem.a_in_k64_order == ("a.k64" in problem.tensors())
+    assert ("c.k64" in roles) == problem.c_in_k64_order == ("c.k64" in problem.tensors())
 
 
-@pytest.mark.parametrize(
-    ("a_dtype", "tile", "tiles", "ordered"),
-    [("bf16", 32, {32}, "bf16"), ("bf16", 16, {16, 32}, ""), ("nvfp4", 48, {48}, "nvfp4"), ("nvfp4", 160, {48}, ""), ("nvfp4", 16, {16}, "")],
-)
-def test_nvfp4_is_decoded_where_fc1_has_a_kernel_that_reads_bf16(a_dtype: str, tile: int, tiles: set[int], ordered: str) -> None:
-    assert ordered_dtype(a_dtype, tile, tiles) == ordered
+@pytest.mark.parametrize(("a_dtype", "tile", "read"), [("bf16", 16, "bf16"), ("bf16", 32, "bf16"), ("nvfp4", 16, "nvfp4"), ("nvfp4", 32, "bf16")])
+def test_nvfp4_is_decoded_for_large_tiles(a_dtype: str, tile: int, read: str) -> None:
+    assert grouped_dtype(a_dtype, tile) == read
 
 
 def test_a_tile_that_no_variant_has_is_refused() -> None:

@@ -24,9 +24,9 @@ def test_a_bf16_layer_is_three_launches_that_hand_memory_on(fake: Fake) -> None:
     (prepare, fc1, fc2) = fake.launches()
     assert [each[0] for each in (prepare, fc1, fc2)] == ["prepare", "fc1", "fc2"]
     assert {each[1] for each in (prepare, fc1, fc2)} == {77}
-    assert (prepare[2]["ids"], prepare[2]["router"], prepare[2]["w2_alpha"]) == tuple(a[i].data_ptr() for i in (2, 3, 7))
-    assert (fc1[2]["a"], fc1[2]["b"], fc1[2]["alpha"], fc1[2]["alpha_post"]) == (a[0].data_ptr(), a[4].data_ptr(), a[5].data_ptr(), 0)
-    assert (fc2[2]["a"], fc2[2]["b"], fc2[2]["alpha"]) == (fc1[2]["c"], a[6].data_ptr(), prepare[2]["alpha"])
+    assert (prepare[2]["ids"], prepare[2]["router"], prepare[2]["w2_alpha"]) == tuple(a[i].data_ptr() for i in (1, 2, 6))
+    assert (fc1[2]["a"], fc1[2]["b"], fc1[2]["alpha"], fc1[2]["alpha_post"]) == (a[0].data_ptr(), a[3].data_ptr(), a[4].data_ptr(), 0)
+    assert (fc2[2]["a"], fc2[2]["b"], fc2[2]["alpha"]) == (fc1[2]["c"], a[5].data_ptr(), prepare[2]["alpha"])
     assert fc2[2]["c"] == out.data_ptr()
     assert fc1[2]["active_experts"] == fc2[2]["active_experts"] == prepare[2]["active_list"]
     pieces = [prepare[2]["alpha"], prepare[2]["active_list"], fc1[2]["c"]]
@@ -53,7 +53,7 @@ def test_quantising_adds_one_launch_and_the_fused_form_moves_alpha(fake: Fake) -
     assert quantise[2]["a"] == a[0].data_ptr()
     assert (fc1[2]["a.codes"], fc1[2]["a.scales"]) == (quantise[2]["c.codes"], quantise[2]["c.scales"])
     assert (fc2[2]["a.codes"], fc2[2]["a.scales"]) == (fc1[2]["c.codes"], fc1[2]["c.scales"])
-    assert prepare[2]["alpha_divisor"] == fc2[2]["alpha"] == a[10].data_ptr()
+    assert prepare[2]["alpha_divisor"] == fc2[2]["alpha"] == a[14].data_ptr()
     assert fc1[2]["alpha_post"] == prepare[2]["alpha"]
 
 
@@ -64,7 +64,7 @@ def test_many_tokens_are_gathered_by_expert(fake: Fake, quantise: bool) -> None:
     out = device.moe(*a)
     *quantised, route, fc1, fc2 = fake.launches()
     assert [each[0] for each in (*quantised, route, fc1, fc2)] == ["quantize"] * quantise + ["route", "groupedfc1", "groupedfc2"]
-    assert (route[2]["ids"], route[2]["router"], route[2]["w2_alpha"]) == tuple(a[i].data_ptr() for i in (2, 3, 7))
+    assert (route[2]["ids"], route[2]["router"], route[2]["w2_alpha"]) == tuple(a[i].data_ptr() for i in (1, 2, 6))
     for role in ("tiles", "rows"):
         assert route[2][role] == fc1[2][role] == fc2[2][role]
     assert fc2[2]["row_alpha"] == route[2]["row_alpha"]
@@ -77,8 +77,8 @@ def test_many_tokens_are_gathered_by_expert(fake: Fake, quantise: bool) -> None:
 
 
 @pytest.mark.parametrize("quantise", [False, True])
-def test_route_brings_activations_of_large_tiles_to_the_order_in_which_fc1_reads_them(fake: Fake, quantise: bool) -> None:
-    """60 tokens on 2 of 4 experts: thirty rows an expert; NVFP4 activations are decoded on the way, so that FC1 reads bf16."""
+def test_what_large_tiles_multiply_is_bf16_in_k64_order(fake: Fake, quantise: bool) -> None:
+    """60 tokens on 2 of 4 experts: thirty rows an expert; NVFP4 activations are decoded on the way, by route and by FC1."""
     a = arguments(60, quantise=quantise)
     device.moe(*a)
     *quantised, route, fc1, fc2 = fake.launches()
@@ -86,12 +86,14 @@ def test_route_brings_activations_of_large_tiles_to_the_order_in_which_fc1_reads
     given = (quantised[0][2]["c.codes"], quantised[0][2]["c.scales"]) if quantise else (a[0].data_ptr(), 0)
     assert (route[2]["x"], route[2]["x.scales"]) == given
     assert fc1[2]["a.k64"] == route[2]["x.k64"] != 0
-    assert not {"a", "a.codes"} & set(fc1[2])
-    end = "a.codes" if quantise else "a"
-    assert fc2[2][end] == fc1[2]["c.codes" if quantise else "c"]
+    assert fc2[2]["a.k64"] == fc1[2]["c.k64"] != 0
+    assert not {"a", "a.codes", "c", "c.codes"} & set(fc1[2])
+    assert not {"a", "a.codes"} & set(fc2[2])
     (plans,) = (entry.plans[-3:] for entry in fake.runtime.entries.values())
     assert [(plan.problem.op, plan.problem.group_tile) for plan in plans] == [("route", 32), ("groupedfc1", 32), ("groupedfc2", 32)]
-    assert (plans[0].problem.x_dtype, plans[1].problem.a_dtype) == ("nvfp4" if quantise else "bf16", "bf16")
+    form = "nvfp4" if quantise else "bf16"
+    assert [plan.problem.a_dtype for plan in plans[1:]] == ["bf16", "bf16"]
+    assert (plans[0].problem.x_dtype, plans[1].problem.c_dtype) == (form, form)
 
 
 def test_the_fused_form_is_not_gathered(fake: Fake) -> None:
@@ -104,10 +106,10 @@ def test_a_second_call_makes_nothing_and_uses_the_new_tensors(fake: Fake) -> Non
     device.moe(*a)
     fake.launches()
     loaded, allocated = list(fake.driver.loads), dict(fake.driver.memory)
-    a[0], a[2] = a[0].clone(), a[2].clone()
+    a[0], a[1] = a[0].clone(), a[1].clone()
     out = device.moe(*a)
     prepare, fc1, fc2 = fake.launches()
-    assert (prepare[2]["ids"], fc1[2]["a"], fc2[2]["c"]) == (a[2].data_ptr(), a[0].data_ptr(), out.data_ptr())
+    assert (prepare[2]["ids"], fc1[2]["a"], fc2[2]["c"]) == (a[1].data_ptr(), a[0].data_ptr(), out.data_ptr())
     assert (fake.driver.loads, fake.driver.memory) == (loaded, allocated)
 
 
@@ -248,7 +250,7 @@ def test_calls_of_several_threads_on_one_stream_do_not_mix(fake: Fake) -> None:
         thread.join()
     seen = fake.launches()
     assert len(seen) == 4 * 30 * 3
-    inputs = {each[0].data_ptr(): each[2].data_ptr() for each in layers}
+    inputs = {each[0].data_ptr(): each[1].data_ptr() for each in layers}
     for prepare, fc1, fc2 in zip(seen[::3], seen[1::3], seen[2::3], strict=True):
         assert (prepare[0], fc1[0], fc2[0]) == ("prepare", "fc1", "fc2")
         assert prepare[2]["ids"] == inputs[fc1[2]["a"]]
@@ -259,16 +261,16 @@ def test_calls_of_several_threads_on_one_stream_do_not_mix(fake: Fake) -> None:
     [
         (lambda a: a.__setitem__(0, a[0].float()), ProblemError, "torch.bfloat16"),
         (lambda a: a.__setitem__(0, a[0].t().contiguous().t()), ProblemError, "contiguous"),
-        (lambda a: a.__setitem__(3, a[3][:2]), ProblemError, "has shape"),
-        (lambda a: a.__setitem__(4, a[4].float()), ProblemError, "torch.uint8"),
-        (lambda a: a.__setitem__(13, packing.INTERCHANGE_LAYOUT), PlanError, "pack them for this device"),
-        (lambda a: a.__setitem__(4, a[4][:-128]), ProblemError, "packed weights of"),
-        (lambda a: a.__setitem__(12, 100), ProblemError, "multiple of 64"),
-        (lambda a: a.__setitem__(14, "f64"), ProblemError, "c_dtype"),
-        (lambda a: a.__setitem__(11, -1), ProblemError, "hidden"),
+        (lambda a: a.__setitem__(2, a[2][:2]), ProblemError, "has shape"),
+        (lambda a: a.__setitem__(3, a[3].float()), ProblemError, "torch.uint8"),
+        (lambda a: a.__setitem__(9, packing.INTERCHANGE_LAYOUT), PlanError, "pack them for this device"),
+        (lambda a: a.__setitem__(3, a[3][:-128]), ProblemError, "packed weights of"),
+        (lambda a: a.__setitem__(8, 100), ProblemError, "multiple of 64"),
+        (lambda a: a.__setitem__(10, "f64"), ProblemError, "c_dtype"),
+        (lambda a: a.__setitem__(7, -1), ProblemError, "hidden"),
         (lambda a: a.__setitem__(0, a[0][0, 0]), ProblemError, "two dimensions"),
         (lambda a: a.__setitem__(0, torch.zeros(4 * HIDDEN + 1, dtype=torch.bfloat16)[1:].reshape(4, HIDDEN)), ProblemError, "align it to 16"),
-        (lambda a: a.__setitem__(10, torch.ones(2)), ProblemError, "has shape"),
+        (lambda a: a.__setitem__(14, torch.ones(2)), ProblemError, "has shape"),
     ],
 )
 def test_wrong_inputs_launch_nothing_even_after_a_good_call(fake: Fake, change: Any, error: type[Exception], said: str) -> None:
@@ -314,8 +316,8 @@ def test_tensor_maps_are_encoded_once_an_address(blackwell_artifacts: Path, monk
     try:
         a = arguments(4, quantise=True, layout=packing.INTERCHANGE_LAYOUT, ids=torch.int32)
         sizes = [packing.interchange_bytes(op, EXPERTS, 256, 256) for op in ("fc1", "fc2")]
-        a[0], a[11], a[12] = torch.zeros(4, 256, dtype=torch.bfloat16), 256, 256
-        for position, size in zip((4, 6), sizes, strict=True):
+        a[0], a[7], a[8] = torch.zeros(4, 256, dtype=torch.bfloat16), 256, 256
+        for position, size in zip((3, 5), sizes, strict=True):
             memory = torch.zeros(size + 128, dtype=torch.uint8)
             a[position] = memory[-memory.data_ptr() % 128 :][:size]
         kept = torch.zeros(4, 256, dtype=torch.bfloat16)
@@ -340,6 +342,50 @@ def test_tensor_maps_are_encoded_once_an_address(blackwell_artifacts: Path, monk
         device.use_runtime(before)
 
 
+def test_after_an_address_was_refused_every_address_is_written_again(fake: Fake) -> None:
+    """The refused call has written those before it."""
+    a = arguments()
+    given = (torch.zeros(4, EXPERTS * INTERMEDIATE, dtype=torch.bfloat16), a[5], torch.ones(4, EXPERTS))
+    rest, c = (EXPERTS, HIDDEN, packing.LAYOUT), torch.zeros(4, HIDDEN, dtype=torch.bfloat16)
+    unaligned = torch.zeros(4 * HIDDEN + 1, dtype=torch.bfloat16)[1:].view(4, HIDDEN)
+    device.fc2_out(*given, *rest, c=c)
+    for _ in range(2):
+        with pytest.raises(ProblemError, match="align it to 16"):
+            device.fc2_out(given[0].clone(), a[5], given[2].clone(), *rest, c=unaligned)
+    fake.launches()
+    device.fc2_out(*given, *rest, c=c)
+    ((_, _, fc2),) = fake.launches()
+    assert [fc2[role] for role in ("a", "b", "alpha", "c")] == [each.data_ptr() for each in (*given, c)]
+
+
+def test_a_launch_that_failed_leaves_the_stream_to_the_next(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing: list[int] = []
+    launcher = fake.driver.launcher
+
+    def made(*prepared: Any) -> Any:
+        launch = launcher(*prepared)
+
+        def call(stream: int) -> None:
+            if failing:
+                raise DriverError("cuLaunchKernelEx: CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", call="cuLaunchKernelEx", code=failing.pop())
+            launch(stream)
+
+        return call
+
+    monkeypatch.setattr(fake.driver, "launcher", made)
+    a = arguments()
+    device.moe(*a)
+    fake.launches()
+    failing.append(701)
+    with pytest.raises(DriverError, match="OUT_OF_RESOURCES"):
+        device.moe(*a)
+    assert not fake.launches()
+    (entry,) = fake.runtime.entries.values()
+    assert entry._turn.qsize() == 1  # a call would wait for ever
+    device.moe(*a)
+    assert len(fake.launches()) == 3
+
+
 def test_no_tokens_launch_nothing(fake: Fake) -> None:
     assert device.moe(*arguments(0)).shape == (0, HIDDEN)
     codes, scales = device.quantize_nvfp4(torch.zeros(0, HIDDEN, dtype=torch.bfloat16), torch.ones(1))
@@ -350,10 +396,10 @@ def test_no_tokens_launch_nothing(fake: Fake) -> None:
 def test_single_ops_launch_one_kernel_each(fake: Fake) -> None:
     a = arguments(3)
     x = a[0]
-    c, _ = device.fc1_swiglu(x, None, a[4], a[5], None, None, INTERMEDIATE, packing.LAYOUT, "bf16")
+    c, _ = device.fc1_swiglu(x, a[3], a[4], INTERMEDIATE, packing.LAYOUT)
     alpha = torch.ones(3, EXPERTS)
     y = torch.empty(3, HIDDEN, dtype=torch.bfloat16)
-    device.fc2_out(c, None, a[6], alpha, EXPERTS, HIDDEN, packing.LAYOUT, "bf16", c=y)
+    device.fc2_out(c, a[5], alpha, EXPERTS, HIDDEN, packing.LAYOUT, c=y)
     fc1, fc2 = fake.launches()
     assert (fc1[2]["a"], fc1[2]["c"]) == (x.data_ptr(), c.data_ptr())
     assert (fc2[2]["a"], fc2[2]["alpha"], fc2[2]["c"]) == (c.data_ptr(), alpha.data_ptr(), y.data_ptr())
@@ -361,7 +407,7 @@ def test_single_ops_launch_one_kernel_each(fake: Fake) -> None:
     overlapping = {"c": over[: 3 * HIDDEN].view(3, HIDDEN), "x": over[HIDDEN : 4 * HIDDEN].view(3, HIDDEN)}
     for _ in range(2):  # after a call that was good, too
         with pytest.raises(ProblemError, match="has shape"):
-            device.fc2_out(c, None, a[6], alpha, EXPERTS, HIDDEN, packing.LAYOUT, "bf16", c=y[:2])
+            device.fc2_out(c, a[5], alpha, EXPERTS, HIDDEN, packing.LAYOUT, c=y[:2])
         with pytest.raises(ProblemError, match=r"c \(output\) overlaps x"):
             device.moe_out(overlapping["x"], *a[1:], c=overlapping["c"])
         assert fake.launches() == []

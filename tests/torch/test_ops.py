@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.layer_data import LayerData
 from densemoe.runtime.nvfp4 import quantise
 from densemoe.runtime.problem import Problem
-from densemoe.runtime.torch import ops
+from densemoe.runtime.torch import cpu, device, ops
 
 LAYOUT = packing.LAYOUT
 
@@ -31,12 +32,12 @@ def fc1_case(a_dtype: str, c_dtype: str, post: bool, m: int = 5, experts: int = 
     multiplier = torch.tensor([2688.0 / 30]) if c_dtype == "nvfp4" else None
     a, a_scales = tensor(first), None if a_dtype == "bf16" else tensor(scales)
     b = tensor(packing.pack_fc1(weights.codes, weights.scales))
-    arguments = (a, a_scales, b, tensor(data.fc1_alpha(weights, scale)), alpha_post, multiplier, intermediate, LAYOUT, c_dtype)
+    arguments = (a, b, tensor(data.fc1_alpha(weights, scale)), intermediate, LAYOUT, c_dtype, multiplier, a_scales, alpha_post)
     values = a.double() if a_scales is None else reference.activation_values(a, a_scales)
     exact = reference.fc1(
         values,
         reference.Weights("fc1", tensor(weights.codes), tensor(weights.scales), experts),
-        arguments[3].double(),
+        arguments[2].double(),
         range(experts),
         None if alpha_post is None else alpha_post.double(),
     )
@@ -50,7 +51,7 @@ def test_fc1_lies_within_the_contract(a_dtype: str, c_dtype: str, post: bool) ->
     arguments, exact, problem = fc1_case(a_dtype, c_dtype, post)
     c, c_scales = ops.fc1_swiglu(*arguments)
     got = {"c.codes": c, "c.scales": c_scales} if c_dtype == "nvfp4" else {"c": c}
-    multiplier = None if arguments[5] is None else float(arguments[5])
+    multiplier = None if arguments[6] is None else float(arguments[6])
     assert bounds.compare_fc1(got, exact, problem, output_multiplier=multiplier).passed
 
 
@@ -74,7 +75,7 @@ def test_fc2_lies_within_the_contract_in_both_layouts(a_dtype: str, scalar: bool
     pack = packing.pack_fc2 if layout == packing.LAYOUT else lambda *args: packing.pack_interchange("fc2", *args)
     b = tensor(pack(weights.codes, weights.scales, 3))
     for c_dtype in ("bf16", "f16", "f32"):
-        c = ops.fc2(a, a_scales, b, alpha, 3, 128, layout, c_dtype)
+        c = ops.fc2(a, b, alpha, 3, 128, layout, c_dtype, a_scales)
         problem = Problem("fc2", 5, 3, 128, 64, a_dtype, c_dtype, scalar_alpha=scalar)
         assert bounds.compare_fc2({"c": c}, exact, problem).passed
 
@@ -109,33 +110,33 @@ class Layer:
         w2_alpha = self.scale2 / multiplier if nvfp4 else self.scale2.clone()
         return (
             self.x,
-            None,
             self.ids,
             self.router,
             self.w1,
             self.alpha1,
             self.w2,
             w2_alpha,
-            None,
-            multiplier,
-            w2_alpha.max().reshape(1).clone() if fused else None,
             self.hidden,
             self.intermediate,
             LAYOUT,
             c_dtype,
+            None,
+            multiplier,
+            None,
+            w2_alpha.max().reshape(1).clone() if fused else None,
         )
 
 
 def dense(layer: Layer, nvfp4: bool, fused: bool) -> torch.Tensor:
     """The layer as the contract's section 5 composes it: alpha by the reference, then FC1 and FC2 over all experts."""
     a = layer.arguments(nvfp4, fused)
-    alpha2 = reference.build_alpha(layer.ids.numpy(), layer.router.numpy(), a[7].numpy(), experts=layer.experts)
+    alpha2 = reference.build_alpha(layer.ids.numpy(), layer.router.numpy(), a[6].numpy(), experts=layer.experts)
     post, alpha = None, tensor(alpha2)
     if fused:
-        both = reference.fused_alpha(alpha2, a[7].numpy())
+        both = reference.fused_alpha(alpha2, a[6].numpy())
         post, alpha = tensor(both[0]), torch.tensor([both[1]])
-    c, scales = ops.fc1_swiglu(layer.x, None, a[4], a[5], post, a[9], layer.intermediate, LAYOUT, "nvfp4" if nvfp4 else "bf16")
-    return ops.fc2(c, scales if nvfp4 else None, a[6], alpha, layer.experts, layer.hidden, LAYOUT, "f32")
+    c, scales = ops.fc1_swiglu(layer.x, a[3], a[4], layer.intermediate, LAYOUT, "nvfp4" if nvfp4 else "bf16", a[12], alpha_post=post)
+    return ops.fc2(c, a[5], alpha, layer.experts, layer.hidden, LAYOUT, "f32", scales if nvfp4 else None)
 
 
 @pytest.mark.parametrize("nvfp4", [False, True])
@@ -161,16 +162,16 @@ def test_ids_of_other_ranks_contribute_nothing_and_repeated_ids_add() -> None:
         a = list(layer.arguments())
         size1, size2 = layer.w1.numel() // 2, layer.w2.numel() // 2
         own = slice(first, first + half)
-        a[4], a[6] = layer.w1[first // half * size1 :][:size1].clone(), layer.w2[first // half * size2 :][:size2].clone()
-        a[5], a[7] = a[5][own].clone(), a[7][own].clone()
+        a[3], a[5] = layer.w1[first // half * size1 :][:size1].clone(), layer.w2[first // half * size2 :][:size2].clone()
+        a[4], a[6] = a[4][own].clone(), a[6][own].clone()
         with pytest.raises(ProblemError, match="other ranks hold the rest"):
             ops.moe(*a, first)
         parts.append(ops.moe(*a, first, True))
     torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-6, atol=1e-6)
     a = list(layer.arguments())
-    a[2], a[3] = torch.full_like(layer.ids, 2), torch.full_like(layer.router, 0.25)
+    a[1], a[2] = torch.full_like(layer.ids, 2), torch.full_like(layer.router, 0.25)
     one = list(a)
-    one[2], one[3] = a[2][:, :1].contiguous(), torch.full_like(layer.router[:, :1], 0.75)
+    one[1], one[2] = a[1][:, :1].contiguous(), torch.full_like(layer.router[:, :1], 0.75)
     torch.testing.assert_close(ops.moe(*a), ops.moe(*one), rtol=1e-6, atol=1e-6)
 
 
@@ -194,9 +195,34 @@ def cases() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             fc1_case("nvfp4", "nvfp4", False)[0],
             {"c": torch.empty(5, 96, dtype=torch.uint8), "c_scales": torch.empty(128, 12, dtype=torch.uint8)},
         ),
-        "fc2": (ops.fc2, (a, a_scales, b, alpha, 3, 128, LAYOUT, "bf16"), {"c": torch.empty(5, 128, dtype=torch.bfloat16)}),
+        "fc2": (ops.fc2, (a, b, alpha, 3, 128, LAYOUT, "bf16", a_scales), {"c": torch.empty(5, 128, dtype=torch.bfloat16)}),
         "moe": (ops.moe, Layer(m=4).arguments(True), {"c": torch.empty(4, 128)}),
     }
+
+
+@pytest.mark.parametrize("name", sorted(ops.SCHEMAS))
+def test_functions_behind_an_op_have_the_names_the_order_and_the_defaults_of_its_schema(name: str) -> None:
+    """PyTorch leaves out of a call what its schema has as a default, and may give the rest by place or by name."""
+    schema = getattr(torch.ops.densemoe, name).default._schema
+    wanted = [(each.name, each.default_value if each.has_default_value() else inspect.Parameter.empty) for each in schema.arguments]
+    fake = getattr(ops, f"_fake_{name.split('_')[0]}")
+    for function in (getattr(cpu, name), getattr(device, name), getattr(device, f"{name}_out"), fake):
+        own = inspect.signature(function).parameters.values()
+        assert [(each.name, each.default) for each in own if each.kind is each.POSITIONAL_OR_KEYWORD] == wanted
+        assert [each.name for each in own if each.kind is each.KEYWORD_ONLY] == list(ops.SCHEMAS[name][1]) * function.__name__.endswith("_out")
+    optional = [default is not inspect.Parameter.empty for _, default in wanted]
+    assert optional == sorted(optional)
+
+
+def test_what_is_left_out_is_the_default() -> None:
+    layer = Layer()
+    given = layer.arguments(c_dtype="bf16")
+    assert torch.equal(ops.moe(*given[:10]), ops.moe(*given, 0, False))
+    a = fc1_case("bf16", "bf16", False)[0]
+    assert torch.equal(ops.fc1_swiglu(*a[:5])[0], ops.fc1_swiglu(*a)[0])
+    cases_of_fc2 = cases()["fc2"][1]
+    bf16 = torch.zeros(5, 192, dtype=torch.bfloat16)
+    assert torch.equal(ops.fc2(bf16, *cases_of_fc2[1:6]), ops.fc2(bf16, *cases_of_fc2[1:7], None))
 
 
 @pytest.mark.parametrize("name", ["quantize_nvfp4", "fc1_swiglu", "fc1_swiglu nvfp4", "fc2", "moe"])
@@ -224,7 +250,7 @@ def test_a_whole_layer_compiles_into_one_graph_with_any_number_of_tokens() -> No
     def step(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         weights, ids = torch.softmax(logits, dim=1).topk(3, dim=1)
         a = layer.arguments(True, c_dtype="bf16")
-        y = ops.moe(x * 2, None, ids, weights.contiguous(), *a[4:])
+        y = ops.moe(x * 2, ids, weights.contiguous(), *a[3:])
         return y + x
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -243,16 +269,16 @@ def replaced(arguments: tuple[Any, ...], position: int, value: Any) -> tuple[Any
         (0, lambda x: x.t().contiguous().t(), "contiguous"),
         (0, lambda x: x.float(), "use torch.bfloat16"),
         (0, lambda x: x[:, :64].contiguous(), "hidden = 128"),
-        (2, lambda ids: ids.float(), "int32 or int64"),
-        (2, lambda ids: ids[:2], "int32 or int64"),
-        (3, lambda router: router.double(), "torch.float32"),
-        (5, lambda alpha: alpha[:, None], "has shape"),
-        (7, lambda alpha: alpha[:3].contiguous(), "has shape"),
-        (4, lambda w: w[:-4608], "bytes"),
-        (11, lambda hidden: 96, "hidden = 96"),
-        (12, lambda intermediate: 96, "multiple of 64"),
-        (13, lambda layout: "sm80/1", "layout"),
-        (14, lambda c_dtype: "f64", "c_dtype"),
+        (1, lambda ids: ids.float(), "int32 or int64"),
+        (1, lambda ids: ids[:2], "int32 or int64"),
+        (2, lambda router: router.double(), "torch.float32"),
+        (4, lambda alpha: alpha[:, None], "has shape"),
+        (6, lambda alpha: alpha[:3].contiguous(), "has shape"),
+        (3, lambda w: w[:-4608], "bytes"),
+        (7, lambda hidden: 96, "hidden = 96"),
+        (8, lambda intermediate: 96, "multiple of 64"),
+        (9, lambda layout: "sm80/1", "layout"),
+        (10, lambda c_dtype: "f64", "c_dtype"),
     ],
 )
 def test_wrong_inputs_raise_before_anything_is_computed(position: int, change: Any, said: str) -> None:
@@ -264,6 +290,6 @@ def test_wrong_inputs_raise_before_anything_is_computed(position: int, change: A
 def test_no_tokens_give_an_empty_result() -> None:
     layer = Layer()
     a = layer.arguments(True, c_dtype="f16")
-    c = ops.moe(layer.x[:0], None, layer.ids[:0], layer.router[:0], *a[4:])
+    c = ops.moe(layer.x[:0], layer.ids[:0], layer.router[:0], *a[3:])
     assert c.shape == (0, 128)
     assert c.dtype == torch.float16

@@ -82,7 +82,7 @@ def test_an_idle_op_takes_the_arguments_of_ours_and_does_nothing() -> None:
     idle = bench_overhead.idle_op(torch, "quantize_of_a_test", ops.SCHEMAS["quantize_nvfp4"][0], (x, one), "CPU")
     assert all(given is wanted for given, wanted in zip(idle(x, one), (x, one), strict=True))
     idle = bench_overhead.idle_op(torch, "fc2_of_a_test", ops.SCHEMAS["fc2"][0], x, "CPU")
-    assert idle(x, None, x, one, 1, 64, "none", "bf16") is x
+    assert idle(x, x, one, 1, 64, "none") is x
 
 
 def test_without_a_gpu_one_row_says_why() -> None:

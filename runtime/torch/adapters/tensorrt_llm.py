@@ -98,7 +98,7 @@ def cute_dsl_nvfp4_dense_gemm_swiglu_blackwell(
     packed, layout = _pack("fc1", codes, scales, expert_count)
     a_scales = _plain(a_sf).reshape(padded_rows(int(a.shape[0])), hidden // GROUP)
     multiplier = norm_const if c_dtype == "nvfp4" else None
-    c, c_sf = ops.fc1_swiglu(_plain(a), a_scales, packed, alpha, alpha_post, multiplier, weight_per_expert // 2, layout, c_dtype)
+    c, c_sf = ops.fc1_swiglu(_plain(a), packed, alpha, weight_per_expert // 2, layout, c_dtype, multiplier, a_scales, alpha_post)
     return (c.view(_FP4) if c_dtype == "nvfp4" else c), c_sf
 
 
@@ -129,7 +129,7 @@ def cute_dsl_nvfp4_dense_gemm_fc2_blackwell(
     scales = _plain(b_sf).reshape(padded_rows(hidden), k // GROUP)
     packed, layout = _pack("fc2", _plain(b), scales, expert_count)
     a_scales = _plain(a_sf).reshape(padded_rows(int(a.shape[0])), k // GROUP)
-    return ops.fc2(_plain(a), a_scales, packed, alpha_scale.contiguous(), expert_count, hidden, layout, c_dtype)
+    return ops.fc2(_plain(a), packed, alpha_scale.contiguous(), expert_count, hidden, layout, c_dtype, a_scales)
 
 
 class DenseGemmBackend:
