@@ -102,7 +102,8 @@ class Problem:
         alpha_post: FC1 multiplies by a per-token-per-expert scale after SwiGLU.
         scalar_alpha: FC2's alpha is one f32 scalar instead of ``[M, E]``.
         active_list: only listed experts are computed (contract section 5): the tensor ``active_experts`` holds their count and ids.
-        top_k: ``prepare``, ``route`` and the grouped ops: experts of a token, 1 to 32.
+        top_k: ``prepare``, ``route`` and the grouped ops: experts of a token, 1 to 32. Of FC1 and FC2 with a list of active experts, where it is
+            known: at most ``M·k`` are then listed, and no launch has CTAs for more; else 0.
         first_expert: ``prepare`` and ``route``: id of this rank's first expert.
         elsewhere: ``prepare`` and ``route``: ids outside this rank's experts belong to other ranks; else such an id makes its token NaN.
         group_tile: ``route`` and the grouped ops: most rows of a tile; the kernels' tile_m.
@@ -157,8 +158,11 @@ class Problem:
         if self.scalar_alpha and self.op != "fc2":
             raise ProblemError(f"scalar_alpha=True for {self.op}: only FC2 has a scalar alpha (contract section 4)")
         chosen = int(sorts or self.op in GROUPED_OPS)
-        if not chosen <= self.top_k <= chosen * LARGEST_TOP_K:
-            raise ProblemError(f"top_k={self.top_k} for {self.op}: prepare, route and the grouped ops have 1 to {LARGEST_TOP_K}, the others 0")
+        if not chosen <= self.top_k <= max(chosen, int(self.active_list)) * LARGEST_TOP_K:
+            raise ProblemError(
+                f"top_k={self.top_k} for {self.op}: prepare, route and the grouped ops have 1 to {LARGEST_TOP_K}, FC1 and FC2 with a list of active"
+                " experts 0 too, the others 0"
+            )
         if self.m * self.top_k > LARGEST_DIMENSION:
             raise ProblemError(f"M*k={self.m * self.top_k}: dimensions of 2**31 or more are refused (contract section 8)")
         if (self.group_tile > 0) != (self.op in _ROUTED) or self.group_tile < 0:
@@ -316,6 +320,7 @@ class Problem:
             "alpha_stride_m": 0 if self.op != "fc2" or self.scalar_alpha else self.experts,
             "alpha_stride_e": 0 if self.scalar_alpha else 1,
             "top_k": self.top_k,
+            "most_experts": min(self.experts, self.m * self.top_k) if self.active_list and self.top_k else self.experts,
             "first_expert": self.first_expert,
             "elsewhere": int(self.elsewhere),
             "group_tile": self.group_tile,

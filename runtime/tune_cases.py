@@ -133,7 +133,10 @@ class Case:
         if self.group_tile:
             sizes = (self.m, shape.experts, shape.hidden, shape.intermediate)
             return Problem(self.op, *sizes, self.a_dtype, self.c_dtype, top_k=shape.top_k, group_tile=self.group_tile)
-        return Problem(self.op, self.m, shape.experts, shape.hidden, shape.intermediate, self.a_dtype, self.c_dtype, active_list=self.active)
+        return Problem(
+            self.op, self.m, shape.experts, shape.hidden, shape.intermediate, self.a_dtype, self.c_dtype,
+            active_list=self.active, top_k=shape.top_k * self.active,
+        )  # fmt: skip
 
     @property
     def text(self) -> str:

@@ -175,7 +175,10 @@ class OpData:
     def problem(self, m: int) -> Problem:
         """The Problem at ``m`` tokens."""
         shape = self.shape
-        return Problem(self.op, m, shape.experts, shape.hidden, shape.intermediate, self.a_dtype, self.c_dtype, active_list=self.active)
+        return Problem(
+            self.op, m, shape.experts, shape.hidden, shape.intermediate, self.a_dtype, self.c_dtype,
+            active_list=self.active, top_k=shape.top_k * self.active,
+        )  # fmt: skip
 
     # ---- tensors
 

@@ -255,7 +255,7 @@ def _moe_problems(
             replace(each, op=f"grouped{each.op}", a_dtype=grouped_dtype(each.a_dtype, tile), top_k=top_k, group_tile=tile) for each in (first, second)
         )
     else:
-        gemms = tuple(replace(each, active_list=True) for each in (first, second))
+        gemms = tuple(replace(each, active_list=True, top_k=top_k) for each in (first, second))
     return (*quantise, choice, *gemms)
 
 

@@ -41,6 +41,7 @@ def run_case(
     schedule: str = "eager",
     edit: Callable[[str], str] = str,
     active: Sequence[int] | None = None,
+    top_k: int = 0,
     settings: Mapping[str, int] = MappingProxyType({}),
     sm_count: int = 132,
 ) -> tuple[bounds.Report, Report]:
@@ -48,11 +49,12 @@ def run_case(
 
     Args:
         active: the listed experts. Weights and FC1 outputs of the others are then NaN or poison, and must stay without effect.
+        top_k: of such a list, where it is known.
     """
     variant = Variant.parse(key)
     problem = Problem(
         variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype,
-        alpha_post=post, scalar_alpha=scalar, active_list=active is not None,
+        alpha_post=post, scalar_alpha=scalar, active_list=active is not None, top_k=top_k,
     )  # fmt: skip
     rng = np.random.default_rng([m, experts, hidden, intermediate])
     fc1 = variant.op == "fc1"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 from sm90_cases import run_case
 
+from densemoe.compile import kernels
 from densemoe.compile.emulator.execution import Report
 from densemoe.runtime.errors import EmulatorError
+from densemoe.runtime.problem import Problem
+from densemoe.runtime.variant import Variant
 
 
 @pytest.mark.parametrize("a_dtype", ["bf16", "nvfp4"])
@@ -56,6 +59,18 @@ def test_experts_that_are_not_listed_cost_nothing_and_change_nothing(key: str, a
 def test_a_list_gives_the_same_in_every_schedule(key: str, schedule: str) -> None:
     comparison, _ = run_case(key, 11, 4, 256, 64, "exact", scalar=key.startswith("fc2"), schedule=schedule, active=[3, 1], sm_count=1)
     assert comparison.passed, comparison.detail
+
+
+@pytest.mark.parametrize("key", ["fc1.sm90a.t8x64.c1x1.bf16-bf16", "fc2.sm90a.t8x64.c1x1.bf16-bf16"])
+def test_a_list_of_known_length_is_computed_by_as_many_ctas_as_it_can_need(key: str) -> None:
+    """One token that chose two experts of 40: every listed expert is computed, and none of FC1's CTAs is there for others."""
+    comparison, _ = run_case(key, 1, 40, 384, 128, "exact", active=[7, 33], top_k=2, schedule="random:1")
+    assert comparison.passed, comparison.detail
+    recipe = kernels.load("sm90_fc1").recipe(Variant.parse("fc1.sm90a.t8x64.c1x1.bf16-bf16"))
+    known, unknown = (
+        recipe.bind({**Problem("fc1", 1, 40, 384, 128, active_list=True, top_k=top_k).names(), "sm_count": 132}) for top_k in (2, 0)
+    )
+    assert (known["ctas"], unknown["ctas"]) == (3, 60)  # 2 or 40 experts of 4 units of 3 K blocks, eight a CTA
 
 
 @pytest.mark.parametrize("scalar", [False, True])
