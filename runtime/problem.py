@@ -103,7 +103,7 @@ class Problem:
         scalar_alpha: FC2's alpha is one f32 scalar instead of ``[M, E]``.
         active_list: only listed experts are computed (contract section 5): the tensor ``active_experts`` holds their count and ids.
         top_k: ``prepare``, ``route`` and the grouped ops: experts of a token, 1 to 32. Of FC1 and FC2 with a list of active experts, where it is
-            known: at most ``M·k`` are then listed, and no launch has CTAs for more; else 0.
+            known: at most ``M·k`` are then listed, and FC1 of sm_90a has no CTAs for more; else 0.
         first_expert: ``prepare`` and ``route``: id of this rank's first expert.
         elsewhere: ``prepare`` and ``route``: ids outside this rank's experts belong to other ranks; else such an id makes its token NaN.
         group_tile: ``route`` and the grouped ops: most rows of a tile; the kernels' tile_m.

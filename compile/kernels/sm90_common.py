@@ -180,11 +180,6 @@ def differs_from_zero(value: Any) -> Any:
     )
 
 
-def store_shared(address: Any, word: Any) -> None:
-    """Four bytes to shared memory."""
-    pr.inline_ptx_hl("st.shared.b32 [{$r0}], {$r1};", read_only_args=[address, word])
-
-
 def store_shared_v4(address: Any, words: list[Any]) -> None:
     """Sixteen bytes to shared memory."""
     pr.inline_ptx_hl("st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *words])

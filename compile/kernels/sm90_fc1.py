@@ -295,12 +295,6 @@ def weight_row(grouped: bool, chosen: Any, listed: Any, exists: Any, unit: Any, 
     return common.listed_expert(chosen, listed & exists, row // row_blocks) * row_blocks + row % row_blocks
 
 
-def tile_of(tiles: Any, index: Any) -> tuple[Any, Any, Any]:
-    """(expert, first row, rows) of a tile of ``route``; the head of the list is as long as a tile."""
-    words = common.load_global_v4_if(tiles + (Int64(index) + 1) * 16, Int32(1))
-    return Int32(words[0]), Int32(words[1]), Int32(words[2])
-
-
 @cute.jit
 def fc1_host(
     a: cute.Pointer,

@@ -136,7 +136,7 @@ def wgmma_kernel(
     token_k = k
     tile = work.tile(unit)
     next_tile = work.tile(unit + 1)
-    row, piece = staging.thread_place(config, tid)
+    row, piece = staging.thread_place(tid)
     held = Int32(tid < config.tile_m)
     slot = Int32(0)  # of the table, of the tokens' unit
     store_entry(config, table, Int32(0), tid, held, load_entry(config, rows, scales, tile, tid))

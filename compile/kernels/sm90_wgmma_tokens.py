@@ -29,7 +29,7 @@ HALF_WARP: Final = 16  # lanes that copy a row for ``mma.sync`` together, sixtee
 LANE_BYTES: Final = 32  # of a token in a K 64 half that one lane multiplies by ``mma.sync``
 
 
-def thread_place(config: Config, tid: Any) -> tuple[Any, Any]:
+def thread_place(tid: Any) -> tuple[Any, Any]:
     """(row, piece) of a thread that decodes NVFP4: piece ``4·half + group`` of a K 128 of one row. A warp has one half of eight rows: no two lanes
     then store to one bank."""
     warp, groups = tid // 32, common.K16_STEPS
