@@ -30,7 +30,7 @@ from densemoe.runtime.errors import AuditError, ToolchainError
 from densemoe.runtime.plan import OPTIONAL_ROLES, PackedLaunch, pack
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import Recipe
-from densemoe.runtime.variant import GROUPED_OPS, Variant
+from densemoe.runtime.variant import DETERMINISTIC, GROUPED_OPS, Variant
 
 __all__ = [
     "Comparison",
@@ -284,11 +284,13 @@ def shapes(variant: Variant) -> tuple[Problem, ...]:
             chosen = min(experts, 8)
             return Problem(
                 "route", m, experts, hidden if x_dtype else 0, 0, variant.a_dtype, variant.c_dtype,
-                top_k=chosen, first_expert=m, elsewhere=switch, group_tile=16, x_dtype=x_dtype,
+                top_k=chosen, first_expert=m, elsewhere=switch, group_tile=16, x_dtype=x_dtype, deterministic=switch,
             )  # fmt: skip
         if variant.op in GROUPED_OPS:
-            dtypes = (variant.a_dtype, variant.c_dtype)
-            return Problem(variant.op, m, experts, hidden, intermediate, *dtypes, top_k=min(experts, 8), group_tile=variant.tile_m)
+            return Problem(
+                variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype,
+                top_k=min(experts, 8), group_tile=variant.tile_m, deterministic=bool(variant.option(DETERMINISTIC)),
+            )  # fmt: skip
         if variant.op == "quantize":
             return Problem("quantize", m, 0, hidden, 0, variant.a_dtype, variant.c_dtype)
         post, scalar, listed = switch and variant.op == "fc1", switch and variant.op == "fc2", switch

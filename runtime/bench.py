@@ -21,7 +21,7 @@ from densemoe.runtime.bench_competitors import Competitor, Unavailable, Workload
 from densemoe.runtime.bench_gathered import GatheredData
 from densemoe.runtime.bench_nvfp4 import Nvfp4Competitor
 from densemoe.runtime.bench_read import ReadKernel
-from densemoe.runtime.bench_report import CHOSEN, GATHERED, OURS, READ
+from densemoe.runtime.bench_report import CHOSEN, GATHERED, ORDERED, OURS, READ
 from densemoe.runtime.bench_timing import Launch, Sample, Timed
 from densemoe.runtime.errors import DensemoeError, ProblemError, SelectionError
 from densemoe.runtime.grouping import group_tile
@@ -178,17 +178,41 @@ class Bench:
                 continue
             rotations = data.bind(case.m, tile)
             problem = data.problem(case.m, tile)
-            plan = of.loader.plan(problem, rotations[0], tuner.device, key, settings=of.stated(key))
-            opened.append(plan)
-            data.poison(case.m, tile)
-            plan.launch(tuner.timer.stream)
-            tuner.driver.synchronize()
-            reports.append(data.check(case.m, tile))
-            name = f"{of.name}{GATHERED} {key.split('.')[2]}"
-            point.columns[name] = (tuner._launches(plan, rotations), 1)
+            column = f"{GATHERED} {key.split('.')[2]}"
+            name = of.name + column
+            reports.append(self._add_one_gathered(point, of, case, data, opened, tile, key, problem, rotations, column))
             if not of.name and tile == wanted and of.loader.select(problem, tuner.device).variant.key == key:
                 point.same[CHOSEN] = name
+        ordered = grouped_keys(of.entries.values(), op, case.a_dtype, case.c_dtype, deterministic=True) if case.op == "fc2" else []
+        if wanted in dict(ordered):
+            rotations, problem = data.bind(case.m, wanted, deterministic=True), data.problem(case.m, wanted, deterministic=True)
+            key = of.loader.select(problem, tuner.device).variant.key
+            reports.append(self._add_one_gathered(point, of, case, data, opened, wanted, key, problem, rotations, f"{GATHERED}, {ORDERED}"))
         return reports
+
+    def _add_one_gathered(
+        self,
+        point: Point,
+        of: ArtifactSet,
+        case: Case,
+        data: GatheredData,
+        opened: list[Plan | GatheredData],
+        tile: int,
+        key: str,
+        problem: Problem,
+        rotations: Sequence[Mapping[str, int]],
+        column: str,
+    ) -> bounds.Report:
+        """A column of one variant over gathered tokens; the report of its check."""
+        tuner = self.tuner
+        plan = of.loader.plan(problem, rotations[0], tuner.device, key, settings=of.stated(key))
+        opened.append(plan)
+        data.poison(case.m, tile)
+        plan.launch(tuner.timer.stream)
+        tuner.driver.synchronize()
+        report = data.check(case.m, tile)
+        point.columns[of.name + column] = (tuner._launches(plan, rotations), 1)
+        return report
 
     # ---- columns
 

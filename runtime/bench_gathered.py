@@ -44,7 +44,7 @@ class GatheredData:
         self._memory = DeviceMemory(made.driver)
         self._routed = DeviceMemory(made.driver)
         self._routes: dict[int, reference.Routes] = {}
-        self._bound: tuple[int, dict[int, list[dict[str, int]]]] = (0, {})
+        self._bound: tuple[int, dict[tuple[int, bool], list[dict[str, int]]]] = (0, {})
         shape, pairs = made.shape, made.largest_m * made.shape.top_k
         self._a: dict[str, npt.NDArray[Any]] = {}
         try:
@@ -65,12 +65,12 @@ class GatheredData:
             self.close()
             raise
 
-    def problem(self, m: int, tile: int) -> Problem:
-        """The Problem at ``m`` tokens, over tiles of up to ``tile`` rows."""
+    def problem(self, m: int, tile: int, deterministic: bool = False) -> Problem:
+        """The Problem at ``m`` tokens, over tiles of up to ``tile`` rows; of FC2 in one order where ``deterministic``."""
         made, shape = self.made, self.made.shape
         return Problem(
             self.op, m, shape.experts, shape.hidden, shape.intermediate, grouped_dtype(made.a_dtype, tile), made.c_dtype,
-            top_k=shape.top_k, group_tile=tile,
+            top_k=shape.top_k, group_tile=tile, deterministic=deterministic and self.op == "groupedfc2",
         )  # fmt: skip
 
     def _written(self, m: int, tile: int) -> dict[str, TensorSpec]:
@@ -86,7 +86,9 @@ class GatheredData:
         """This over tiles of up to ``tile`` rows."""
         return TiledData(self, tile)
 
-    def bind(self, m: int, tile: int, count: int = 0, routed: Mapping[str, int] | None = None) -> list[dict[str, int]]:
+    def bind(
+        self, m: int, tile: int, count: int = 0, routed: Mapping[str, int] | None = None, deterministic: bool = False
+    ) -> list[dict[str, int]]:
         """Addresses by role of each rotation; valid until another M is bound.
 
         Args:
@@ -97,21 +99,21 @@ class GatheredData:
         if self._bound[0] != m:
             self._routed.close()
             self._bound, self._routes = (m, {}), {}
-        if tile in self._bound[1]:
-            return self._bound[1][tile]
-        bound = self._bound[1].setdefault(tile, [])
+        if (tile, deterministic) in self._bound[1]:
+            return self._bound[1][tile, deterministic]
+        bound = self._bound[1].setdefault((tile, deterministic), [])
         listed = made.bind(m)[0]  # scales of M rows of activations
         shared = {**self._inputs, **self._outputs, **{role: listed[role] for role in ("output_multiplier",) if role in listed}}
-        roles = self.problem(m, tile).tensors()
+        roles = self.problem(m, tile, deterministic).tensors()
         shared = {role: pointer for role, pointer in shared.items() if role in roles}  # activations are there in more than one form
-        wanted = [role for role in ("tiles", "rows", "row_alpha", *(routed or ())) if role in roles]
+        wanted = [role for role in dict.fromkeys(("tiles", "rows", "places", "row_alpha", *(routed or ()))) if role in roles]
         for rotation in range(count or made.rotation_count(m)):
             routes = self.routes(m, tile, rotation)
             if not rotation:
                 self._routes[tile] = routes
             used = len(np.unique(routes.experts))
             if routed is None:
-                arrays = routes.packed(m * shape.top_k)
+                arrays = {**routes.packed(m * shape.top_k), "places": routes.places(m, shape.top_k)}
                 own = {role: self._routed.put(arrays[role]) for role in wanted}
             else:
                 own = {role: routed[role] for role in wanted}
@@ -227,7 +229,7 @@ class GatheredLayer:
         self._fc1 = GatheredData(one)
         try:
             self._fc2 = GatheredData(two, self._fc1)
-            specs = self.problems(one.largest_m, 8)[0].tensors()
+            specs = self.problems(one.largest_m, 8, True)[0].tensors()
             self._routed = {role: self._memory.empty(spec.nbytes) for role, spec in specs.items() if spec.output}
             self._ordered = self._memory.empty(one.largest_m * k64_width(one.shape.hidden) * 2)
             self._given = {"router": self._memory.put(two.router), "w2_alpha": self._memory.put(two.w2_alpha)}
@@ -235,16 +237,17 @@ class GatheredLayer:
             self.close()
             raise
 
-    def problems(self, m: int, tile: int) -> tuple[Problem, Problem, Problem]:
-        """``route``, grouped FC1, grouped FC2."""
+    def problems(self, m: int, tile: int, deterministic: bool = False) -> tuple[Problem, Problem, Problem]:
+        """``route``, grouped FC1, grouped FC2; FC2 in one order where ``deterministic``."""
         shape, first = self._one.shape, self._fc1.problem(m, tile)
         x_dtype = self._one.a_dtype if first.a_in_k64_order else ""
         route = Problem(
-            "route", m, shape.experts, shape.hidden if x_dtype else 0, 0, "i32", "f32", top_k=shape.top_k, group_tile=tile, x_dtype=x_dtype
+            "route", m, shape.experts, shape.hidden if x_dtype else 0, 0, "i32", "f32", top_k=shape.top_k, group_tile=tile, x_dtype=x_dtype,
+            deterministic=deterministic,
         )  # fmt: skip
-        return route, first, self._fc2.problem(m, tile)
+        return route, first, self._fc2.problem(m, tile, deterministic)
 
-    def bind(self, m: int, tile: int, count: int) -> tuple[list[dict[str, int]], list[dict[str, int]], list[dict[str, int]]]:
+    def bind(self, m: int, tile: int, count: int, deterministic: bool = False) -> tuple[list[dict[str, int]], list[dict[str, int]], list[dict[str, int]]]:
         """Addresses by role of ``count`` rotations of each launch; valid until another M is bound."""
         if self._ids[0] != m:
             self._ids_memory.close()
@@ -252,9 +255,9 @@ class GatheredLayer:
         fc1 = self._fc1.bind(m, tile, count, {**self._routed, "a.k64": self._ordered})
         inputs = self._one.inputs  # whose scales are those of M rows now
         given = {**self._given, "x.k64": self._ordered, "x": inputs["a" if "a" in inputs else "a.codes"], "x.scales": inputs.get("a.scales", 0)}
-        specs = self.problems(m, tile)[0].tensors()
+        specs = self.problems(m, tile, deterministic)[0].tensors()
         routed = [{role: each for role, each in {**given, **self._routed, "ids": ids}.items() if role in specs} for ids in self._ids[1]]
-        return routed, fc1, self._fc2.bind(m, tile, count, self._routed)
+        return routed, fc1, self._fc2.bind(m, tile, count, self._routed, deterministic)
 
     def poison(self, m: int, tile: int) -> None:
         """Makes every byte of every output wrong."""
@@ -271,6 +274,7 @@ class GatheredLayer:
         got = {
             role: self._memory.get(pointer, specs[role].shape, np.float32 if role == "row_alpha" else np.int32)
             for role, pointer in self._routed.items()
+            if role in specs
         }
         tiles, rows = len(wanted.tiles), len(wanted.rows)
         same = (

@@ -16,7 +16,7 @@ import numpy as np
 from densemoe.runtime.bench import ArtifactSet, Bench, Point, regions
 from densemoe.runtime.bench_competitors import Workload
 from densemoe.runtime.bench_gathered import GatheredLayer
-from densemoe.runtime.bench_report import GATHERED, OURS, WHOLE, WITH_PREPARE
+from densemoe.runtime.bench_report import GATHERED, ORDERED, OURS, WHOLE, WITH_PREPARE
 from densemoe.runtime.bench_timing import Launch
 from densemoe.runtime.errors import SelectionError
 from densemoe.runtime.grouping import group_tile
@@ -114,11 +114,11 @@ class LayerBench(Bench):
         found = [] if passed else [f"{of.name}FC1 and FC2 with a list of active experts, or dense"]
         return own, found + self._add_gathered_layer(point, of, plans, one, two, m, len(pairs[0]), gathered)
 
-    def _tiles(self, of: ArtifactSet, dtypes: Sequence[str]) -> set[int]:
-        """Rows of the tiles that a layer of these dtypes may be gathered into."""
+    def _tiles(self, of: ArtifactSet, dtypes: Sequence[str], deterministic: bool = False) -> set[int]:
+        """Rows of the tiles that a layer of these dtypes may be gathered into; ``deterministic``: with FC2 in one order."""
         if not any(entry.variant.op == "route" for entry in of.entries.values()):
             return set()
-        return grouped_tiles(of.entries.values(), dtypes, "groupedfc1", "groupedfc2")
+        return grouped_tiles(of.entries.values(), dtypes, "groupedfc1", "groupedfc2", deterministic=deterministic)
 
     def _planned(self, of: ArtifactSet, problem: Problem, addresses: Mapping[str, int]) -> Plan:
         """The selection's variant; FC2 fetches weights before FC1 ends where its kernel can, as the layer op tells it to."""
@@ -130,7 +130,8 @@ class LayerBench(Bench):
     def _add_gathered_layer(
         self, point: Point, of: ArtifactSet, plans: list[Plan], one: OpData, two: OpData, m: int, count: int, gathered: GatheredLayer | None
     ) -> list[str]:
-        """Columns of the gathered form: its two GEMMs, and the same behind ``route``; which form the layer op takes. What was wrong."""
+        """Columns of the gathered form behind ``route``, and of the tile that the layer op takes with FC2 in one order too; which form the layer op
+        takes. What was wrong."""
         tuner, shape = self.tuner, one.shape
         dtypes = (one.a_dtype, one.c_dtype, two.c_dtype)
         if not one.active:  # the layer op always skips idle experts
@@ -139,21 +140,21 @@ class LayerBench(Bench):
             point.same[WHOLE] = WITH_PREPARE
         if gathered is None:
             return []
-        tiles = self._tiles(of, dtypes)
+        tiles, ordered = self._tiles(of, dtypes), self._tiles(of, dtypes, True)
         wanted = group_tile(load_table(self.arch).get("grouping"), tiles, m, shape.top_k, shape.experts)
         found = []
-        for tile in sorted(tiles):
-            if tile != wanted and not worth_a_tile(shape, m, tile):
-                continue
-            own = gathered.bind(m, tile, count)
+        forms = [(tile, False) for tile in sorted(tiles) if tile == wanted or worth_a_tile(shape, m, tile)]
+        for tile, deterministic in (*forms, *((each, True) for each in ordered & {wanted})):
+            own = gathered.bind(m, tile, count, deterministic)
             steps: list[Plan] = []
+            name = f"{of.name}{WHOLE}, {ORDERED}" if deterministic else f"{of.name}{GATHERED} t{tile} with route"
             try:
-                for problem, each in zip(gathered.problems(m, tile), own, strict=True):
+                for problem, each in zip(gathered.problems(m, tile, deterministic), own, strict=True):
                     steps.append(self._planned(of, problem, each[0]))
             except SelectionError as error:
                 if not of.name:
                     raise
-                point.missing[f"{of.name}{GATHERED} t{tile} with route"] = str(error)
+                point.missing[name] = str(error)
                 continue
             finally:
                 plans += steps
@@ -163,15 +164,13 @@ class LayerBench(Bench):
             tuner.driver.synchronize()
             passed, detail = gathered.check(m, tile)
             if not passed:
-                found.append(f"{of.name}{GATHERED} t{tile}: {detail}")
-            launches = [tuner._launches(plan, each) for plan, each in zip(steps, own, strict=True)]
-            name = f"{of.name}{GATHERED} t{tile}"
-            if not passed:
+                found.append(f"{name}, tiles of {tile}: {detail}")
                 point.missing[name] = "it disagrees with the reference"
                 continue
-            point.columns[f"{name} with route"] = (_alternate(launches), 3)
-            if tile == wanted and not of.name:
-                point.same[WHOLE] = f"{name} with route"
+            launches = [tuner._launches(plan, each) for plan, each in zip(steps, own, strict=True)]
+            point.columns[name] = (_alternate(launches), 3)
+            if tile == wanted and not deterministic and not of.name:
+                point.same[WHOLE] = name
         return found
 
     def _layer_passed(

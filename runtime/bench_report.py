@@ -18,7 +18,7 @@ from typing import Any, Final
 from densemoe.runtime.canonical import write_atomically
 from densemoe.runtime.errors import ProblemError
 
-__all__ = ["CHOSEN", "GATHERED", "OURS", "READ", "SCHEMA", "WHOLE", "WITH_PREPARE", "keep", "markdown", "plots", "read", "slug", "write"]
+__all__ = ["CHOSEN", "GATHERED", "ORDERED", "OURS", "READ", "SCHEMA", "WHOLE", "WITH_PREPARE", "keep", "markdown", "plots", "read", "slug", "write"]
 
 SCHEMA: Final = 1
 LEAST_LABEL: Final = "roofline"
@@ -31,8 +31,9 @@ WITH_PREPARE: Final = "densemoe with prepare"
 GATHERED: Final = "gathered"
 CHOSEN: Final = "densemoe chosen form"
 WHOLE: Final = "densemoe whole layer"
+ORDERED: Final = "deterministic"  # behind a comma: FC2 in one order
 READ: Final = "read-only"
-_FIRST: Final = (OURS, CHOSEN, WHOLE, WITH_PREPARE)
+_FIRST: Final = (OURS, CHOSEN, WHOLE, f"{WHOLE}, {ORDERED}", WITH_PREPARE)
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ TILE_WORDS: Final = 4  # of one tile of `route`: expert, first row, rows, unused
 K64_ORDER_FROM: Final = 32  # rows of a tile from which what the grouped ops multiply is bf16 in K 64 order
 X_DTYPES: Final = ("", "bf16", "nvfp4")  # of what `route` brings to it
 _ROUTED: Final = ("route", *GROUPED_OPS)
+_IN_ANY_ORDER: Final = ("route", "groupedfc2")  # ops that differ where the layer is to give the same bits every time
 _BETWEEN: Final = ("bf16", "nvfp4")  # between grouped FC1 and FC2 of large tiles
 
 
@@ -108,6 +109,8 @@ class Problem:
         elsewhere: ``prepare`` and ``route``: ids outside this rank's experts belong to other ranks; else such an id makes its token NaN.
         group_tile: ``route`` and the grouped ops: most rows of a tile; the kernels' tile_m.
         x_dtype: ``route``: ``bf16`` or ``nvfp4``: the activations that it brings to K 64 order, with ``hidden`` columns; "": none, and H is 0.
+        deterministic: ``groupedfc2`` adds a token's experts in the order of its choice, so that a launch gives the same bits every time, and ``route``
+            tells it where they stand (``places``). The other ops do so always.
 
     Raises:
         ProblemError: a value that the contract's section 8 refuses.
@@ -128,6 +131,7 @@ class Problem:
     elsewhere: bool = False
     group_tile: int = 0
     x_dtype: str = ""
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.op not in ALL_OPS:
@@ -169,6 +173,8 @@ class Problem:
             raise ProblemError(f"group_tile={self.group_tile} for {self.op}: route and the grouped ops have the rows of a tile, the others 0")
         if self.x_dtype not in (X_DTYPES if self.op == "route" else ("",)):
             raise ProblemError(f"x_dtype={self.x_dtype!r} for {self.op}: route has bf16, nvfp4 or none, the others none")
+        if self.deterministic and self.op not in _IN_ANY_ORDER:
+            raise ProblemError(f"deterministic=True for {self.op}: {' and '.join(_IN_ANY_ORDER)} have a choice; the others always give the same bits")
         if in_k64_order(self.op, self.group_tile):
             if self.a_dtype != "bf16":
                 raise ProblemError(
@@ -223,7 +229,7 @@ class Problem:
         Roles: ``a`` or ``a.codes`` + ``a.scales``; ``alpha``; ``alpha_post``; ``active_experts`` (the
         count, then as many expert ids, ascending); ``output_multiplier``; ``c`` or ``c.codes`` + ``c.scales``.
         Of ``route`` and the grouped ops: ``tiles`` (a head [tiles, rows, 0, 0], then [expert, first row, rows, 0] each), ``rows`` (the token of each
-        row) and ``row_alpha`` (its scale in FC2); and ``a.k64`` and ``c.k64`` where they are in K 64 order (``a_in_k64_order``, ``c_in_k64_order``).
+        row), ``places`` (the row of each pair, -1 where it has none) and ``row_alpha`` (its scale in FC2); and ``a.k64`` and ``c.k64`` where they are in K 64 order (``a_in_k64_order``, ``c_in_k64_order``).
         """
         rows = _ceil_to(self.m, SCALE_ROWS)
         if self.op in ("prepare", "route"):
@@ -245,7 +251,7 @@ class Problem:
             specs.append(TensorSpec(role, self.a_dtype, (self.a_rows, width), OTHER_ALIGNMENT))
         if self.op in GROUPED_OPS:
             routed = {spec.role: replace(spec, output=False) for spec in self._routed_tensors()}
-            specs += [routed["tiles"], routed["rows"]]
+            specs += [routed["tiles"], routed["places" if self.deterministic else "rows"]]
             specs.append(TensorSpec("alpha", "f32", (self.experts,), 4) if self.op == "groupedfc1" else routed["row_alpha"])
         elif self.op == "fc1":
             specs.append(TensorSpec("alpha", "f32", (self.experts,), 4))
@@ -270,10 +276,12 @@ class Problem:
     def _routed_tensors(self) -> tuple[TensorSpec, ...]:
         """What ``route`` gives: a tile has at least one row, so there are at most as many as pairs."""
         pairs = self.m * self.top_k
+        places = (TensorSpec("places", "i32", (self.m, self.top_k), 4, output=True),) if self.deterministic else ()
         return (
             TensorSpec("tiles", "i32", (1 + pairs, TILE_WORDS), OTHER_ALIGNMENT, output=True),
             TensorSpec("rows", "i32", (pairs,), 4, output=True),
             TensorSpec("row_alpha", "f32", (pairs,), 4, output=True),
+            *places,
         )
 
     def _ordered_tensors(self) -> tuple[TensorSpec, ...]:

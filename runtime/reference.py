@@ -329,12 +329,14 @@ class Routes:
         experts: int32 ``[rows]``: whose weights a row meets.
         rows: int32 ``[rows]``: a row's token.
         row_alpha: float32 ``[rows]``: its scale in FC2, router weight · w2_alpha; NaN where the id is bad.
+        pairs: int32 ``[rows]``: a row's place in the router's choice, token · k + which of its experts.
     """
 
     tiles: npt.NDArray[np.int32]
     experts: npt.NDArray[np.int32]
     rows: npt.NDArray[np.int32]
     row_alpha: npt.NDArray[np.float32]
+    pairs: npt.NDArray[np.int32]
 
     def in_one_order(self, row_alpha: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """``row_alpha`` ``[rows]``, a kernel's or this one's, for comparison: where a token names an expert twice, those rows stand in any order."""
@@ -348,6 +350,26 @@ class Routes:
         rows, row_alpha = np.zeros(capacity, dtype=np.int32), np.zeros(capacity, dtype=np.float32)
         rows[: len(self.rows)], row_alpha[: len(self.rows)] = self.rows, self.row_alpha
         return {"tiles": tiles, "rows": rows, "row_alpha": row_alpha}
+
+    def places(self, m: int, top_k: int) -> npt.NDArray[np.int32]:
+        """int32 ``[M, k]``: the row of each pair, -1 where it has none."""
+        places = np.full(m * top_k, -1, dtype=np.int32)
+        places[self.pairs] = np.arange(len(self.pairs), dtype=np.int32)
+        return places.reshape(m, top_k)
+
+    def misplaced(self, places: npt.NDArray[np.int32], rows: npt.NDArray[np.int32], row_alpha: npt.NDArray[np.float32]) -> int:
+        """How many of a kernel's ``places`` ``[M, k]`` are wrong, given its ``rows`` and ``row_alpha``: a pair's row has its token and its scale, and
+        is no other's; where a token names an expert twice, those rows may stand in either order."""
+        flat, expected = places.reshape(-1).astype(np.int64), self.places(*places.shape).reshape(-1)
+        here = expected >= 0
+        wrong = np.where(here, (flat < 0) | (flat >= len(self.rows)), flat != -1)
+        sound = here & ~wrong
+        at, pairs = flat[sound], np.flatnonzero(sound)
+        given, wanted = row_alpha[at], self.row_alpha[expected[pairs]]
+        same = (given == wanted) | (np.isnan(given) & np.isnan(wanted))
+        own = (rows[at] == pairs // places.shape[1]) & (self.experts[at] == self.experts[expected[pairs]]) & same
+        wrong[pairs] = ~own
+        return int(wrong.sum()) + len(at) - len(np.unique(at))
 
 
 def route(
@@ -382,9 +404,8 @@ def route(
     for expert in np.unique(sorted_experts):
         first, end = np.searchsorted(sorted_experts, [expert, expert + 1])
         tiles += [(int(expert), at, min(group_tile, int(end) - at)) for at in range(int(first), int(end), group_tile)]
-    return Routes(
-        np.array(tiles or [(0, 0, 0)], dtype=np.int32), sorted_experts.astype(np.int32), (pairs // top_k).astype(np.int32), alpha
-    )
+    listed = np.array(tiles or [(0, 0, 0)], dtype=np.int32)
+    return Routes(listed, sorted_experts.astype(np.int32), (pairs // top_k).astype(np.int32), alpha, pairs.astype(np.int32))
 
 
 def grouped_fc1(a: Array, weights: Callable[..., tuple[Array, Array]], alpha: Array, routes: Routes) -> Fc1Result:

@@ -9,7 +9,7 @@ from typing import Final
 
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.problem import Problem, k64_width
-from densemoe.runtime.variant import GROUPED_OPS, OPS, Variant
+from densemoe.runtime.variant import DETERMINISTIC, GROUPED_OPS, OPS, Variant
 
 __all__ = ["can_implement", "check_legal"]
 
@@ -65,6 +65,8 @@ def _reason(variant: Variant, problem: Problem) -> str:
         return f"2I = {2 * problem.intermediate} is not a multiple of its tile_n {variant.tile_n}"
     if problem.op == "fc2" and _tcgen05(variant) and problem.intermediate % TCGEN05_K_TILE:
         return f"I = {problem.intermediate} on this rank is not a multiple of its K tile {TCGEN05_K_TILE}"
+    if problem.op == "groupedfc2" and bool(variant.option(DETERMINISTIC)) != problem.deterministic:
+        return "it adds in any order, the problem wants one" if problem.deterministic else "it adds in one order, which the problem does not ask for"
     if problem.op in GROUPED_OPS:
         if variant.tile_m != problem.group_tile:
             return f"its tiles have {variant.tile_m} rows, those of the problem {problem.group_tile}"

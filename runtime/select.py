@@ -141,8 +141,10 @@ def select(problem: Problem, variants: Iterable[Variant], table: Mapping[str, An
                 f" variant has: build it, or name one of {', '.join(each.key for each in runnable)}"
             )
         others = tuple(Rejected(each, f"{wanted.source} prefers {wanted.text} in this bucket") for each in runnable if each != chosen[0])
-        reason = f"{wanted.source}: {wanted.reason}"
-        return Choice(chosen[0], size, reason, wanted.provenance, (*others, *rejected), wanted.settings)
+        reason, provenance = f"{wanted.source}: {wanted.reason}", wanted.provenance
+        if problem.deterministic and problem.op in GROUPED_OPS:
+            reason, provenance = f"{reason}, of the form that adds in any order", "modelled"
+        return Choice(chosen[0], size, reason, provenance, (*others, *rejected), wanted.settings)
     raise SelectionError(f"the selection table has no rule for {problem.op} at M = {problem.m}: name one of {', '.join(e.key for e in runnable)}")
 
 
@@ -170,8 +172,9 @@ class _Wanted:
         return f"tile {self.tile[0]}x{self.tile[1]}{options}"
 
     def is_met_by(self, variant: Variant) -> bool:
+        """Whether it has the tile, cluster and options; ``deterministic`` is the problem's to decide, and its tiles are chosen alike."""
         own = (variant.tile_m, variant.tile_n, variant.cluster_m, variant.cluster_n)
-        return own == (*self.tile, *self.cluster) and self.options in (None, variant.options)
+        return own == (*self.tile, *self.cluster) and self.options in (None, variant.with_options(deterministic=0).options)
 
 
 def _wanted(problem: Problem, size: int, table: Mapping[str, Any]) -> Iterator[_Wanted]:

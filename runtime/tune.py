@@ -28,6 +28,7 @@ from densemoe.runtime.problem import grouped_dtype
 from densemoe.runtime.rules import can_implement
 from densemoe.runtime.tune_cases import Case, Shape, in_order, worth_a_tile
 from densemoe.runtime.tune_data import OpData, PackedWeights
+from densemoe.runtime.variant import DETERMINISTIC
 
 __all__ = ["DTYPES", "STATED", "Candidate", "Journal", "Measurement", "Tuner", "candidates", "cases_of", "grouped_keys", "grouped_tiles"]
 
@@ -212,19 +213,26 @@ def cases_of(
     return found
 
 
-def grouped_keys(entries: Iterable[ManifestVariant], op: str, a_dtype: str, c_dtype: str) -> list[tuple[int, str]]:
-    """(rows of a tile, key) of a grouped op's variants for a layer's dtypes, ascending: those over large tiles read NVFP4 decoded."""
-    variants = [entry.variant for entry in entries if (entry.variant.op, entry.variant.c_dtype) == (op, c_dtype)]
-    return sorted((each.tile_m, each.key) for each in variants if each.a_dtype == grouped_dtype(a_dtype, each.tile_m))
+def grouped_keys(
+    entries: Iterable[ManifestVariant], op: str, a_dtype: str, c_dtype: str, deterministic: bool = False
+) -> list[tuple[int, str]]:
+    """(rows of a tile, key) of a grouped op's variants for a layer's dtypes, ascending: those over large tiles read NVFP4 decoded. Of FC2 those that
+    add in any order, or those that add in one."""
+    wanted = (op, c_dtype, deterministic and op == "groupedfc2")
+    variants = [each.variant for each in entries]
+    own = [each for each in variants if (each.op, each.c_dtype, bool(each.option(DETERMINISTIC))) == wanted]
+    return sorted((each.tile_m, each.key) for each in own if each.a_dtype == grouped_dtype(a_dtype, each.tile_m))
 
 
-def grouped_tiles(entries: Collection[ManifestVariant], dtypes: Sequence[str], *ops: str) -> set[int]:
+def grouped_tiles(entries: Collection[ManifestVariant], dtypes: Sequence[str], *ops: str, deterministic: bool = False) -> set[int]:
     """Rows of the tiles that every one of a layer's grouped ops has a variant for.
 
     Args:
         dtypes: of the first op's activations, of what lies between, of the last op's output.
+        deterministic: FC2 in one order.
     """
-    return set.intersection(*({tile for tile, _ in grouped_keys(entries, op, *dtypes[at : at + 2])} for at, op in enumerate(ops)))
+    keys = (grouped_keys(entries, op, dtypes[at], dtypes[at + 1], deterministic) for at, op in enumerate(ops))
+    return set.intersection(*({tile for tile, _ in each} for each in keys))
 
 
 @dataclass

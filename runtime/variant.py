@@ -29,6 +29,7 @@ __all__ = [
     "A_DTYPES_OF",
     "B_DTYPES",
     "C_DTYPES",
+    "DETERMINISTIC",
     "GROUPED_OPS",
     "OPS",
     "Architecture",
@@ -40,6 +41,8 @@ __all__ = [
 OPS: Final = ("fc1", "fc2")
 #: The same over gathered tokens: each expert multiplies those that chose it.
 GROUPED_OPS: Final = ("groupedfc1", "groupedfc2")
+#: The option of grouped FC2 that adds in one order, and gives the same bits every time.
+DETERMINISTIC: Final = "deterministic"
 #: What a layer does besides: alpha and the list of active experts from the router's choice; that choice sorted by expert; NVFP4 activations. They
 #: read no packed weights.
 AUXILIARY_OPS: Final = ("prepare", "route", "quantize")

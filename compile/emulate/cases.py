@@ -20,7 +20,7 @@ from densemoe.runtime.errors import ProblemError, VariantError
 from densemoe.runtime.problem import X_DTYPES, Problem
 from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.rules import can_implement
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import DETERMINISTIC, Variant
 
 __all__ = ["AXES", "SCHEDULES", "Case", "all_pairs", "cases_of", "covering", "digest", "grid", "pairs_of", "schedule_of"]
 
@@ -55,6 +55,7 @@ AXES: Final[dict[str, dict[str, tuple[int, ...]]]] = {
         "m": (1, 8, 127, 256),
         "elsewhere": (0, 1),
         "ordered": (0, 1, 2),
+        "deterministic": (0, 1),
     },
     "quantize": {"m": (1, 8, 127, 256), "hidden": (64, 256, 512, 2048)},
 }
@@ -85,6 +86,7 @@ _NAMES: Final = {
     "group": "group_tile",
     "elsewhere": "elsewhere",
     "ordered": "ordered",
+    "places": "deterministic",
     "sms": "sm_count",
     "launches": "launches",
 }
@@ -100,6 +102,7 @@ class Case:
         zeros: some alphas are exactly 0 (``prepare`` and ``route``: some ids are nobody's).
         group_tile: ``route``: most rows of a tile; the grouped GEMMs have their tile_m.
         ordered: ``route``: 1 brings bf16 activations of ORDERED_HIDDEN columns to K 64 order, 2 NVFP4 ones.
+        deterministic: ``route``: it says where each pair's row stands; grouped FC2 has a variant for it.
         sm_count: multiprocessors of the emulated device.
         launches: on the same workspaces; the last one's output counts.
         settings: (name, value) of the recipe's run-time settings that are not at their default.
@@ -118,6 +121,7 @@ class Case:
     group_tile: int = 0
     elsewhere: int = 0
     ordered: int = 0
+    deterministic: int = 0
     sm_count: int = _SM_COUNTS[0]
     launches: int = 1
     settings: tuple[tuple[str, int], ...] = ()
@@ -174,6 +178,7 @@ class Case:
             first_expert=self.experts if self.elsewhere else 0,
             elsewhere=bool(self.elsewhere),
             x_dtype=X_DTYPES[self.ordered],
+            deterministic=bool(self.deterministic or variant.option(DETERMINISTIC)),
             **routed,
         )
 

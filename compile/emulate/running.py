@@ -298,6 +298,9 @@ def _grouped(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arra
     routes = reference.route(ids, router, w2_alpha, group_tile=problem.group_tile)
     used = len(routes.rows)
     arrays.update(packed, **routes.packed(case.m * case.top_k))
+    if problem.deterministic:
+        del arrays["rows"]
+        arrays["places"] = routes.places(case.m, case.top_k)
     exactly = case.kind == "exact"
     if op == "fc2":
         exact2 = reference.grouped_fc2(a[:used], read, routes.row_alpha.astype(np.float64), routes, case.m)
@@ -387,6 +390,9 @@ def _route(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arrays
         listed = ("tiles", outputs["tiles"][1 : 1 + tiles, :3], routes.tiles)
         alphas = ("row_alpha", routes.in_one_order(outputs["row_alpha"][:rows]), routes.in_one_order(routes.row_alpha))
         parts = [head, listed, ("rows", outputs["rows"][:rows], routes.rows), alphas]
+        if problem.deterministic:
+            misplaced = routes.misplaced(outputs["places"], outputs["rows"], outputs["row_alpha"])
+            parts.append(("misplaced pairs", np.array([misplaced]), np.array([0])))
         return _equal([*parts, *(("x.k64", outputs["x.k64"], each) for each in x_k64)])
 
     return arrays, judge

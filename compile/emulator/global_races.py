@@ -5,8 +5,10 @@ Sources: PTX ISA 9.x, 8.7 and 8.8 (release and acquire patterns, causality order
 
 CTAs of different clusters know of each other through global memory alone: by an atomic or strong access that releases and one that acquires, of
 its own semantics or by a fence before or after it. So every warp has a vector over all resident warps; CTA barriers, mbarriers and completion
-carry it on. Watched are buffers that kernels may write, in granules of 4 bytes: the last write, the last atomic, and one last read of each.
-Not watched are accesses of less than 4 bytes and those of asynchronous copies. Strong scalar loads, which may poll, race with weak writes alone.
+carry it on. Watched are buffers that kernels may write, in granules of 4 bytes: the last write, atomic and strong store, and one last read and strong vector
+load of each. Not watched are accesses of less than 4 bytes and those of asynchronous copies. Strong scalar loads, which may poll, race with weak writes
+alone. A strong vector load is as many strong scalar ones (8.2.2), which may poll words that are their own flags (``sm90_reduction``): it races with weak
+writes, and besides, as a sum that is read before all has been added to it, with atomics; not with strong stores.
 
 What one lane releases or acquires is its own affair until the warp synchronises (9.7.13.2, ``bar.warp.sync``; shuffles order nothing). A vector
 therefore has two entries a warp: up to which tick all of its lanes are known, and up to which those lanes are that ever released alone
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from densemoe.compile.emulator.memory import Buffer, GlobalMemory
     from densemoe.compile.emulator.parser import Kernel
 
-__all__ = ["ATOMIC", "POLL", "READ", "WRITE", "GlobalRaces", "communicates"]
+__all__ = ["ATOMIC", "LOAD", "POLL", "READ", "STORE", "WRITE", "GlobalRaces", "communicates"]
 
 _GRANULE: Final = 4
 _WARPS: Final = 1024  # resident ones up to which global memory is watched: a vector has as many entries
@@ -52,18 +54,25 @@ def _tells(parts: Sequence[str]) -> bool:
 
 
 class _Marks:
-    """Of one buffer, by granule: warp, lane and tick of the last write, atomic and read; tick 0 is never."""
+    """Of one buffer, by granule: warp, lane and tick of the last access of each kind that is marked; tick 0 is never."""
 
     def __init__(self, nbytes: int) -> None:
         count = -(-nbytes // _GRANULE)
-        self.row = np.zeros((3, count), np.int32)
-        self.tick = np.zeros((3, count), np.int32)
-        self.lane = np.zeros((3, count), np.uint8)
+        self.row = np.zeros((POLL, count), np.int32)
+        self.tick = np.zeros((POLL, count), np.int32)
+        self.lane = np.zeros((POLL, count), np.uint8)
 
 
-WRITE, ATOMIC, READ, POLL = 0, 1, 2, 3
+WRITE, ATOMIC, READ, STORE, LOAD, POLL = range(6)
 #: By kind of access: the kinds that it must be ordered with.
-_CONFLICTS: Final = {WRITE: (WRITE, ATOMIC, READ), ATOMIC: (WRITE, READ), READ: (WRITE, ATOMIC), POLL: (WRITE,)}
+_CONFLICTS: Final = {
+    WRITE: (WRITE, ATOMIC, READ, STORE, LOAD),
+    ATOMIC: (WRITE, READ, LOAD),
+    READ: (WRITE, ATOMIC, STORE),
+    STORE: (WRITE, READ),
+    LOAD: (WRITE, ATOMIC),
+    POLL: (WRITE,),
+}
 
 
 class GlobalRaces:
@@ -126,7 +135,7 @@ class GlobalRaces:
         """Lanes ``lanes`` of warps `rows` access `nbytes` bytes each.
 
         Args:
-            kind: WRITE, ATOMIC, READ, or POLL for a strong scalar load.
+            kind: WRITE and READ for weak accesses, ATOMIC, STORE for a strong store, LOAD for a strong vector load, POLL for a strong scalar one.
 
         Raises:
             EmulatorError: unordered with an access of another warp, one of them a write.
@@ -169,6 +178,6 @@ class GlobalRaces:
         return known
 
     def _report(self, buffer: Buffer, place: int, kind: int, other: int) -> None:
-        verb = {WRITE: "writes", ATOMIC: "changes", READ: "reads", POLL: "reads"}[kind]
-        done = {WRITE: "wrote", ATOMIC: "changed", READ: "may still read"}[other]
+        verb = {WRITE: "writes", ATOMIC: "changes", STORE: "changes"}.get(kind, "reads")
+        done = {WRITE: "wrote", ATOMIC: "changed", STORE: "changed"}.get(other, "may still read")
         raise EmulatorError(f"race: {verb} {buffer.name}[byte {place * _GRANULE}] that another warp {done}, without release and acquire between")

@@ -12,7 +12,7 @@ import numpy as np
 
 from densemoe.compile.emulator.accesses import Accesses
 from densemoe.compile.emulator.bank_conflicts import BankConflicts
-from densemoe.compile.emulator.global_races import ATOMIC, POLL, READ, WRITE
+from densemoe.compile.emulator.global_races import ATOMIC, LOAD, POLL, READ, STORE, WRITE
 from densemoe.compile.emulator.races import lane_numbers, level
 from densemoe.compile.emulator.warps import LANES
 from densemoe.runtime.errors import EmulatorError
@@ -66,7 +66,8 @@ class WatchedAccesses(Accesses):
             self._order(g, picked, addresses, scope, order == "acquire", None)
             races.everywhere.access(rows, lanes, addresses, size, POLL)
             return
-        races.everywhere.access(rows, lanes, addresses, size * count, (ATOMIC if order else WRITE) if write else READ)
+        kind = (STORE if order else WRITE) if write else LOAD if order else READ
+        races.everywhere.access(rows, lanes, addresses, size * count, kind)
         if strong:  # whoever acquires it knows of the store itself
             self._order(g, picked, addresses, scope, None, order == "release")
 

@@ -27,7 +27,7 @@ from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import Expected
 from densemoe.runtime.errors import VariantError
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import DETERMINISTIC, Variant
 
 WEIGHT_LAYOUT = "sm90a-superblock/2"
 SUPERBLOCK_ROWS = 64
@@ -71,6 +71,7 @@ class Config:
         c_dtype: output dtype.
         prefetch: activations are loaded one superblock ahead, where registers allow.
         resident_ctas: CTAs meant to be resident on one SM.
+        ordered: grouped FC2 adds in one order.
     """
 
     tile_m: int
@@ -78,6 +79,7 @@ class Config:
     c_dtype: str
     prefetch: bool
     resident_ctas: int
+    ordered: bool = False
 
     @property
     def token_blocks(self) -> int:
@@ -98,18 +100,20 @@ class Config:
 def config_of(variant: Variant, resident_ctas: Mapping[int, int], prefetch_up_to: int) -> Config:
     """The compile-time parameters of ``variant``, given a kernel's residency by tile_m and the largest tile_m that prefetches activations."""
     tile_m = variant.tile_m
-    return Config(tile_m, variant.a_dtype == "nvfp4", variant.c_dtype, tile_m <= prefetch_up_to, resident_ctas[tile_m])
+    ordered = bool(variant.option(DETERMINISTIC))
+    return Config(tile_m, variant.a_dtype == "nvfp4", variant.c_dtype, tile_m <= prefetch_up_to, resident_ctas[tile_m], ordered)
 
 
-def check_tile(variant: Variant, tiles_m: Collection[int] = TILES_M, tile_n: int = SUPERBLOCK_ROWS) -> None:
-    """Raises VariantError where the kernels of these tiles have no such tile, cluster or option."""
+def check_tile(variant: Variant, tiles_m: Collection[int] = TILES_M, tile_n: int = SUPERBLOCK_ROWS, options: Collection[str] = ()) -> None:
+    """Raises VariantError where the kernels of these tiles have no such tile, cluster or option; ``options``: switches that they have."""
     if variant.tile_m not in tiles_m or variant.tile_n != tile_n:
         allowed = ", ".join(f"{m}x{tile_n}" for m in tiles_m)
         raise VariantError(f"tile {variant.tile_m}x{variant.tile_n} of {variant.key}: the sm_90a kernels have {allowed}")
     if (variant.cluster_m, variant.cluster_n) != (1, 1):
         raise VariantError(f"cluster {variant.cluster_m}x{variant.cluster_n} of {variant.key}: the sm_90a kernels use no clusters; write 1x1")
-    if variant.options:
-        raise VariantError(f"options {[name for name, _ in variant.options]} of {variant.key}: this kernel has none")
+    unknown = [name if value == 1 else f"{name}{value}" for name, value in variant.options if name not in options or value != 1]
+    if unknown:
+        raise VariantError(f"options {unknown} of {variant.key}: this kernel has {' and '.join(options) or 'none'}")
 
 
 # ---- plain PTX where the primitives have no exact counterpart; outputs are write-only, which is the form that compiles right

@@ -119,7 +119,16 @@ def convert(
             first = (place - row_block * pieces_a_row) * PIECE_TOKENS
             chosen.append((row_block, first, (tokens_total - first) * Int32(place < pieces)))
         convert_pieces(c_dtype, c, partials, chosen, tokens_total, row_blocks, lane)
-    # Who counts last clears the tickets for the next launch: a warp counts when its last poll has ended, so that nobody polls what is cleared
+    clear_tickets_if_last(counters, before, step, row_blocks, lane)
+
+
+@cute.jit
+def clear_tickets_if_last(counters, before, step, row_blocks, lane):
+    """Who counts last clears the tickets for the next launch: a warp counts when its last poll has ended, so that nobody polls what is cleared.
+
+    Args:
+        before: in lane 0, how many warps had counted; step: of how many.
+    """
     if ballot(Int32(lane == 0) & Int32(before == step - 1)) != 0:
         cute.arch.fence_acq_rel_gpu()
         for place in cutlass.range(lane, row_blocks + COUNTERS, 32, unroll=1):

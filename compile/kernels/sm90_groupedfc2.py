@@ -31,11 +31,12 @@ from cutlass.experimental import primitives as pr
 from densemoe.compile.kernels import Expected, sm90_fc2
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_conversion as conversion
+from densemoe.compile.kernels import sm90_ordered as ordered
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels import sm90_workspace as workspace
 from densemoe.compile.kernels.host import pointer
 from densemoe.runtime.recipe import Parameter, Recipe, pointer_or_null
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import DETERMINISTIC, Variant
 
 OP = "groupedfc2"
 ARCHITECTURES = ("sm_90a",)
@@ -56,8 +57,11 @@ def groupedfc2_kernel(
     partials: cutlass.Pointer,
     counters: cutlass.Pointer,
     tiles: cutlass.Pointer,
-    rows: cutlass.Pointer,
+    rows: cutlass.Pointer | None,
+    places: cutlass.Pointer | None,
+    slots: cutlass.Pointer | None,
     tokens_total: Int32,
+    top_k: Int32 | None,
     hidden: Int32,
     intermediate: Int32,
     group_rows: Int32,
@@ -71,9 +75,13 @@ def groupedfc2_kernel(
     row_blocks = Int32(Uint32(hidden) // common.SUPERBLOCK_ROWS)
     if bid < adding:
         tile_count, span, of_group = add_items(
-            config, a, a_scales, b, row_alpha, partials, tiles, rows, tokens_total, hidden, intermediate, group_rows, adding, waits_first, tid, bid
+            config, a, a_scales, b, row_alpha, partials, tiles, rows, slots, tokens_total, top_k, hidden, intermediate, group_rows, adding,
+            waits_first, tid, bid,
         )  # fmt: skip
-        if ctas != adding:
+        if cutlass.const_expr(config.ordered):
+            group = Int32(Uint32(span[0]) // Uint32(of_group))
+            conversion.hand_over(counters, group, span[0] - group * of_group, span[1] - span[0], of_group, tid)
+        elif ctas != adding:
             group = Int32(Uint32(span[0]) // Uint32(of_group))
             conversion.hand_over(counters, group, span[0] - group * of_group, span[1] - span[0], of_group, tid)
         else:
@@ -87,19 +95,25 @@ def groupedfc2_kernel(
         pr.griddepcontrol("wait")
         k_blocks = common.k_blocks_of(intermediate)
         of_group = common.load_global_s32_or(tiles, Int32(1), Int32(0)) * group_rows * k_blocks
-        at_once = CONVERTED_AT_ONCE[config.tile_m]
-        conversion.convert(
-            at_once, common.WARPS, config.c_dtype, c, partials, counters, of_group, group_rows, bid - adding, ctas - adding, tokens_total,
-            row_blocks, tid,
-        )  # fmt: skip
+        if cutlass.const_expr(config.ordered):
+            ordered.convert(
+                common.WARPS, config.c_dtype, c, partials, places, counters, of_group, group_rows, bid - adding, ctas - adding, tokens_total, top_k,
+                row_blocks, tid,
+            )  # fmt: skip
+        else:
+            at_once = CONVERTED_AT_ONCE[config.tile_m]
+            conversion.convert(
+                at_once, common.WARPS, config.c_dtype, c, partials, counters, of_group, group_rows, bid - adding, ctas - adding, tokens_total,
+                row_blocks, tid,
+            )  # fmt: skip
 
 
 @cute.jit
 def add_items(
-    config: cutlass.Constexpr, a, a_scales, b, row_alpha, partials, tiles, rows, tokens_total, hidden, intermediate, group_rows, adding, waits_first,
-    tid, bid,
+    config: cutlass.Constexpr, a, a_scales, b, row_alpha, partials, tiles, rows, slots, tokens_total, top_k, hidden, intermediate, group_rows, adding,
+    waits_first, tid, bid,
 ):  # fmt: skip
-    """A CTA's spans of all items, added to the workspace; arguments as the kernel's.
+    """A CTA's spans of all items, added to the workspace, or stored there; arguments as the kernel's.
 
     Returns:
         How many tiles there are; of all blocks those that were added, (first, end); blocks of a group of row blocks.
@@ -131,8 +145,12 @@ def add_items(
 
     # the warp's span of all items' blocks, laid end to end: neighbours in the packed weights but where the tile changes
     workers = Uint32(adding) * common.WARPS  # CTAs behind them have no blocks
-    span = reduction.span_of(Uint32(bid * common.WARPS + warp), workers, Uint32(tile_count * row_blocks), Uint32(k_blocks), SMALLEST_SPAN)
+    worker = Uint32(bid * common.WARPS + warp)
+    if cutlass.const_expr(config.ordered):
+        worker = workers - 1 - worker  # who waits for others' sums waits for earlier CTAs
+    span = reduction.span_of(worker, workers, Uint32(tile_count * row_blocks), Uint32(k_blocks), SMALLEST_SPAN)
     item, k, left = (Int32(each) for each in span[:3])
+    begun = Int32(k != 0)  # the first item begins in the span before
     quotient, longer = span[3:]
     group = Int32(Uint32(item) // Uint32(tile_count * group_rows))
     tile = Int32(Uint32(item - group * tile_count * group_rows) // Uint32(group_rows))
@@ -162,7 +180,8 @@ def add_items(
                 fetch_group += Int32(fetch_tile == 0)
                 source = b + Int64(expert_ahead) * expert_bytes + Int64(fetch_group * of_tile) * superblock
                 expert_ahead = tile_words(lane_tiles, tile_behind(fetch_tile, tile_count), Int32(to_fetch > of_tile))[0]
-    scale, token = workspace.row_of(rows, row_alpha, words, lane)
+    scale, token = row_of(config, rows, row_alpha, words, lane)
+    first_row = words[1]
     count = words[2]
     sources, exists = sources_of(config, a, a_scales, words, intermediate, g, t)
 
@@ -186,7 +205,7 @@ def add_items(
         tile = tile_behind(tile, tile_count)
         group += Int32(tile == 0)
         words_next = tile_words(lane_tiles, tile_behind(tile, tile_count), Int32(left > of_tile))
-        scale_after, token_after = workspace.row_of(rows, row_alpha, words_after, lane)
+        scale_after, token_after = row_of(config, rows, row_alpha, words_after, lane)
         while in_tile > 0:
             for copy in cutlass.range_constexpr(unroll(config)):  # loaded activations need not move from one set of registers to the other
                 if in_tile > 0:
@@ -227,7 +246,19 @@ def add_items(
                         phase = phase ^ 1
                     if (ends != 0) | (in_tile == 0):  # the item's part of this span is done
                         row_block = own_group * group_rows + row
-                        workspace.add_item(config, partials, row_block, tokens_total, staged, accumulators, scale, token, count, lane)
+                        if cutlass.const_expr(config.ordered):
+                            if begun != 0:
+                                ordered.store_slot(config, slots, worker, accumulators, lane)
+                            else:
+                                if ends == 0:
+                                    total = Uint32(tile_count * row_blocks * k_blocks)
+                                    sharing = ordered.workers_sharing(worker, Uint32(k_blocks), quotient, longer, workers, total)
+                                    accumulators = ordered.add_slots(config, accumulators, slots, Int32(worker), sharing, lane)
+                                own_rows = partials + (Int64(row_block) * Int64(tokens_total * top_k) + Int64(first_row)) * conversion.ROW_BYTES
+                                ordered.store_rows(config, workspace.MMA_ROWS, own_rows, staged, accumulators, [scale], count, lane)
+                            begun = Int32(0)
+                        else:
+                            workspace.add_item(config, partials, row_block, tokens_total, staged, accumulators, scale, token, count, lane)
                         accumulators = workspace.cleared(accumulated)
                         row += ends
                         k = k * (ends ^ 1)
@@ -236,10 +267,14 @@ def add_items(
         row = Int32(0)
         scale = scale_after
         token = token_after
+        first_row = words_after[1]
         count = words_after[2]
         words_after = words_next
     total = Uint32(tile_count * row_blocks * k_blocks)
-    borders = [Int32(conversion.span_start(Uint32((bid + i) * common.WARPS), quotient, longer, workers, total)) for i in range(2)]
+    own = Uint32(bid * common.WARPS)
+    if cutlass.const_expr(config.ordered):
+        own = workers - common.WARPS - own
+    borders = [Int32(conversion.span_start(own + i * common.WARPS, quotient, longer, workers, total)) for i in range(2)]
     return tile_count, borders, tile_count * of_tile
 
 
@@ -247,6 +282,13 @@ def unroll(config: common.Config) -> int:
     """Steps of the main loop: two sets of activations take turns; beyond 8 tokens they would take the registers of a resident CTA, and activations
     are loaded where they are used."""
     return common.UNROLL if config.tile_m < 16 else 1
+
+
+def row_of(config: common.Config, rows: Any, row_alpha: Any, words: list[Any], lane: Any) -> tuple[Any, Any]:
+    """(scale, token) of row ``lane`` of a tile; a row that is stored as its own needs no token."""
+    if config.ordered:
+        return common.load_global_f32_if(row_alpha + Int64(words[1] + lane) * 4, Int32(lane < words[2])), Int32(0)
+    return workspace.row_of(rows, row_alpha, words, lane)
 
 
 def tile_words(tiles: Any, index: Any, exists: Any) -> list[Any]:
@@ -269,19 +311,24 @@ def tile_behind(tile: Any, tile_count: Any) -> Any:
 
 
 POWERS = tuple(1 << power for power in range(1, LARGEST_GROUP.bit_length()))
-#: Row blocks of a group: a power of two that divides them all, at few tokens as large as leaves little to convert for the CTA that completes a group.
-GROUP_ROWS = "1"
-for _rows in POWERS:
-    _fits = f"((M <= {conversion.LARGEST_FINISHED // _rows}) + (M > {conversion.LARGEST_FINISHED}))"
-    GROUP_ROWS = f"{_rows} if (row_blocks % {_rows} == 0) * {_fits} else ({GROUP_ROWS})"
+
+
+def group_rows_of(finished_up_to: int) -> str:
+    """Row blocks of a group, as a recipe has it: a power of two that divides them all, up to some tokens as large as leaves little to convert for the
+    CTA that completes a group."""
+    rows = "1"
+    for each in POWERS:
+        fits = f"((M <= {finished_up_to // each}) + (M > {finished_up_to}))"
+        rows = f"{each} if (row_blocks % {each} == 0) * {fits} else ({rows})"
+    return rows
 
 
 @cute.jit
-def rows_of_group(tokens, row_blocks):
-    """GROUP_ROWS on the compiler's own host side."""
+def rows_of_group(tokens, row_blocks, at_most: cutlass.Constexpr):
+    """``group_rows`` on the compiler's own host side."""
     rows = Int32(1)
     for power in cutlass.range_constexpr(len(POWERS)):
-        fits = Int32(tokens <= conversion.LARGEST_FINISHED // POWERS[power]) | Int32(tokens > conversion.LARGEST_FINISHED)
+        fits = Int32(tokens <= at_most // POWERS[power]) | Int32(tokens > at_most)
         if (row_blocks % POWERS[power] == 0) & (fits != 0):
             rows = Int32(POWERS[power])
     return rows
@@ -298,6 +345,7 @@ def groupedfc2_host(
     counters: cute.Pointer,
     tiles: cute.Pointer,
     rows: cute.Pointer,
+    slots: cute.Pointer,
     tokens_total: Int32,
     top_k: Int32,
     hidden: Int32,
@@ -312,8 +360,11 @@ def groupedfc2_host(
     k_blocks = (intermediate + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K
     row_blocks = hidden // common.SUPERBLOCK_ROWS
     adding = min((tokens_total * top_k * k_blocks * row_blocks + (common.WARPS - 1)) // common.WARPS, sm_count * config.resident_ctas)
-    beyond = conversion.LARGEST_FINISHED
+    beyond = finished_up_to(config)
     converting = conversion.converting_ctas(tokens_total, row_blocks, sm_count, common.WARPS, config.resident_ctas, beyond)
+    ordered_form = cutlass.const_expr(config.ordered)
+    if ordered_form:
+        converting = ordered.converting_ctas(tokens_total, top_k, row_blocks, sm_count, common.WARPS, config.resident_ctas)
     groupedfc2_kernel(
         a.raw_ptr(),
         a_scales.raw_ptr(),
@@ -323,11 +374,14 @@ def groupedfc2_host(
         partials.raw_ptr(),
         counters.raw_ptr(),
         tiles.raw_ptr(),
-        rows.raw_ptr(),
+        None if ordered_form else rows.raw_ptr(),
+        rows.raw_ptr() if ordered_form else None,
+        slots.raw_ptr() if ordered_form else None,
         tokens_total,
+        top_k if ordered_form else None,
         hidden,
         intermediate,
-        rows_of_group(tokens_total, row_blocks),
+        rows_of_group(tokens_total, row_blocks, beyond),
         adding,
         1 - early_list,
         config,
@@ -346,14 +400,26 @@ def config_of(variant: Variant) -> common.Config:
     return common.config_of(variant, RESIDENT_CTAS, sm90_fc2.PREFETCH_UP_TO)
 
 
+def finished_up_to(config: common.Config) -> int:
+    """Tokens up to which the CTA that completes a row block converts it; where rows are added in order, CTAs behind all others always do."""
+    return 0 if config.ordered else conversion.LARGEST_FINISHED
+
+
 def check(variant: Variant) -> None:
     """Raises VariantError where this kernel cannot be ``variant``."""
-    common.check_tile(variant, common.GROUPED_TILES_M)
+    common.check_tile(variant, common.GROUPED_TILES_M, options=(DETERMINISTIC,))
 
 
 def recipe(variant: Variant) -> Recipe:
     """How the kernel of ``variant`` is launched."""
     config = config_of(variant)
+    workspaces = conversion.workspaces()
+    converting = conversion.converting(common.WARPS, config.resident_ctas, finished_up_to(config))
+    own: tuple[Parameter, ...] = (Parameter("rows", "pointer", "rows"), Parameter("tokens_total", "u32", "M"))
+    if config.ordered:
+        workspaces = ordered.workspaces(f"adding * {common.WARPS * ordered.slot_bytes(config)}")
+        converting = ordered.converting(common.WARPS, config.resident_ctas)
+        own = (*ordered.POINTERS, Parameter("tokens_total", "u32", "M"), Parameter("top_k", "u32", "top_k"))
     return Recipe(
         parameters=(
             Parameter("a", "pointer", "a.codes" if config.nvfp4_activations else "a"),
@@ -361,14 +427,13 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("b", "pointer", "b"),
             Parameter("row_alpha", "pointer", "row_alpha"),
             Parameter("c", "pointer", "c"),
-            Parameter("partials", "pointer", "workspace.partials"),
+            Parameter("partials", "pointer", workspaces[0].role),
             Parameter("counters", "pointer", "workspace.counters"),
             Parameter("tiles", "pointer", "tiles"),
-            Parameter("rows", "pointer", "rows"),
-            Parameter("tokens_total", "u32", "M"),
+            *own,
             Parameter("hidden", "u32", "H"),
             Parameter("intermediate", "u32", "I"),
-            Parameter("group_rows", "u32", GROUP_ROWS),
+            Parameter("group_rows", "u32", group_rows_of(finished_up_to(config))),
             Parameter("adding", "u32", "adding"),
             Parameter("waits_first", "u32", "1 - early_list"),
         ),
@@ -377,11 +442,11 @@ def recipe(variant: Variant) -> Recipe:
             ("blocks", f"M * top_k * ceil_div(I, {common.SUPERBLOCK_K}) * row_blocks"),
             ("adding", f"min(ceil_div(blocks, {common.WARPS}), sm_count * {config.resident_ctas})"),
         ),
-        grid=(f"adding + {conversion.converting(common.WARPS, config.resident_ctas, conversion.LARGEST_FINISHED)}", 1, 1),
+        grid=(f"adding + {converting}", 1, 1),
         block=(common.WARPS * 32, 1, 1),
-        # the rings, rows on their way, the mask
-        dynamic_smem=common.shared_memory_bytes(config) + common.WARPS * workspace.staged_bytes(workspace.MMA_ROWS) + 4,
-        workspaces=conversion.workspaces(),
+        # the rings, rows on their way, the mask of `finish_rows`
+        dynamic_smem=common.shared_memory_bytes(config) + common.WARPS * workspace.staged_bytes(workspace.MMA_ROWS) + (0 if config.ordered else 4),
+        workspaces=workspaces,
         settings=(("early_list", (0, 1)),),
         programmatic_launch=True,
         smem_carveout=100,
@@ -395,19 +460,24 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
         pointer(Uint8, 4),
         *(pointer(Uint8, 16) for _ in range(4)),
         pointer(Uint8, 4),
+        pointer(Uint8, 16),
     )
     words = tuple(Int32(value) for value in (8, 2, 256, 128, 0, 132))
     return groupedfc2_host, (*pointers, *words, variant.symbol.removesuffix("_0"), config_of(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: nine pointers and six words (without the stream)."""
-    pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in recipe(variant).parameters[:9]]
-    return [*pointers, *(names[name] for name in ("M", "top_k", "H", "I", "early_list", "sm_count"))]
+    """What the exported host function is called with: ten pointers and six words (without the stream)."""
+    own = [addresses[each.value] if each.kind == "pointer" else 0 for each in recipe(variant).parameters[:10]]
+    if not config_of(variant).ordered:
+        own[-1] = 0  # slots
+    return [*own, *(names[name] for name in ("M", "top_k", "H", "I", "early_list", "sm_count"))]
 
 
 def expected(variant: Variant) -> Expected:
-    """What the audit must find in the PTX of ``variant``: a main loop, and four vectors added a token block in each step of it."""
+    """What the audit must find in the PTX of ``variant``: a main loop, and four vectors added or stored a token block in each step of it."""
     config = config_of(variant)
     loop = common.expected(config, unroll(config))
-    return replace(loop, ptx_counts={**loop.ptx_counts, "red.relaxed.gpu.global.add.v4.f32": 4 * config.token_blocks * unroll(config)})
+    vectors = 4 * config.token_blocks * unroll(config)
+    counts = {"st.global.v4.f32": vectors + ordered.vectors_stored(config.c_dtype)} if config.ordered else {"red.relaxed.gpu.global.add.v4.f32": vectors}
+    return replace(loop, ptx_counts={**loop.ptx_counts, **counts})

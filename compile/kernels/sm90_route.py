@@ -46,6 +46,7 @@ OP = "route"
 ARCHITECTURES = ("sm_90a",)
 WEIGHT_LAYOUT = "none"
 ORDERED = ("x", "x.scales", "x.k64")  # activations that are brought to K 64 order, where there are any
+PLACES = "places"  # where each pair's row stands, where the layer is to give the same bits every time
 TILE_WORDS = 4  # expert, first row, rows, unused
 CHUNK_COUNTS = 16384  # of a chunk and an expert: 32 chunks of up to 512 experts, fewer chunks of more
 CHUNKS_AHEAD = 8  # whose counts are loaded together
@@ -119,6 +120,7 @@ def route_kernel(
     x_scales: cutlass.Pointer,
     x_k64: cutlass.Pointer,
     hidden: Int32,
+    places: cutlass.Pointer,
     id_bytes: cutlass.Constexpr,
 ):
     tid, _, _ = cute.arch.thread_idx()
@@ -133,7 +135,8 @@ def route_kernel(
     )
     if bid == 0:
         sort_pairs(
-            ids, router, w2_alpha, tiles, rows, row_alpha, tokens_total, experts, top_k, first_expert, elsewhere, group_tile, shared, tid, id_bytes
+            ids, router, w2_alpha, tiles, rows, row_alpha, places, tokens_total, experts, top_k, first_expert, elsewhere, group_tile, shared, tid,
+            id_bytes,
         )  # fmt: skip
     else:
         order_activations(x, x_scales, x_k64, tokens_total, hidden, bid - 1, ctas - 1, tid)
@@ -141,10 +144,10 @@ def route_kernel(
 
 @cute.jit
 def sort_pairs(
-    ids, router, w2_alpha, tiles, rows, row_alpha, tokens_total, experts, top_k, first_expert, elsewhere, group_tile, shared, tid,
+    ids, router, w2_alpha, tiles, rows, row_alpha, places, tokens_total, experts, top_k, first_expert, elsewhere, group_tile, shared, tid,
     id_bytes: cutlass.Constexpr,
 ):  # fmt: skip
-    """The first CTA: ``tiles``, ``rows`` and ``row_alpha``. ``shared``: counts, first rows, counts of chunks, totals, sorted pairs."""
+    """The first CTA: ``tiles``, ``rows`` and ``row_alpha``, and ``places`` where that is not null. ``shared``: counts, first rows, counts of chunks, totals, sorted pairs."""
     counts, first_rows, chunk_counts, totals, sorted_pairs = shared
     warp = cute.arch.make_warp_uniform(tid // 32)
     lane = tid % 32
@@ -180,11 +183,11 @@ def sort_pairs(
         below = Int32(0)
         if expert < experts:
             for batch in cutlass.range(0, chunks, CHUNKS_AHEAD, unroll=1):
-                places = [min(batch + i, chunks - 1) * experts + expert for i in range(CHUNKS_AHEAD)]
-                loaded = [Int32(chunk_counts[place]) * Int32(batch + i < chunks) for i, place in enumerate(places)]
+                counters = [min(batch + i, chunks - 1) * experts + expert for i in range(CHUNKS_AHEAD)]
+                loaded = [Int32(chunk_counts[each]) * Int32(batch + i < chunks) for i, each in enumerate(counters)]
                 for i in cutlass.range_constexpr(CHUNKS_AHEAD):
                     if batch + i < chunks:
-                        chunk_counts[places[i]] = below
+                        chunk_counts[counters[i]] = below
                     below += loaded[i]
         counts[expert] = below
         expert += THREADS
@@ -223,10 +226,10 @@ def sort_pairs(
 
     staged = Int32(pairs <= STAGED_PAIRS)
     if begin < end:
-        place_pairs(first_pairs, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, staged, own, begin + lane, top_k, lane)
+        place_pairs(first_pairs, chunk_counts, first_rows, rows, row_alpha, places, sorted_pairs, staged, own, begin + lane, end, top_k, lane)
     for base in cutlass.range(begin + 32, end, 32, unroll=1):
         later = pair_of(ids, router, w2_alpha, base + lane, end, id_bytes, first_expert, experts, elsewhere)
-        place_pairs(later, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, staged, own, base + lane, top_k, lane)
+        place_pairs(later, chunk_counts, first_rows, rows, row_alpha, places, sorted_pairs, staged, own, base + lane, end, top_k, lane)
     if staged != 0:
         pr.barrier_cta_sync(0)
         for at in cutlass.range(tid, every_row, THREADS, unroll=1):
@@ -287,14 +290,15 @@ def decoded_word(codes: Any, scales: Any, token: Any, group: Any, read: Any, hid
 
 
 @cute.jit
-def place_pairs(pairs, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, staged, own, pair, top_k, lane):
+def place_pairs(pairs, chunk_counts, first_rows, rows, row_alpha, places, sorted_pairs, staged, own, pair, end, top_k, lane):
     """Stores token and scale of a warp's 32 pairs, behind those of the same experts that came before.
 
     Where a token has many pairs, each takes its place by an atomic addition, one token behind the other: a token's experts are distinct, and where
     they are not its pairs may stand in any order. Where it has few, lanes compare theirs, which takes the SM about 90 cycles for each warp.
 
     Args:
-        pairs: what ``pair_of`` gave; own: the chunk's first count.
+        pairs: what ``pair_of`` gave, of ``pair`` of each lane; end: of the warp's; own: the chunk's first count.
+        places: takes each pair's row, -1 where it has none; null: nothing.
         sorted_pairs: shared memory for tokens and scales, used where ``staged`` is not 0 instead of ``rows`` and ``row_alpha``.
     """
     chosen, bad, weight, expert_scale = pairs
@@ -329,6 +333,8 @@ def place_pairs(pairs, chunk_counts, first_rows, rows, row_alpha, sorted_pairs, 
     else:
         epilogue.store_if("b32", rows + Int64(target) * 4, hit, [token])
         epilogue.store_if("b32", row_alpha + Int64(target) * 4, hit, [bits])
+    if places.toint() != 0:
+        epilogue.store_if("b32", places + Int64(pair) * 4, Int32(pair < end), [epilogue.select(hit, target, Int32(-1))])
     cute.arch.sync_warp()
 
 
@@ -350,6 +356,7 @@ def route_host(
     x_scales: cute.Pointer,
     x_k64: cute.Pointer,
     hidden: Int32,
+    places: cute.Pointer,
     sm_count: Int32,
     symbol: cutlass.Constexpr[str],
     id_bytes: cutlass.Constexpr,
@@ -375,6 +382,7 @@ def route_host(
         x_scales.raw_ptr(),
         x_k64.raw_ptr(),
         hidden,
+        places.raw_ptr(),
         id_bytes,
     ).launch(grid=(ordering + 1, 1, 1), block=[THREADS, 1, 1], stream=stream, use_pdl=True)
 
@@ -402,6 +410,7 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("group_tile", "u32", "group_tile"),
             *(Parameter(role.replace(".", "_"), "pointer", role) for role in ORDERED),
             Parameter("hidden", "u32", "H"),
+            Parameter(PLACES, "pointer", PLACES),
         ),
         grid=(f"1 + min(ceil_div(M * ceil_div(H, {2 * K64}) * 2, {BLOCKS_A_CTA}), sm_count - 1)", 1, 1),
         block=(THREADS, 1, 1),
@@ -414,15 +423,15 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
     """The host function and example arguments for ``cute.compile``."""
     pointers = (*(pointer(Uint8, 4) for _ in range(3)), pointer(Uint8, 16), *(pointer(Uint8, 4) for _ in range(2)))
     words = tuple(Int32(value) for value in (8, 64, 4, 0, 0, 8))
-    ordered = (*(pointer(Uint8, 16) for _ in ORDERED), Int32(128), Int32(132))
+    ordered = (*(pointer(Uint8, 16) for _ in ORDERED), Int32(128), pointer(Uint8, 4), Int32(132))
     return route_host, (*pointers, *words, *ordered, variant.symbol.removesuffix("_0"), 8 if variant.a_dtype == "i64" else 4, cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: six pointers and six words, three pointers and two words (without the stream)."""
+    """What the exported host function is called with: six pointers and six words, three pointers and a word, a pointer and a word (without the stream)."""
     pointers = [addresses[each.value] for each in recipe(variant).parameters[:6]]
     words = [names[name] for name in ("M", "E", "top_k", "first_expert", "elsewhere", "group_tile")]
-    return [*pointers, *words, *(addresses[role] for role in ORDERED), names["H"], names["sm_count"]]
+    return [*pointers, *words, *(addresses[role] for role in ORDERED), names["H"], addresses[PLACES], names["sm_count"]]
 
 
 def expected(variant: Variant) -> Expected:

@@ -7,7 +7,7 @@ from typing import Final
 
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.runtime.errors import VariantError
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import DETERMINISTIC, Variant
 
 WARPGROUP_WARPS: Final = 4
 GROUP_ROWS: Final = WARPGROUP_WARPS * common.SUPERBLOCK_ROWS  # weight rows of a CTA's unit
@@ -62,12 +62,14 @@ class Config:
         tile_m: tokens of a tile.
         nvfp4_activations: activations are NVFP4 codes and scales instead of bf16.
         c_dtype: output dtype.
+        ordered: FC2 adds in one order.
     """
 
     op: str
     tile_m: int
     nvfp4_activations: bool
     c_dtype: str
+    ordered: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -146,17 +148,22 @@ class Config:
 
     @property
     def table_words(self) -> int:
-        """Words of a row in the table of rows: its token, and for FC2 its alpha."""
-        return 2 if self.op == "groupedfc2" else 1
+        """Words of a row in the table of rows: its token, and for FC2 its alpha; the alpha alone where each row's sums are its own."""
+        return 2 if self.op == "groupedfc2" and not self.ordered else 1
+
+    @property
+    def alphas_at(self) -> int:
+        """Where the alphas of a tile stand in its part of the table, in bytes."""
+        return (self.table_words - 1) * self.tile_m * 4
 
 
 def config_of(variant: Variant) -> Config:
     """The compile-time parameters of ``variant``."""
-    return Config(variant.op, variant.tile_m, variant.a_dtype == "nvfp4", variant.c_dtype)
+    return Config(variant.op, variant.tile_m, variant.a_dtype == "nvfp4", variant.c_dtype, bool(variant.option(DETERMINISTIC)))
 
 
 def check_tile(variant: Variant) -> None:
     """Raises VariantError where the family has no such tile, cluster or option, or reads other activations over it."""
-    common.check_tile(variant, SHAPES, GROUP_ROWS)
+    common.check_tile(variant, SHAPES, GROUP_ROWS, (DETERMINISTIC,) if variant.op == "groupedfc2" else ())
     if variant.a_dtype != "bf16" and not SHAPES[variant.tile_m].warp_products:
         raise VariantError(f"a_dtype: {variant.a_dtype} of {variant.key}: activations of tiles of {variant.tile_m} rows come as bf16 in K 64 order")

@@ -11,6 +11,7 @@ What a tile's rows are (``rows``, and FC2's ``row_alpha``) stands in shared memo
 
     FC1:  a unit in one span: epilogue.  In several: sums to the CTA's slot; the CTA whose span ends in it adds all in order, then the epilogue.
     FC2:  workspace[token] += row_alpha · accumulators (red.v4); CTAs behind those that add wait for them, convert, store and clear (sm90_conversion).
+          With the option ``deterministic`` as FC1 up to the epilogue, which stores row_alpha · accumulators of each row (sm90_ordered).
 
 Run-time setting ``early_list``: what ``route`` wrote was complete before the launch that precedes this one began, so that weights are fetched before
 it ends.
@@ -28,11 +29,12 @@ from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_conversion as conversion
+from densemoe.compile.kernels import sm90_ordered as ordered
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels import sm90_wgmma as wgmma
 from densemoe.compile.kernels import sm90_wgmma_tokens as staging
 from densemoe.compile.kernels import sm90_workspace as workspace
-from densemoe.compile.kernels.sm90_epilogue import fc1_pairs, store_fc1_outputs, store_fc1_pairs, store_k64_zeros
+from densemoe.compile.kernels.sm90_epilogue import fc1_pairs, store_fc1_outputs, store_fc1_pairs, store_if, store_k64_zeros
 from densemoe.compile.kernels.sm90_fc2 import add_to_workspace
 from densemoe.compile.kernels.sm90_wgmma_config import GROUP_ROWS, TABLE_SLOTS, WARPGROUP_WARPS, Config
 
@@ -56,8 +58,11 @@ def wgmma_kernel(
     partials: cutlass.Pointer,
     counters: cutlass.Pointer,
     tiles: cutlass.Pointer,
-    rows: cutlass.Pointer,
+    rows: cutlass.Pointer | None,
+    places: cutlass.Pointer | None,
+    slots: cutlass.Pointer | None,
     tokens_total: Int32,
+    top_k: Int32 | None,
     hidden: Int32,
     intermediate: Int32,
     adding: Int32,
@@ -70,6 +75,10 @@ def wgmma_kernel(
     fc2 = config.op == "groupedfc2"
     worker = bid if fc2 else reduction.worker_of(bid, ctas)
     workers_most = adding if fc2 else ctas  # FC1 has no others; the grid's size takes no register
+    if cutlass.const_expr(config.ordered):
+        worker = bid  # a CTA that converts: behind all
+        if bid < adding:
+            worker = reduction.worker_of(bid, adding)
     warp = cute.arch.make_warp_uniform(tid // 32)
     lane = tid % 32
     owner = warp % WARPGROUP_WARPS  # the superblock row of the unit that this warp multiplies
@@ -225,7 +234,7 @@ def wgmma_kernel(
                     own_sums = wgmma.wait_for_products(own_sums)
                 sums = wgmma.widened(config, own_sums, width)
 
-        if cutlass.const_expr(fc2):
+        if cutlass.const_expr(fc2 and not config.ordered):
             # ---- add the tile's part to the workspace
             row_block = work.group(unit) * WARPGROUP_WARPS + owner
             exists = Int32(row_block < work.row_blocks)
@@ -240,12 +249,19 @@ def wgmma_kernel(
                 sharing = Int32(((begin + Int64(k_blocks)) * workers - 1) // total) - first_worker + 1
                 own_worker = again(worker)
                 finish = Int32(own_worker == first_worker)
+                own_slots = slots if config.ordered else partials
                 if finish == 0:
-                    store_slot(config, slot_address(config, partials, own_worker, tid), sums)
+                    store_slot(config, slot_address(config, own_slots, own_worker, tid), sums)
                 else:
                     for other in cutlass.range(first_worker + 1, first_worker + sharing, unroll=1):
-                        sums = add_slot(config, sums, slot_address(config, partials, other, tid))
-            if finish != 0:
+                        sums = add_slot(config, sums, slot_address(config, own_slots, other, tid))
+            if cutlass.const_expr(config.ordered):
+                row_block = work.group(unit) * WARPGROUP_WARPS + owner
+                exists = Int32(row_block < work.row_blocks)
+                own_expert, own_first, own_count = work.tile(unit)
+                own_rows = partials + (Int64(row_block) * Int64(again(tokens_total) * again(top_k)) + Int64(own_first)) * conversion.ROW_BYTES
+                store_tile(config, sums, own_rows, table, own_slot, own_count * exists * finish, staged, first_block, lane)
+            elif finish != 0:
                 own_expert, own_first, own_count = work.tile(unit)  # again: registers are short
                 thread = again(tid)  # what follows from it would otherwise be kept in registers all the time
                 own_lane, own_warp = thread % 32, thread // 32
@@ -283,11 +299,17 @@ def wgmma_kernel(
             conversion.hand_over(counters, group, inside, blocks, of_group, tid)
         else:
             row_blocks, converter, converters = hidden // common.SUPERBLOCK_ROWS, bid - adding, ctas - adding
-            at_once = CONVERTED_AT_ONCE[config.shape.resident_ctas]
-            conversion.convert(
-                at_once, config.warps, config.c_dtype, c, partials, counters, of_group, WARPGROUP_WARPS, converter, converters,
-                tokens_total, row_blocks, tid,
-            )  # fmt: skip
+            if cutlass.const_expr(config.ordered):
+                ordered.convert(
+                    config.warps, config.c_dtype, c, partials, places, counters, of_group, WARPGROUP_WARPS, converter, converters,
+                    tokens_total, top_k, row_blocks, tid,
+                )  # fmt: skip
+            else:
+                at_once = CONVERTED_AT_ONCE[config.shape.resident_ctas]
+                conversion.convert(
+                    at_once, config.warps, config.c_dtype, c, partials, counters, of_group, WARPGROUP_WARPS, converter, converters,
+                    tokens_total, row_blocks, tid,
+                )  # fmt: skip
 
 
 # ---- units and tiles
@@ -400,9 +422,11 @@ def next_slot(slot: Any) -> Any:
 
 
 def load_entry(config: Config, rows: Any, scales: Any, tile: list[Any], tid: Any) -> list[Any]:
-    """A thread's row of a tile: its token, and where there is none −1, or 0 where any row will do; for FC2 its alpha too."""
+    """A thread's row of a tile: its token, and where there is none −1, or 0 where any row will do; for FC2 its alpha too, or alone."""
     live = Int32(tid < tile[2])
     at = Int64(tile[1] + tid) * 4
+    if config.ordered:
+        return [common.load_global_f32_if(scales + at, live)]
     entry = [common.load_global_s32_or(rows + at, live, Int32(0 if config.fills_with_others else -1))]
     if config.op == "groupedfc2":
         entry.append(common.load_global_f32_if(scales + at, live))
@@ -487,20 +511,43 @@ def add_tile(
     if config.staged_rows:
         places = [(lane + first) % config.tile_m * 4 for first in range(0, config.tile_m, 32)]
         tokens = [common.load_shared(at + place) for place in places]
-        alphas = [common.load_shared(at + place + config.tile_m * 4, Float32) for place in places]
+        alphas = [common.load_shared(at + place + config.alphas_at, Float32) for place in places]
         outputs = wgmma.by_token_block(config, sums, config.tile_m)
         workspace.add_rows(config, config.staged_rows, columns, staged, outputs, alphas, tokens, count, lane)
         return
-    own = config.token_blocks * common.ACCUMULATORS
     column = lane // 4 * FC2_OUTPUTS + first_block * 2
     for block in range(config.token_blocks):
         for pair in range(2):
             place = block * common.MMA_TOKENS + lane % 4 * 2 + pair
             token = common.load_shared(at + place * 4)
-            alpha = common.load_shared(at + (config.tile_m + place) * 4, Float32)
+            alpha = common.load_shared(at + config.alphas_at + place * 4, Float32)
             live = Int32(place < count) & common.differs_from_zero(alpha)
             address = columns + Int64(token) * conversion.ROW_BYTES + Int64(column * 4)
-            parts = [sums[m16 * own + block * common.ACCUMULATORS + pair + 2 * i] for m16 in range(config.blocks) for i in range(2)]
-            values = workspace.scaled(config, parts, alpha)
+            values = workspace.scaled(config, outputs_of(config, sums, block, pair), alpha)
             for first in range(0, len(values), VECTOR):
                 add_to_workspace(address + first * 4, live, values[first : first + VECTOR])
+
+
+def outputs_of(config: Config, sums: list[Any], block: int, pair: int) -> list[Any]:
+    """A lane's consecutive outputs of token ``2t + pair`` of a token block: two of each m16 block of its warpgroup."""
+    own = config.token_blocks * common.ACCUMULATORS
+    return [sums[m16 * own + block * common.ACCUMULATORS + pair + 2 * i] for m16 in range(config.blocks) for i in range(2)]
+
+
+def store_tile(
+    config: Config, sums: list[Any], rows: Any, table: Any, slot: Any, count: Any, staged: Any, first_block: Any, lane: Any
+) -> None:
+    """Stores row_alpha · sums of every row of the tile, the first at ``rows``; a row whose alpha is 0 is 0."""
+    at = table + slot * (config.table_words * config.tile_m * 4) + config.alphas_at
+    if config.staged_rows:
+        alphas = [common.load_shared(at + (lane + first) % config.tile_m * 4, Float32) for first in range(0, config.tile_m, 32)]
+        ordered.store_rows(config, config.staged_rows, rows, staged, wgmma.by_token_block(config, sums, config.tile_m), alphas, count, lane)
+        return
+    column = lane // 4 * FC2_OUTPUTS + first_block * 2
+    for block in range(config.token_blocks):
+        for pair in range(2):
+            place = block * common.MMA_TOKENS + lane % 4 * 2 + pair
+            values = ordered.scaled(config, outputs_of(config, sums, block, pair), common.load_shared(at + place * 4, Float32))
+            for first in range(0, len(values), VECTOR):
+                address = rows + Int64(place * conversion.ROW_BYTES + (column + first) * 4)
+                store_if("v4.f32", address, Int32(place < count), values[first : first + VECTOR])

@@ -13,6 +13,7 @@ from cutlass import Int32, Uint8
 from densemoe.compile.kernels import Expected
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_conversion as conversion
+from densemoe.compile.kernels import sm90_ordered as ordered
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_wgmma import shared_memory_bytes
 from densemoe.compile.kernels.sm90_wgmma_config import GROUP_ROWS, config_of
@@ -20,7 +21,7 @@ from densemoe.compile.kernels.sm90_wgmma_kernel import SMALLEST_SPAN, slot_bytes
 from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
 from densemoe.runtime.variant import Variant
 
-POINTERS = 11
+POINTERS = 12  # of the host function, the last for what adds in one order alone
 
 
 @cute.jit
@@ -36,6 +37,7 @@ def wgmma_host(
     counters: cute.Pointer,
     tiles: cute.Pointer,
     rows: cute.Pointer,
+    slots: cute.Pointer,
     tokens_total: Int32,
     top_k: Int32,
     hidden: Int32,
@@ -56,7 +58,10 @@ def wgmma_host(
     ctas = adding
     if cutlass.const_expr(config.op == "groupedfc2"):
         row_blocks = hidden // common.SUPERBLOCK_ROWS
-        ctas += conversion.converting_ctas(tokens_total, row_blocks, sm_count, config.warps, config.shape.resident_ctas)
+        if cutlass.const_expr(config.ordered):
+            ctas += ordered.converting_ctas(tokens_total, top_k, row_blocks, sm_count, config.warps, config.shape.resident_ctas)
+        else:
+            ctas += conversion.converting_ctas(tokens_total, row_blocks, sm_count, config.warps, config.shape.resident_ctas)
     wgmma_kernel(
         a.raw_ptr(),
         a_scales.raw_ptr(),
@@ -68,8 +73,11 @@ def wgmma_host(
         partials.raw_ptr(),
         counters.raw_ptr(),
         tiles.raw_ptr(),
-        rows.raw_ptr(),
+        None if config.ordered else rows.raw_ptr(),
+        rows.raw_ptr() if config.ordered else None,
+        slots.raw_ptr() if config.ordered else None,
         tokens_total,
+        top_k if config.ordered else None,
         hidden,
         intermediate,
         adding,
@@ -94,10 +102,16 @@ def recipe(variant: Variant) -> Recipe:
         weight_rows, k_length, scales = "H", "I", "row_alpha"
         workspaces = conversion.workspaces()
         grid = f"adding + {conversion.converting(config.warps, config.shape.resident_ctas)}"
+        if config.ordered:
+            workspaces = ordered.workspaces(f"adding * {slot_bytes(config)}")
+            grid = f"adding + {ordered.converting(config.warps, config.shape.resident_ctas)}"
     else:
         weight_rows, k_length, scales = "2 * I", "H", "alpha"
         workspaces = (Workspace("workspace.partials", f"adding * {slot_bytes(config)}", zeroed=True),)
         grid = "adding"
+    own: tuple[Parameter, ...] = (Parameter("rows", "pointer", "rows"), Parameter("tokens_total", "u32", "M"))
+    if config.ordered:
+        own = (*ordered.POINTERS, Parameter("tokens_total", "u32", "M"), Parameter("top_k", "u32", "top_k"))
     return Recipe(
         parameters=(
             Parameter("a", "pointer", "a.k64" if config.k64_order else "a.codes" if config.nvfp4_activations else "a"),
@@ -107,11 +121,10 @@ def recipe(variant: Variant) -> Recipe:
             pointer_or_null("output_multiplier", "output_multiplier", nvfp4_output),
             Parameter("c", "pointer", "c.k64" if config.k64_order and not fc2 else "c.codes" if nvfp4_output else "c"),
             pointer_or_null("c_scales", "c.scales", nvfp4_output and not config.k64_order),
-            Parameter("partials", "pointer", "workspace.partials"),
+            Parameter("partials", "pointer", workspaces[0].role),
             pointer_or_null("counters", "workspace.counters", fc2),
             Parameter("tiles", "pointer", "tiles"),
-            Parameter("rows", "pointer", "rows"),
-            Parameter("tokens_total", "u32", "M"),
+            *own,
             Parameter("hidden", "u32", "H"),
             Parameter("intermediate", "u32", "I"),
             Parameter("adding", "u32", "adding"),
@@ -142,14 +155,17 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
         pointer(Uint8, 4),
         pointer(Uint8, 16),
         pointer(Uint8, 4),
+        pointer(Uint8, 16),
     )
     words = tuple(Int32(value) for value in (8, 2, 256, 128, 0, 132))
     return wgmma_host, (*pointers, *words, variant.symbol.removesuffix("_0"), config_of(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: eleven pointers and six words (without the stream)."""
+    """What the exported host function is called with: twelve pointers and six words (without the stream)."""
     pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in recipe(variant).parameters[:POINTERS]]
+    if not config_of(variant).ordered:
+        pointers[-1] = 0  # slots
     return [*pointers, *(names[name] for name in ("M", "top_k", "H", "I", "early_list", "sm_count"))]
 
 
@@ -164,6 +180,8 @@ def expected(variant: Variant) -> Expected:
         counts = {f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16": steps for width in widths}
     # one per ring stage before the loops, one to refill inside each
     counts[common.COPY] = config.shape.weight_stages + len(widths)
-    if variant.op == "groupedfc2":
+    if config.ordered:
+        counts["st.global.v4.f32"] = config.accumulators // 4 + ordered.vectors_stored(config.c_dtype)
+    elif variant.op == "groupedfc2":
         counts["red.relaxed.gpu.global.add.v4.f32"] = config.accumulators // 4
     return Expected(ptx_counts=counts, max_registers=min(255, 65536 // (config.threads * config.shape.resident_ctas)))

@@ -49,6 +49,7 @@ class MoEConfig:
             ``DENSEMOE_FUSED_FC2_ALPHA=1``.
         tp_size, tp_rank: tensor parallelism: I split. ep_size, ep_rank: expert parallelism: blocks of experts.
         reduce: the module sums over ranks itself; otherwise the caller does.
+        deterministic: the same bits every time on a device, whatever else runs; also where ``torch.use_deterministic_algorithms`` asks for it.
         layout: of the packed weights; it belongs to an architecture.
         activation, gated_limit, gated_beta, bias, router_weight_on_input, quantisation, all_to_all, load_balancing: what other models have.
             Only their defaults are supported; the rest is refused with its reason.
@@ -71,6 +72,7 @@ class MoEConfig:
     ep_size: int = 1
     ep_rank: int = 0
     reduce: bool = False
+    deterministic: bool = False
     layout: str = LAYOUT
     activation: str = "swiglu"
     gated_limit: float | None = None

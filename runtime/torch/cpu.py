@@ -152,6 +152,7 @@ def moe(
     alpha_max: Tensor | None = None,
     first_expert: int = 0,
     elsewhere: bool = False,
+    deterministic: bool = False,
 ) -> Tensor:
     """Contract section 5: quantise, alpha, FC1, FC2."""
     first, second = check_moe(

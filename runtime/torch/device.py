@@ -50,6 +50,8 @@ Tensors = Any  # those of `moe` in order, some of them None
 PIECE_ALIGNMENT: Final = 256  # of the tensors in a call's scratch
 _U8: Final = torch.uint8
 _empty: Final = torch.empty
+#: Whether ``torch.use_deterministic_algorithms`` asks every op to give the same bits every time.
+_always_deterministic: Final = torch._C._get_deterministic_algorithms
 
 
 def moe(
@@ -70,9 +72,11 @@ def moe(
     alpha_max: Tensor | None = None,
     first_expert: int = 0,
     elsewhere: bool = False,
+    deterministic: bool = False,
 ) -> Tensor:
     """See ``ops``."""
     rt, w1_pointer, w2_pointer = launching.current, w1.data_ptr(), w2.data_ptr()
+    deterministic = deterministic or _always_deterministic()
     given: Any = input_multiplier is None
     if x_scales is None and alpha_max is None and given is (output_multiplier is None):
         if given:
@@ -83,7 +87,7 @@ def moe(
         optional = (input_multiplier, output_multiplier, x_scales, alpha_max)
         given = tuple([each is None for each in optional])
         like = (x, ids, router, w1, w1_alpha, w2, w2_alpha, *[each for each in optional if each is not None])
-    facts = ("moe", w1_pointer, w2_pointer, given, hidden, intermediate, layout, c_dtype, first_expert, elsewhere)
+    facts = ("moe", w1_pointer, w2_pointer, given, hidden, intermediate, layout, c_dtype, first_expert, elsewhere, deterministic)
     short = rt.last_moe.get(w1_pointer)
     if short is None or short.stream != rt.stream(short.ordinal) or short.facts != facts or not short.check(*like):
         short = rt.shortcut(rt.last_moe, w1_pointer, facts, like)
@@ -122,7 +126,7 @@ def moe(
         raise
     entry = _moe(
         x, ids, router, w1, w1_alpha, w2, w2_alpha, hidden, intermediate, layout, c_dtype,
-        input_multiplier, output_multiplier, x_scales, alpha_max, first_expert, elsewhere, c, True,
+        input_multiplier, output_multiplier, x_scales, alpha_max, first_expert, elsewhere, deterministic, c, True,
     )  # fmt: skip
     make_scratch = partial(_empty, entry.scratch, dtype=_U8, device=x.device) if entry.scratch else None
     rt.shorten(rt.last_moe, w1_pointer, facts, entry, like, make, make_scratch)
@@ -147,13 +151,14 @@ def moe_out(
     alpha_max: Tensor | None = None,
     first_expert: int = 0,
     elsewhere: bool = False,
+    deterministic: bool = False,
     *,
     c: Tensor,
 ) -> None:
     """See ``ops``."""
     _moe(
         x, ids, router, w1, w1_alpha, w2, w2_alpha, hidden, intermediate, layout, c_dtype,
-        input_multiplier, output_multiplier, x_scales, alpha_max, first_expert, elsewhere, c, False,
+        input_multiplier, output_multiplier, x_scales, alpha_max, first_expert, elsewhere, deterministic or _always_deterministic(), c, False,
     )  # fmt: skip
 
 
@@ -175,13 +180,14 @@ def _moe(
     alpha_max: Tensor | None,
     first_expert: int,
     elsewhere: bool,
+    deterministic: bool,
     c: Tensor,
     own: bool,
 ) -> Entry:
     rt, ordinal = launching.current, x.get_device()
     stream, w1_pointer, w2_pointer = rt.stream(ordinal), w1.data_ptr(), w2.data_ptr()
     key = (
-        "moe", stream, ordinal, hidden, intermediate, layout, c_dtype, first_expert, elsewhere, w1_pointer, w2_pointer,
+        "moe", stream, ordinal, hidden, intermediate, layout, c_dtype, first_expert, elsewhere, deterministic, w1_pointer, w2_pointer,
         x.shape, x.dtype, x.is_contiguous(), ids.shape, ids.dtype, ids.is_contiguous(), ids.get_device(),
         router.shape, router.dtype, router.is_contiguous(), router.get_device(),
         w1.shape, w1.dtype, w1.is_contiguous(), w1.get_device(), w2.shape, w2.dtype, w2.is_contiguous(), w2.get_device(),
@@ -195,7 +201,8 @@ def _moe(
     entry = None if stream and rt.capturing() else rt.entries.get(key)
     if entry is None:
         tensors = (x, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, x_scales, alpha_max)
-        entry = _entry(rt, key, max(ordinal, 0), stream, tensors, c, (hidden, intermediate, layout, c_dtype, first_expert, elsewhere))
+        settings = (hidden, intermediate, layout, c_dtype, first_expert, elsewhere, deterministic)
+        entry = _entry(rt, key, max(ordinal, 0), stream, tensors, c, settings)
     scratch = _empty(entry.scratch, dtype=_U8, device=x.device) if entry.scratch else None
     pointers = (
         x.data_ptr(),
@@ -235,6 +242,7 @@ def _moe_problems(
     c_dtype: str,
     first_expert: int,
     elsewhere: bool,
+    deterministic: bool,
 ) -> tuple[Problem, ...]:
     """[quantise], prepare or route, FC1, FC2 of checked arguments."""
     x, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, x_scales, alpha_max = tensors
@@ -244,23 +252,25 @@ def _moe_problems(
     m, experts = first.m, first.experts
     id_dtype, top_k = "i32" if ids.dtype == torch.int32 else "i64", int(ids.shape[1])
     quantise = () if input_multiplier is None else (Problem("quantize", m, 0, hidden, 0, check_quantize(x, input_multiplier), "nvfp4"),)
-    tile = rt.group_tile(ordinal, first, second, top_k) if alpha_max is None else 0
+    tile = rt.group_tile(ordinal, first, second, top_k, deterministic) if alpha_max is None else 0
+    ordered = deterministic and tile > 0  # the form over all tokens always gives the same bits
     x_dtype = first.a_dtype if tile >= K64_ORDER_FROM else ""  # what route brings to K 64 order
     choice = Problem(
         "route" if tile else "prepare", m, experts, hidden if x_dtype else 0, 0, id_dtype, "f32",
-        top_k=top_k, first_expert=first_expert, elsewhere=elsewhere, group_tile=tile, x_dtype=x_dtype,
+        top_k=top_k, first_expert=first_expert, elsewhere=elsewhere, group_tile=tile, x_dtype=x_dtype, deterministic=ordered,
     )  # fmt: skip
     if tile:
         gemms = tuple(
             replace(each, op=f"grouped{each.op}", a_dtype=grouped_dtype(each.a_dtype, tile), top_k=top_k, group_tile=tile) for each in (first, second)
         )
+        gemms = (gemms[0], replace(gemms[1], deterministic=ordered))
     else:
         gemms = tuple(replace(each, active_list=True, top_k=top_k) for each in (first, second))
     return (*quantise, choice, *gemms)
 
 
 def _entry(
-    rt: Runtime, key: Any, ordinal: int, stream: int, tensors: Tensors, c: Tensor, settings: tuple[int, int, str, str, int, bool]
+    rt: Runtime, key: Any, ordinal: int, stream: int, tensors: Tensors, c: Tensor, settings: tuple[int, int, str, str, int, bool, bool]
 ) -> Entry:
     """Outside ``_moe``, whose variables would be slower to reach were they shared with a function inside."""
     return rt.entry(key, ordinal, stream, lambda owner: _make_moe(rt, owner, tensors, c, *settings))
@@ -277,9 +287,10 @@ def _make_moe(
     c_dtype: str,
     first_expert: int,
     elsewhere: bool,
+    deterministic: bool,
 ) -> Entry:
     ordinal = owner[1]
-    problems = _moe_problems(rt, ordinal, tensors, hidden, intermediate, c_dtype, first_expert, elsewhere)
+    problems = _moe_problems(rt, ordinal, tensors, hidden, intermediate, c_dtype, first_expert, elsewhere, deterministic)
     if not problems[-1].m:
         return Entry(rt, owner, (), [Source(name) for name in _NAMES])
     given = [each is not None for each in tensors]
@@ -339,7 +350,11 @@ def _moe_uses(problems: tuple[Problem, ...], given: list[bool]) -> tuple[Mapping
     use("c", (second, "c"))
     if problems[choice].op == "route":
         scratch(choice, "tiles", (first, "tiles"), (second, "tiles"))
-        scratch(choice, "rows", (first, "rows"), (second, "rows"))
+        if problems[choice].deterministic:
+            scratch(choice, "rows", (first, "rows"))
+            scratch(choice, "places", (second, "places"))
+        else:
+            scratch(choice, "rows", (first, "rows"), (second, "rows"))
         scratch(choice, "row_alpha", (second, "row_alpha"))
     else:
         scratch(choice, "alpha", (first, "alpha_post") if fused else (second, "alpha"))

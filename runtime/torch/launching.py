@@ -34,7 +34,7 @@ from densemoe.runtime.plan import Plan, packed_weight_bytes
 from densemoe.runtime.problem import Problem, grouped_dtype
 from densemoe.runtime.recipe import evaluate
 from densemoe.runtime.select import load_table
-from densemoe.runtime.variant import GROUPED_OPS
+from densemoe.runtime.variant import DETERMINISTIC, GROUPED_OPS
 
 __all__ = ["Entry", "Launch", "Runtime", "Shortcut", "Source", "check_aligned", "runtime", "use_runtime"]
 
@@ -290,7 +290,7 @@ class Runtime:
         self._outgrown: list[int] = []
         self._turns: dict[Owner, SimpleQueue[None]] = {}
         self._ones: dict[int, int] = {}
-        self._grouped: dict[int, tuple[Mapping[str, Any] | None, set[tuple[str, str, str, int]]]] = {}
+        self._grouped: dict[int, tuple[Mapping[str, Any] | None, set[tuple[str, str, str, bool, int]]]] = {}
 
     @property
     def loader(self) -> Loader:
@@ -474,28 +474,36 @@ class Runtime:
             self._ones[ordinal] = self._allocate(len(_ONE), _ONE, ordinal)
         return self._ones[ordinal]
 
-    def group_tile(self, ordinal: int, first: Problem, second: Problem, top_k: int) -> int:
+    def group_tile(self, ordinal: int, first: Problem, second: Problem, top_k: int, deterministic: bool = False) -> int:
         """Rows of a tile of the grouped form of a layer (``grouping.group_tile``), 0 where its form is the other.
 
         Args:
             first, second: FC1 and FC2 of the other form.
+            deterministic: FC2 in one order.
         """
         grouping, _ = self._gathering(ordinal)
-        tiles = [self._tiles(ordinal, each.op, each.a_dtype, each.c_dtype) for each in (first, second)]
+        tiles = [self._tiles(ordinal, each.op, each.a_dtype, each.c_dtype, deterministic) for each in (first, second)]
         return group_tile(grouping, tiles[0] & tiles[1], first.m, top_k, first.experts)
 
-    def _tiles(self, ordinal: int, op: str, a_dtype: str, c_dtype: str) -> set[int]:
+    def _tiles(self, ordinal: int, op: str, a_dtype: str, c_dtype: str, deterministic: bool) -> set[int]:
         """Rows of the tiles that the device's set has grouped kernels of an op for, in a layer of these dtypes."""
         kernels = self._gathering(ordinal)[1]
-        return {tile for own, read, written, tile in kernels if (own, read, written) == (f"grouped{op}", grouped_dtype(a_dtype, tile), c_dtype)}
+        wanted = (f"grouped{op}", c_dtype, deterministic and op == "fc2")
+        own = {(read, tile) for op, read, written, ordered, tile in kernels if (op, written, ordered) == wanted}
+        return {tile for read, tile in own if read == grouped_dtype(a_dtype, tile)}
 
-    def _gathering(self, ordinal: int) -> tuple[Mapping[str, Any] | None, set[tuple[str, str, str, int]]]:
-        """The table's ``grouping``, and op, dtypes and rows of a tile of the grouped kernels; none where the set cannot sort."""
+    def _gathering(self, ordinal: int) -> tuple[Mapping[str, Any] | None, set[tuple[str, str, str, bool, int]]]:
+        """The table's ``grouping``, and of the grouped kernels op, dtypes, whether FC2 adds in one order and rows of a tile; none where the set
+        cannot sort."""
         found = self._grouped.get(ordinal)
         if found is None:
             variants = [each.variant for each in self.loader.manifest(ordinal).variants.values()]
             routes = any(each.op == "route" for each in variants)
-            grouped = {(each.op, each.a_dtype, each.c_dtype, each.tile_m) for each in variants if each.op in GROUPED_OPS and routes}
+            grouped = {
+                (each.op, each.a_dtype, each.c_dtype, bool(each.option(DETERMINISTIC)), each.tile_m)
+                for each in variants
+                if each.op in GROUPED_OPS and routes
+            }
             table = load_table(self.loader.manifest(ordinal).arch)
             found = self._grouped[ordinal] = (table.get("grouping"), grouped)
         return found

@@ -200,9 +200,9 @@ class DenseGemmMoE(torch.nn.Module):  # type: ignore[misc]
             rows, tiled = x.reshape(-1, x.shape[-1]), None
             if c.activations == "bf16":
                 rows = rows.to(torch.bfloat16)
-        optional = (multiplier, between, tiled, alpha_max, c.first_expert, c.ep_size > 1)
+        optional = (multiplier, between, tiled, alpha_max, c.first_expert, c.ep_size > 1, c.deterministic)
         quantises = multiplier is not None or between is not None
-        given = 6 if c.ep_size > 1 else 4 if alpha_max is not None else 3 if tiled is not None else 2 if quantises else 0
+        given = 7 if c.deterministic else 6 if c.ep_size > 1 else 4 if alpha_max is not None else 3 if tiled is not None else 2 if quantises else 0
         out = ops.moe(
             rows,
             ids,
@@ -230,7 +230,7 @@ class DenseGemmMoE(torch.nn.Module):  # type: ignore[misc]
         c = self.config
         return (
             f"E={c.rank_experts} of {c.experts}, k={c.top_k}, H={c.hidden}, I={c.rank_intermediate} of {c.intermediate}, {c.dtype},"
-            f" activations={c.activations}, between={c.between}, {c.routing}{', fused alpha' if c.fused_alpha else ''}"
+            f" activations={c.activations}, between={c.between}, {c.routing}{', fused alpha' if c.fused_alpha else ''}{', deterministic' if c.deterministic else ''}"
         )
 
 

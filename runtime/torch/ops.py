@@ -35,7 +35,7 @@ _FC2: Final = 'Tensor a, Tensor b, Tensor alpha, int experts, int hidden, str la
 _MOE: Final = (
     "Tensor x, Tensor ids, Tensor router, Tensor w1, Tensor w1_alpha, Tensor w2, Tensor w2_alpha, int hidden, int intermediate, str layout,"
     ' str c_dtype="bf16", Tensor? input_multiplier=None, Tensor? output_multiplier=None, Tensor? x_scales=None, Tensor? alpha_max=None,'
-    " int first_expert=0, bool elsewhere=False"
+    " int first_expert=0, bool elsewhere=False, bool deterministic=False"
 )
 
 #: op → (arguments, outputs)
@@ -99,6 +99,7 @@ def _fake_moe(
     alpha_max: Tensor | None = None,
     first_expert: int = 0,
     elsewhere: bool = False,
+    deterministic: bool = False,
 ) -> Tensor:
     return x.new_empty((x.shape[0], hidden), dtype=C_DTYPES[c_dtype])
 
@@ -160,8 +161,8 @@ fc1_swiglu: Final = torch.ops.densemoe.fc1_swiglu
 fc2: Final = torch.ops.densemoe.fc2
 
 #: ``moe(x, ids, router, w1, w1_alpha, w2, w2_alpha, hidden, intermediate, layout, c_dtype="bf16", input_multiplier=None, output_multiplier=None,
-#: x_scales=None, alpha_max=None, first_expert=0, elsewhere=False) -> c``: x bf16 ``[M, H]``, or codes ``[M, H/2]`` with x_scales; ids int32 or int64
+#: x_scales=None, alpha_max=None, first_expert=0, elsewhere=False, deterministic=False) -> c``: x bf16 ``[M, H]``, or codes ``[M, H/2]`` with x_scales; ids int32 or int64
 #: ``[M, k]``, router f32 ``[M, k]``; input_multiplier: quantise x first; output_multiplier: NVFP4 between FC1 and FC2, else bf16; alpha_max: the
 #: fused form; this rank holds experts first_expert … first_expert + E - 1, and ids outside belong to other ranks where ``elsewhere``, else they are
-#: an error (on a GPU: NaN in the token's row).
+#: an error (on a GPU: NaN in the token's row). ``deterministic``, or ``torch.use_deterministic_algorithms``: the same bits every time on a device.
 moe: Final = torch.ops.densemoe.moe

@@ -20,7 +20,7 @@ from densemoe.runtime.layout import from_k64_order, k64_order
 from densemoe.runtime.nvfp4 import bf16_values
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.rules import can_implement
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import DETERMINISTIC, Variant
 
 NUMPY: dict[str, Any] = {"u8": np.uint8, "bf16": np.uint16, "f16": np.float16, "f32": np.float32, "i32": np.int32}
 LARGEST = 448.0 * 6.0  # of a scale and a code
@@ -55,8 +55,10 @@ def run(
 ) -> tuple[bounds.Report, Report]:
     """One grouped GEMM on the reference's routes, judged in every row that they have."""
     variant = Variant.parse(key)
+    ordered = bool(variant.option(DETERMINISTIC))
     problem = Problem(
-        variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype, top_k=top_k, group_tile=variant.tile_m
+        variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype,
+        top_k=top_k, group_tile=variant.tile_m, deterministic=ordered,
     )  # fmt: skip
     rng = np.random.default_rng([m, experts, hidden, intermediate])
     fc1 = variant.op == "groupedfc1"
@@ -73,6 +75,9 @@ def run(
     w2_alpha = np.exp2(rng.integers(-3, 3, experts)).astype(np.float32)
     routes = reference.route(chosen, np.exp2(rng.integers(-2, 1, chosen.shape)).astype(np.float32), w2_alpha, group_tile=variant.tile_m)
     routes_given = routes.packed(m * top_k)
+    if ordered:
+        del routes_given["rows"]
+        routes_given["places"] = routes.places(m, top_k)
     used = len(routes.rows)
     multiplier = None
     if fc1:

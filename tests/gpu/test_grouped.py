@@ -57,10 +57,11 @@ def test_route_is_the_reference_bit_for_bit(loader: Loader, dtype: str, group_ti
     ids = rng.integers(-experts // 8, experts + experts // 8 + 1, (m, top_k)).astype({"i32": np.int32, "i64": np.int64}[dtype])
     arrays = {"ids": ids, "router": rng.random((m, top_k), np.float32), "w2_alpha": rng.random(experts, np.float32)}
     for elsewhere in (True, False):
-        problem = Problem("route", m, experts, 0, 0, dtype, "f32", top_k=top_k, elsewhere=elsewhere, group_tile=group_tile)
+        problem = Problem("route", m, experts, 0, 0, dtype, "f32", top_k=top_k, elsewhere=elsewhere, group_tile=group_tile, deterministic=True)
         got = launched(loader, problem, {role: torch.from_numpy(each).cuda() for role, each in arrays.items()})
         expected = reference.route(*arrays.values(), group_tile=group_tile, elsewhere=elsewhere)
-        same_routes(*(got[role].cpu().numpy() for role in ("tiles", "rows", "row_alpha")), expected)
+        tiles, rows, row_alpha, places = (got[role].cpu().numpy() for role in ("tiles", "rows", "row_alpha", "places"))
+        same_routes(tiles, rows, row_alpha, expected, places)
 
 
 @pytest.mark.parametrize("x_dtype", ["bf16", "nvfp4"])
@@ -98,14 +99,17 @@ def judged(loader: Loader, kind: str, ids: Any, experts: int, hidden: int, inter
         weights = harness.Weights(op, experts, hidden, intermediate, kind, seed=seed)
         routes = reference.route(ids, router, w2_alpha, group_tile=tile)
         given = {role: torch.from_numpy(each).cuda() for role, each in routes.packed(m * top_k).items()}
-        for c_dtype in C_DTYPES[op, tile_n]:
+        given["places"] = torch.from_numpy(routes.places(m, top_k)).cuda()
+        for c_dtype, ordered in itertools.product(C_DTYPES[op, tile_n], (False, True) if op == "fc2" else (False,)):
             if c_dtype == "nvfp4" and kind == "exact":
                 continue
-            problem = Problem(f"grouped{op}", m, experts, hidden, intermediate, a_dtype, c_dtype, top_k=top_k, group_tile=tile)
-            key = f"grouped{op}.sm90a.t{tile}x{tile_n}.c1x1.{a_dtype}-{c_dtype}"
+            problem = Problem(
+                f"grouped{op}", m, experts, hidden, intermediate, a_dtype, c_dtype, top_k=top_k, group_tile=tile, deterministic=ordered
+            )  # fmt: skip
+            key = f"grouped{op}.sm90a.t{tile}x{tile_n}.c1x1.{a_dtype}-{c_dtype}{'.deterministic' * ordered}"
             tensors, a, a_scale = harness.activations(problem.a_rows, problem.k, a_dtype, kind, seed, problem.a_in_k64_order)
             tensors.update({role: each for role, each in given.items() if role in problem.tensors()}, b=weights.packed)
-            what = (f"grouped{op}", kind, m, experts, top_k, hidden, intermediate, f"{tile}x{tile_n}", a_dtype, c_dtype)
+            what = (f"grouped{op}", kind, m, experts, top_k, hidden, intermediate, f"{tile}x{tile_n}", a_dtype, c_dtype, ordered)
             if op == "fc1":
                 alpha = harness.device_tensor(data.fc1_alpha(weights.plain, a_scale))
                 exact: Any = reference.grouped_fc1(a, weights.expert, alpha.double(), routes)
@@ -156,6 +160,60 @@ def test_fc1_of_wgmma_has_the_same_bits_every_time(loader: Loader, tile: int) ->
     first = launched(loader, problem, tensors, 1, key)[role].clone()
     for _ in range(20):
         assert torch.equal(launched(loader, problem, tensors, 1, key)[role].view(torch.int16), first.view(torch.int16))
+
+
+@pytest.mark.parametrize("tile_n", [64, 256])
+def test_fc2_in_one_order_has_the_same_bits_every_time(loader: Loader, tile_n: int) -> None:
+    """Twenty launches on one workspace while another stream keeps SMs busy, of units that lie in several spans: every tile, of data that adds up
+    otherwise in another order."""
+    import harness
+
+    experts, top_k, hidden, intermediate = 6, 4, 1024, 1792
+    noise, busy = torch.cuda.Stream(), torch.randn(1536, 1536, device="cuda")
+    for tile in FAMILIES[tile_n]:
+        m = 2 * tile + 3
+        ids, router, w2_alpha = choice(m, experts, top_k, tile)
+        router = np.random.default_rng(tile).random(router.shape, np.float32)
+        routes = reference.route(ids, router, w2_alpha, group_tile=tile)
+        given = {role: torch.from_numpy(each).cuda() for role, each in routes.packed(m * top_k).items()}
+        given["places"] = torch.from_numpy(routes.places(m, top_k)).cuda()
+        problem = Problem("groupedfc2", m, experts, hidden, intermediate, "bf16", "f32", top_k=top_k, group_tile=tile, deterministic=True)
+        weights = harness.Weights("fc2", experts, hidden, intermediate, "normal", seed=tile)
+        tensors, _, _ = harness.activations(problem.a_rows, intermediate, "bf16", "normal", tile, problem.a_in_k64_order)
+        tensors.update({role: each for role, each in given.items() if role in problem.tensors()}, b=weights.packed)
+        c = torch.empty(m, hidden, device="cuda")
+        found = []
+        with loader.plan(problem, {**tensors, "c": c}, 0, f"groupedfc2.sm90a.t{tile}x{tile_n}.c1x1.bf16-f32.deterministic") as plan:
+            for turn in range(20):
+                with torch.cuda.stream(noise):
+                    for _ in range(turn % 4):
+                        busy = torch.tanh(busy @ busy)
+                harness.launch(plan)
+                torch.cuda.synchronize()
+                found.append(c.clone())
+        assert all(torch.equal(each.view(torch.int32), found[0].view(torch.int32)) for each in found[1:]), f"tile {tile}"
+
+
+@pytest.mark.parametrize("asked", ["argument", "torch"])
+@pytest.mark.parametrize(("m", "experts", "top_k"), [(5, 8, 2), (40, 16, 4), (90, 8, 2), (300, 8, 2), (300, 32, 8)])
+def test_layers_give_the_same_bits_where_that_is_asked_for(m: int, experts: int, top_k: int, asked: str) -> None:
+    """By the op's argument, or by torch.use_deterministic_algorithms; within the CPU op's tolerance as ever."""
+    from test_torch_ops import TOLERANCE, Layer, on_gpu
+
+    from densemoe.runtime.torch import device, ops
+
+    arguments = Layer(experts, top_k, 512, 256, m).arguments("bf16")
+    given = on_gpu(arguments)
+    if asked == "torch":
+        torch.use_deterministic_algorithms(True)
+    try:
+        found = [ops.moe(*given, deterministic=asked == "argument") for _ in range(20)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(each, found[0]) for each in found[1:])
+    torch.testing.assert_close(found[0].cpu(), ops.moe(*arguments), **TOLERANCE)
+    newest = list(device.runtime().entries.values())[-1]
+    assert newest.plans[-1].key.endswith(".deterministic") == (m > 8)
 
 
 @pytest.mark.parametrize("form", ["bf16", "nvfp4"])
