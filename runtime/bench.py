@@ -28,6 +28,7 @@ from densemoe.runtime.grouping import group_tile
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.manifest import ManifestVariant
 from densemoe.runtime.plan import Plan
+from densemoe.runtime.problem import Problem
 from densemoe.runtime.select import Choice, load_table
 from densemoe.runtime.tune import STATED, Tuner, grouped_keys, grouped_tiles
 from densemoe.runtime.tune_cases import PEAK_FLOPS, Case, Shape, flops, roofline, worth_a_tile

@@ -247,7 +247,9 @@ class GatheredLayer:
         )  # fmt: skip
         return route, first, self._fc2.problem(m, tile, deterministic)
 
-    def bind(self, m: int, tile: int, count: int, deterministic: bool = False) -> tuple[list[dict[str, int]], list[dict[str, int]], list[dict[str, int]]]:
+    def bind(
+        self, m: int, tile: int, count: int, deterministic: bool = False
+    ) -> tuple[list[dict[str, int]], list[dict[str, int]], list[dict[str, int]]]:
         """Addresses by role of ``count`` rotations of each launch; valid until another M is bound."""
         if self._ids[0] != m:
             self._ids_memory.close()

@@ -164,7 +164,7 @@ class LayerBench(Bench):
             tuner.driver.synchronize()
             passed, detail = gathered.check(m, tile)
             if not passed:
-                found.append(f"{name}, tiles of {tile}: {detail}")
+                found.append(f"{name}: {detail}")
                 point.missing[name] = "it disagrees with the reference"
                 continue
             launches = [tuner._launches(plan, each) for plan, each in zip(steps, own, strict=True)]

@@ -109,8 +109,8 @@ class Problem:
         elsewhere: ``prepare`` and ``route``: ids outside this rank's experts belong to other ranks; else such an id makes its token NaN.
         group_tile: ``route`` and the grouped ops: most rows of a tile; the kernels' tile_m.
         x_dtype: ``route``: ``bf16`` or ``nvfp4``: the activations that it brings to K 64 order, with ``hidden`` columns; "": none, and H is 0.
-        deterministic: ``groupedfc2`` adds a token's experts in the order of its choice, so that a launch gives the same bits every time, and ``route``
-            tells it where they stand (``places``). The other ops do so always.
+        deterministic: ``groupedfc2`` adds a token's experts in the order of its choice, so that a launch gives the same bits every time, and
+            ``route`` tells it where they stand (``places``). The other ops do so always.
 
     Raises:
         ProblemError: a value that the contract's section 8 refuses.
@@ -229,7 +229,8 @@ class Problem:
         Roles: ``a`` or ``a.codes`` + ``a.scales``; ``alpha``; ``alpha_post``; ``active_experts`` (the
         count, then as many expert ids, ascending); ``output_multiplier``; ``c`` or ``c.codes`` + ``c.scales``.
         Of ``route`` and the grouped ops: ``tiles`` (a head [tiles, rows, 0, 0], then [expert, first row, rows, 0] each), ``rows`` (the token of each
-        row), ``places`` (the row of each pair, -1 where it has none) and ``row_alpha`` (its scale in FC2); and ``a.k64`` and ``c.k64`` where they are in K 64 order (``a_in_k64_order``, ``c_in_k64_order``).
+        row), ``places`` (the row of each pair, -1 where it has none) and ``row_alpha`` (its scale in FC2); and ``a.k64`` and ``c.k64`` where they
+        are in K 64 order (``a_in_k64_order``, ``c_in_k64_order``).
         """
         rows = _ceil_to(self.m, SCALE_ROWS)
         if self.op in ("prepare", "route"):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _OFFSET = (1 << RANK_SHIFT) - 1
+DISCARDED = 128  # bytes of ``discard.global.L2``
 
 
 class Accesses:
@@ -227,6 +228,18 @@ class Accesses:
         values = np.zeros((g.lanes, count), _UNSIGNED[size])
         values[rows] = np.ascontiguousarray(data[rows[:, None], span]).view(_UNSIGNED[size])
         return values[:, 0].copy() if count == 1 else np.ascontiguousarray(values.T)
+
+    def discard(self, g: Gang, address: Any, mask: Any) -> None:
+        """``discard.global.L2``: a weak write of 128 bytes that leaves them undefined (9.7.9, ``discard``)."""
+        picked = None if mask is None else np.flatnonzero(mask)
+        if picked is not None and not picked.size:
+            return
+        lanes = np.arange(g.lanes) if picked is None else picked
+        addresses = np.full(lanes.size, address, np.uint64) if isinstance(address, int) else address.astype(np.uint64, copy=False)
+        if picked is not None and addresses.size != lanes.size:
+            addresses = addresses[picked]
+        self.note_global(g, addresses, picked, 4, DISCARDED // 4, True, "")
+        self.memory.discard(addresses, DISCARDED)
 
     def store_local(self, g: Gang, address: Any, mask: Any, size: int, values: tuple[Any, ...]) -> None:
         """``st.local``."""

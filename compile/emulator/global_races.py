@@ -5,10 +5,11 @@ Sources: PTX ISA 9.x, 8.7 and 8.8 (release and acquire patterns, causality order
 
 CTAs of different clusters know of each other through global memory alone: by an atomic or strong access that releases and one that acquires, of
 its own semantics or by a fence before or after it. So every warp has a vector over all resident warps; CTA barriers, mbarriers and completion
-carry it on. Watched are buffers that kernels may write, in granules of 4 bytes: the last write, atomic and strong store, and one last read and strong vector
-load of each. Not watched are accesses of less than 4 bytes and those of asynchronous copies. Strong scalar loads, which may poll, race with weak writes
-alone. A strong vector load is as many strong scalar ones (8.2.2), which may poll words that are their own flags (``sm90_reduction``): it races with weak
-writes, and besides, as a sum that is read before all has been added to it, with atomics; not with strong stores.
+carry it on. Watched are buffers that kernels may write, in granules of 4 bytes: the last write, atomic and strong store, and one last read and
+strong vector load of each. Not watched are accesses of less than 4 bytes and those of asynchronous copies. Strong scalar loads, which may poll,
+race with weak writes alone. A strong vector load is as many strong scalar ones (8.2.2), which may poll words that are their own flags
+(``sm90_reduction``): it races with weak writes, and besides, as a sum that is read before all has been added to it, with atomics; not with strong
+stores.
 
 What one lane releases or acquires is its own affair until the warp synchronises (9.7.13.2, ``bar.warp.sync``; shuffles order nothing). A vector
 therefore has two entries a warp: up to which tick all of its lanes are known, and up to which those lanes are that ever released alone

@@ -252,6 +252,20 @@ class GlobalMemory:
             self._mark(buffer, index, nbytes)
             buffer.view(size, count)[index] = values if where is None else values[where]
 
+    def discard(self, addresses: Array, nbytes: int) -> None:
+        """Leaves `nbytes` bytes at each address undefined: reading them before they are written again is an error.
+
+        Raises:
+            EmulatorError: out of bounds, misaligned, or read-only.
+        """
+        for buffer, _, offsets in self.parts(addresses, nbytes):
+            index = self._index(buffer, offsets, nbytes)
+            if not buffer.writable:
+                raise EmulatorError(f"a discard of {buffer.name}, which is read-only")
+            if buffer.written is None:
+                buffer.written = np.full(buffer.data.size, 0xFF, np.uint8)
+            buffer.written[: buffer.written.size // nbytes * nbytes].reshape(-1, nbytes)[index] = 0
+
     def _mark(self, buffer: Buffer, index: Array, nbytes: int) -> None:
         if not buffer.writable:
             raise EmulatorError(f"a write to {buffer.name}, which is read-only")

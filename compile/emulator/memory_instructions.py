@@ -107,9 +107,14 @@ def _st(e: Emitter, i: Instruction) -> None:
 
 
 @operation("prefetch{.global|.local|}.{L1|L2}{::evict_last|::evict_normal|}", "prefetchu.L1", operands=1, destinations=0)
-@operation("prefetch{.const|.param|}.tensormap", "applypriority.global.L2::evict_normal", "discard.global.L2", operands=(1, 2), destinations=0)
+@operation("prefetch{.const|.param|}.tensormap", "applypriority.global.L2::evict_normal", operands=(1, 2), destinations=0)
 def _prefetch(e: Emitter, i: Instruction) -> None:
     e.address(i.operands[0])
+
+
+@operation("discard.global.L2", operands=2, destinations=0)
+def _discard(e: Emitter, i: Instruction) -> None:
+    e.emit(f"H.discard(g, {e.u(e.address(i.operands[0]))}, {e.mask})")  # the size is 128, whatever is written
 
 
 @operation(

@@ -111,9 +111,9 @@ def check_tile(variant: Variant, tiles_m: Collection[int] = TILES_M, tile_n: int
         raise VariantError(f"tile {variant.tile_m}x{variant.tile_n} of {variant.key}: the sm_90a kernels have {allowed}")
     if (variant.cluster_m, variant.cluster_n) != (1, 1):
         raise VariantError(f"cluster {variant.cluster_m}x{variant.cluster_n} of {variant.key}: the sm_90a kernels use no clusters; write 1x1")
-    unknown = [name if value == 1 else f"{name}{value}" for name, value in variant.options if name not in options or value != 1]
+    unknown = [name for name, value in variant.options if name not in options or value != 1]
     if unknown:
-        raise VariantError(f"options {unknown} of {variant.key}: this kernel has {' and '.join(options) or 'none'}")
+        raise VariantError(f"options {unknown} of {variant.key}: this kernel has {' and '.join(f'{each}: 1' for each in options) or 'none'}")
 
 
 # ---- plain PTX where the primitives have no exact counterpart; outputs are write-only, which is the form that compiles right

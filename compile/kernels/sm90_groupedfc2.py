@@ -44,6 +44,7 @@ WEIGHT_LAYOUT = common.WEIGHT_LAYOUT
 RESIDENT_CTAS = {8: 4, 16: 3}
 SMALLEST_SPAN = 1  # K 128 blocks of a warp
 LARGEST_GROUP = 4  # row blocks
+ORDERED_AT_ONCE = 16  # rows that a lane of a converting warp loads together, where they are added in order
 CONVERTED_AT_ONCE = {8: 1, 16: 2}  # pieces whose loads a converting warp has in flight, as registers allow
 
 
@@ -78,10 +79,7 @@ def groupedfc2_kernel(
             config, a, a_scales, b, row_alpha, partials, tiles, rows, slots, tokens_total, top_k, hidden, intermediate, group_rows, adding,
             waits_first, tid, bid,
         )  # fmt: skip
-        if cutlass.const_expr(config.ordered):
-            group = Int32(Uint32(span[0]) // Uint32(of_group))
-            conversion.hand_over(counters, group, span[0] - group * of_group, span[1] - span[0], of_group, tid)
-        elif ctas != adding:
+        if cutlass.const_expr(config.ordered) or ctas != adding:
             group = Int32(Uint32(span[0]) // Uint32(of_group))
             conversion.hand_over(counters, group, span[0] - group * of_group, span[1] - span[0], of_group, tid)
         else:
@@ -97,8 +95,8 @@ def groupedfc2_kernel(
         of_group = common.load_global_s32_or(tiles, Int32(1), Int32(0)) * group_rows * k_blocks
         if cutlass.const_expr(config.ordered):
             ordered.convert(
-                common.WARPS, config.c_dtype, c, partials, places, counters, of_group, group_rows, bid - adding, ctas - adding, tokens_total, top_k,
-                row_blocks, tid,
+                ORDERED_AT_ONCE, common.WARPS, config.c_dtype, c, partials, places, counters, of_group, group_rows,
+                bid - adding, ctas - adding, tokens_total, top_k, row_blocks, tid,
             )  # fmt: skip
         else:
             at_once = CONVERTED_AT_ONCE[config.tile_m]
@@ -364,7 +362,7 @@ def groupedfc2_host(
     converting = conversion.converting_ctas(tokens_total, row_blocks, sm_count, common.WARPS, config.resident_ctas, beyond)
     ordered_form = cutlass.const_expr(config.ordered)
     if ordered_form:
-        converting = ordered.converting_ctas(tokens_total, top_k, row_blocks, sm_count, common.WARPS, config.resident_ctas)
+        converting = ordered.converting_ctas(tokens_total, top_k, row_blocks, sm_count, ORDERED_AT_ONCE, common.WARPS, config.resident_ctas)
     groupedfc2_kernel(
         a.raw_ptr(),
         a_scales.raw_ptr(),
@@ -418,7 +416,7 @@ def recipe(variant: Variant) -> Recipe:
     own: tuple[Parameter, ...] = (Parameter("rows", "pointer", "rows"), Parameter("tokens_total", "u32", "M"))
     if config.ordered:
         workspaces = ordered.workspaces(f"adding * {common.WARPS * ordered.slot_bytes(config)}")
-        converting = ordered.converting(common.WARPS, config.resident_ctas)
+        converting = ordered.converting(ORDERED_AT_ONCE, common.WARPS, config.resident_ctas)
         own = (*ordered.POINTERS, Parameter("tokens_total", "u32", "M"), Parameter("top_k", "u32", "top_k"))
     return Recipe(
         parameters=(
@@ -479,5 +477,7 @@ def expected(variant: Variant) -> Expected:
     config = config_of(variant)
     loop = common.expected(config, unroll(config))
     vectors = 4 * config.token_blocks * unroll(config)
-    counts = {"st.global.v4.f32": vectors + ordered.vectors_stored(config.c_dtype)} if config.ordered else {"red.relaxed.gpu.global.add.v4.f32": vectors}
+    counts = {"red.relaxed.gpu.global.add.v4.f32": vectors}
+    if config.ordered:
+        counts = {"st.global.v4.f32": vectors + ordered.vectors_stored(config.c_dtype, ORDERED_AT_ONCE)}
     return replace(loop, ptx_counts={**loop.ptx_counts, **counts})

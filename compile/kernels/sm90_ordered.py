@@ -1,15 +1,17 @@
 """How grouped FC2 adds in one order (variants with the option ``deterministic``): the same bits every time, whatever runs when.
 
-The other form adds each row to its token's sums by ``red.add``, in the order in which CTAs come to it. Here each row of ``route`` has sums of its own,
-which are stored once, and are added per token by whoever converts it, in the order of the token's choice:
+The other form adds each row to its token's sums by ``red.add``, in the order in which CTAs come to it. Here each row of ``route`` has sums of its
+own, which are stored once, and are added per token by whoever converts it, in the order of the token's choice:
 
     accumulators of a unit ─► float32 [row block][row][64], x row_alpha ─► CTAs behind all that add: a token's rows, found by ``places``, in order
     a unit that several workers share: the parts of those behind the first go through their slots (``sm90_reduction``), as in FC1
 
 What it costs is reading k rows a token at the end instead of one. Nothing has to be zero but slots and tickets. A row whose alpha is 0 is 0.
 
-No deadlock, as in ``sm90_reduction``: workers are counted from the last CTA, so that who waits for a slot waits for earlier CTAs; CTAs that convert come
-behind all of them, and begin with the last row blocks, which the first CTAs have.
+Rows are read once, and their lines of the L2 are then discarded, so that they need not be written to memory.
+
+No deadlock, as in ``sm90_reduction``: workers are counted from the last CTA, so that who waits for a slot waits for earlier CTAs; CTAs that convert
+come behind all of them, and begin with the last row blocks, which the first CTAs have.
 """
 
 from __future__ import annotations
@@ -43,7 +45,11 @@ from densemoe.compile.kernels.sm90_fc2 import load_workspace_if, token_values
 from densemoe.runtime.recipe import Parameter, Workspace
 
 POINTERS: Final = (Parameter("places", "pointer", "places"), Parameter("slots", "pointer", "workspace.slots"))  # in place of ``rows``
-AT_ONCE: Final = 16  # rows of its tokens that a lane loads together
+MANY_PIECES: Final = 4  # of a warp, from which more CTAs convert than one an SM
+#: By resident CTAs: CTAs that convert at most, and whether twice as many may where pieces are many.
+MOST_CONVERTING: Final = {4: ("sm_count", True), 3: ("sm_count", True), 2: ("sm_count", False), 1: ("max(sm_count // 2, 1)", False)}
+LINE: Final = 128  # bytes of one of the L2
+HALF: Final = LANES_A_ROW  # lanes that convert the same tokens: half a warp
 BATCH: Final = 4  # vectors of a slot that a lane loads together
 
 
@@ -53,28 +59,44 @@ def workspaces(slots: str) -> tuple[Workspace, ...]:
     return Workspace("workspace.rows", "M * top_k * H * 4"), Workspace("workspace.slots", slots, zeroed=True), counters
 
 
-def vectors_stored(c_dtype: str) -> int:
-    """``st.global.v4.f32`` in the code that converts."""
-    return AT_ONCE if c_dtype == "f32" else 0
+def vectors_stored(c_dtype: str, at_once: int) -> int:
+    """``st.global.v4.f32`` in the code that converts ``at_once`` rows at a time."""
+    return at_once if c_dtype == "f32" else 0
 
 
-def converting(warps: int, resident_ctas: int) -> str:
-    """How many CTAs convert, as a recipe has it: see ``sm90_conversion.converting``; a piece is tokens of up to ``AT_ONCE`` rows for each
-    half of a warp."""
-    most = "sm_count" if resident_ctas > 1 else "sm_count // 2"
-    return f"min(ceil_div(row_blocks * ceil_div(M, 2 * max({AT_ONCE} // top_k, 1)), {warps}), max({most}, 1))"
+def converting(at_once: int, warps: int, resident_ctas: int) -> str:
+    """How many CTAs of ``warps`` warps convert, as a recipe has it. A piece is the tokens of ``at_once`` rows for each half of a warp.
+
+    One an SM, or fewer where a warp would have none: CTAs that poll take places. More where each warp has ``MANY_PIECES``, up to what leaves those
+    that add a place on an idle device, which holds ``resident_ctas`` an SM.
+    """
+    pieces = f"row_blocks * ceil_div(M, 2 * max({at_once} // top_k, 1))"
+    most, doubled = MOST_CONVERTING[resident_ctas]
+    few = f"min(ceil_div({pieces}, {warps}), {most})"
+    return few if not doubled else f"max({few}, min(ceil_div({pieces}, {warps * MANY_PIECES}), {most} * 2))"
 
 
 @cute.jit
-def converting_ctas(tokens_total, top_k, row_blocks, sm_count, warps: cutlass.Constexpr, resident_ctas: cutlass.Constexpr):
+def converting_ctas(
+    tokens_total, top_k, row_blocks, sm_count, at_once: cutlass.Constexpr, warps: cutlass.Constexpr, resident_ctas: cutlass.Constexpr
+):
     """``converting`` on the compiler's own host side."""
-    of_piece = 2 * max(AT_ONCE // top_k, Int32(1))
+    of_piece = 2 * max(at_once // top_k, Int32(1))
     pieces = row_blocks * ((tokens_total + (of_piece - 1)) // of_piece)
-    most = sm_count if cutlass.const_expr(resident_ctas > 1) else sm_count // 2
-    return min((pieces + (warps - 1)) // warps, max(most, Int32(1)))
+    most = sm_count if cutlass.const_expr(resident_ctas > 1) else max(sm_count // 2, Int32(1))
+    ctas = min((pieces + (warps - 1)) // warps, most)
+    if cutlass.const_expr(MOST_CONVERTING[resident_ctas][1]):
+        ctas = max(ctas, min((pieces + (warps * MANY_PIECES - 1)) // (warps * MANY_PIECES), most * 2))
+    return ctas
 
 
 # ---- a unit's sums
+
+
+def smallest_span(smallest: int) -> str:
+    """The fewest K blocks of a worker, as a recipe has it, at least ``smallest``: half of a unit's, so that few workers share one, whose parts the
+    first of them adds one after the other."""
+    return f"max({smallest}, (ceil_div(I, {common.SUPERBLOCK_K}) + 1) // 2)"
 
 
 @cute.jit
@@ -157,56 +179,92 @@ def scaled(config: Any, sums: list[Any], scale: Any) -> list[Any]:
 
 @cute.jit
 def convert(
-    warps: cutlass.Constexpr, c_dtype: cutlass.Constexpr, c, rows, places, counters, of_group, group_rows, converter, converters, tokens_total, top_k,
-    row_blocks, tid,
+    at_once: cutlass.Constexpr, warps: cutlass.Constexpr, c_dtype: cutlass.Constexpr, c, rows, places, counters, of_group, group_rows, converter,
+    converters, tokens_total, top_k, row_blocks, tid,
 ):  # fmt: skip
     """A CTA that adds nothing: its warps take pieces of the output, wait until all rows of these are there, and add them per token.
 
-    A piece is 64 columns of some tokens, half of them for each half of the warp, of up to ``AT_ONCE`` rows together. Arguments as of
-    ``sm90_conversion.convert``.
+    A piece is 64 columns of some tokens, half of them for each half of the warp, of up to ``at_once`` rows, which a lane loads together. Where these
+    stand is loaded a piece ahead, and a group of row blocks that was complete is not asked again. Arguments as of ``sm90_conversion.convert``.
     """
     lane = tid % 32
-    own_tokens = max(AT_ONCE // top_k, Int32(1))  # of half a warp
+    own_tokens = max(at_once // top_k, Int32(1))  # of half a warp
     pieces_a_row = (tokens_total + (2 * own_tokens - 1)) // (2 * own_tokens)
     pieces = row_blocks * pieces_a_row
     own = converter * warps + cute.arch.make_warp_uniform(tid // 32)
     step = converters * warps
     before = add_if(counters, Int32(own >= pieces) & Int32(lane == 0))  # a warp without pieces waits for nothing
+    token = first_token(pieces - 1 - own, pieces_a_row, own_tokens, lane)
+    found = places_from(at_once, places, token * top_k, Int32(0), own_tokens * top_k * Int32(own < pieces), tokens_total * top_k, lane)
+    complete = Int32(-1)
     for index in cutlass.range(own, pieces, step, unroll=1):
         piece = pieces - 1 - index
         row_block = Int32(Uint32(piece) // Uint32(pieces_a_row))
-        token = ((piece - row_block * pieces_a_row) * 2 + lane // LANES_A_ROW) * own_tokens
-        ticket = counters + TICKETS_AT + Int64(Int32(Uint32(row_block) // Uint32(group_rows))) * 4
-        while ballot(Int32(load_ticket(ticket) != of_group)) != 0:
-            pr.inline_ptx_hl(f"nanosleep.u32 {POLL_NANOSECONDS};", read_only_args=[])
-        cute.arch.sync_warp()
-        if index + step >= pieces:
+        group = Int32(Uint32(row_block) // Uint32(group_rows))
+        if group != complete:
+            ticket = counters + TICKETS_AT + Int64(group) * 4
+            while ballot(Int32(load_ticket(ticket) != of_group)) != 0:
+                pr.inline_ptx_hl(f"nanosleep.u32 {POLL_NANOSECONDS};", read_only_args=[])
+            cute.arch.sync_warp()
+            complete = group
+        more = Int32(index + step < pieces)
+        if more == 0:
             before = add_if(counters, Int32(lane == 0))
-        convert_tokens(c_dtype, c, rows, places, row_block, token, own_tokens, tokens_total, top_k, row_blocks, lane)
+        here, own_found = token, found
+        token = first_token(piece - step, pieces_a_row, own_tokens, lane)
+        found = places_from(at_once, places, token * top_k, Int32(0), own_tokens * top_k * more, tokens_total * top_k, lane)
+        convert_tokens(at_once, c_dtype, c, rows, places, own_found, row_block, here, own_tokens, tokens_total, top_k, row_blocks, lane)
     clear_tickets_if_last(counters, before, step, row_blocks, lane)
 
 
 @cute.jit
-def convert_tokens(c_dtype: cutlass.Constexpr, c, rows, places, row_block, token, own_tokens, tokens_total, top_k, row_blocks, lane):
-    """Each half of a warp adds the rows of its tokens, ``own_tokens`` from ``token`` on, in the order of their choice, and stores 64 columns of each."""
+def first_token(piece, pieces_a_row, own_tokens, lane):
+    """The first token of a lane's half of a piece."""
+    whole = max(piece, Int32(0))
+    return ((whole - Int32(Uint32(whole) // Uint32(pieces_a_row)) * pieces_a_row) * 2 + lane // HALF) * own_tokens
+
+
+def places_from(at_once: int, places: Any, first: Any, base: Any, length: Any, every: Any, lane: Any) -> list[Any]:
+    """The rows of ``at_once`` pairs from ``first + base`` on, one a lane of each half and word: −1 for what has none, from ``first + length`` or from
+    ``every`` on."""
+    found = []
+    for word in range(-(-at_once // HALF)):
+        pair = base + word * HALF + lane % HALF
+        inside = Int32(word * HALF + lane % HALF < at_once) if (word + 1) * HALF > at_once else Int32(1)
+        exists = inside & Int32(pair < length) & Int32(first + pair < every)
+        found.append(common.load_global_s32_or(places + Int64(first + pair) * 4, exists, Int32(-1)))
+    return found
+
+
+@cute.jit
+def convert_tokens(
+    at_once: cutlass.Constexpr, c_dtype: cutlass.Constexpr, c, rows, places, found, row_block, token, own_tokens, tokens_total, top_k, row_blocks,
+    lane,
+):  # fmt: skip
+    """Each half of a warp adds the rows of its tokens, ``own_tokens`` from ``token`` on, in the order of their choice, and stores 64 columns of each.
+
+    Args:
+        found: ``places_from`` the first of them.
+    """
     column = (lane % LANES_A_ROW) * VECTOR
     every = tokens_total * top_k
-    sums = rows + Int64(row_block) * Int64(every) * ROW_BYTES + Int64(column * 4)
+    of_row_block = rows + Int64(row_block) * Int64(every) * ROW_BYTES
+    sums = of_row_block + Int64(column * 4)
     hidden = Int64(row_blocks) * common.SUPERBLOCK_ROWS
     element = Int64(token) * hidden + Int64(row_block * common.SUPERBLOCK_ROWS + column)
     first = token * top_k
     length = own_tokens * top_k
     left = top_k
     totals = [Float32(0.0) for _ in range(VECTOR)]
-    for base in cutlass.range(0, length, AT_ONCE, unroll=1):
-        pair = base + lane % LANES_A_ROW
-        exists = Int32(pair < length) & Int32(first + pair < every)
-        place = common.load_global_s32_or(places + Int64(first + pair) * 4, exists, Int32(-1))
+    for base in cutlass.range(0, length, at_once, unroll=1):
         loaded = []
-        for i in cutlass.range_constexpr(AT_ONCE):
-            own = common.shuffle_from(place, lane // LANES_A_ROW * LANES_A_ROW + i)
+        for i in cutlass.range_constexpr(at_once):
+            own = common.shuffle_from(found[i // HALF], lane // HALF * HALF + i % HALF)
             loaded.append(load_workspace_if(sums + Int64(own) * ROW_BYTES, Int32(own >= 0)))
-        for i in cutlass.range_constexpr(AT_ONCE):
+        spent = found
+        if base + at_once < length:  # a token of more rows
+            found = places_from(at_once, places, first, base + at_once, length, every, lane)
+        for i in cutlass.range_constexpr(at_once):
             totals = reduction.add(totals, loaded[i])
             left -= 1
             if left == 0:
@@ -215,3 +273,14 @@ def convert_tokens(c_dtype: cutlass.Constexpr, c, rows, places, row_block, token
                 left = top_k
                 token += 1
                 element = element + hidden
+        cute.arch.sync_warp()  # every lane has its sums
+        for word in cutlass.range_constexpr(len(spent)):
+            for line in cutlass.range_constexpr(ROW_BYTES // LINE):
+                discard_if(of_row_block + Int64(spent[word]) * ROW_BYTES + line * LINE, Int32(spent[word] >= 0))
+
+
+def discard_if(address: Any, valid: Any) -> None:
+    """Says that a line of the L2 is not needed any more, where ``valid`` is not 0: it need not be written to memory."""
+    pr.inline_ptx_hl(
+        f"{{ .reg .pred p; setp.ne.b32 p, {{$r1}}, 0; @p discard.global.L2 [{{$r0}}], {LINE}; }}", read_only_args=[address, valid]
+    )

@@ -147,7 +147,11 @@ def sort_pairs(
     ids, router, w2_alpha, tiles, rows, row_alpha, places, tokens_total, experts, top_k, first_expert, elsewhere, group_tile, shared, tid,
     id_bytes: cutlass.Constexpr,
 ):  # fmt: skip
-    """The first CTA: ``tiles``, ``rows`` and ``row_alpha``, and ``places`` where that is not null. ``shared``: counts, first rows, counts of chunks, totals, sorted pairs."""
+    """The first CTA: ``tiles``, ``rows`` and ``row_alpha``, and ``places`` where that is not null.
+
+    Args:
+        shared: counts, first rows, counts of chunks, totals, sorted pairs.
+    """
     counts, first_rows, chunk_counts, totals, sorted_pairs = shared
     warp = cute.arch.make_warp_uniform(tid // 32)
     lane = tid % 32
@@ -428,7 +432,7 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: six pointers and six words, three pointers and a word, a pointer and a word (without the stream)."""
+    """What the exported host function is called with, without the stream: six pointers and six words, three and a word, one and a word."""
     pointers = [addresses[each.value] for each in recipe(variant).parameters[:6]]
     words = [names[name] for name in ("M", "E", "top_k", "first_expert", "elsewhere", "group_tile")]
     return [*pointers, *words, *(addresses[role] for role in ORDERED), names["H"], addresses[PLACES], names["sm_count"]]

@@ -42,6 +42,7 @@ TILE_BYTES = 16  # of a tile of ``route``, and of the list's head
 SMALLEST_SPAN = 4  # K 128 blocks of a CTA
 SLOT_BATCH = {1: 8, 2: 4}  # by warpgroups: vectors of a slot whose loads are in flight together, as registers allow
 CONVERTED_AT_ONCE = {4: 1, 3: 2, 2: 2, 1: 2}  # by resident CTAs: pieces whose loads a warp that converts has in flight, as registers allow
+ORDERED_AT_ONCE = {4: 16, 3: 24, 2: 32, 1: 32}  # the same where rows are added in order: rows that a lane loads together
 VECTOR = 4  # float32 of one access to a slot
 FC2_OUTPUTS = 8  # consecutive output columns that the four m16 blocks of a superblock give one lane
 
@@ -63,6 +64,7 @@ def wgmma_kernel(
     slots: cutlass.Pointer | None,
     tokens_total: Int32,
     top_k: Int32 | None,
+    smallest: Int32 | None,
     hidden: Int32,
     intermediate: Int32,
     adding: Int32,
@@ -106,7 +108,7 @@ def wgmma_kernel(
     pr.griddepcontrol("launch_dependents")
     tile_count = common.load_global_s32_or(tiles, Int32(1), Int32(0))
     work = Work(config, tiles, tile_count, hidden if fc2 else intermediate)
-    total, workers = shares(work.units, k_blocks, workers_most)
+    total, workers = shares(work.units, k_blocks, workers_most, again(smallest) if config.ordered else SMALLEST_SPAN)
     first = total
     last = total
     if Int64(worker) < workers:
@@ -243,7 +245,8 @@ def wgmma_kernel(
             # ---- over the CTAs that share the unit
             finish = Int32(1)
             if run != k_blocks:
-                total, workers = shares(work.units, k_blocks, workers_most)  # again, as `work` has it
+                least = again(smallest) if config.ordered else SMALLEST_SPAN
+                total, workers = shares(work.units, k_blocks, workers_most, least)  # again, as `work` has it
                 begin = Int64(unit) * Int64(k_blocks)
                 first_worker = Int32(((begin + 1) * workers - 1) // total)
                 sharing = Int32(((begin + Int64(k_blocks)) * workers - 1) // total) - first_worker + 1
@@ -301,8 +304,8 @@ def wgmma_kernel(
             row_blocks, converter, converters = hidden // common.SUPERBLOCK_ROWS, bid - adding, ctas - adding
             if cutlass.const_expr(config.ordered):
                 ordered.convert(
-                    config.warps, config.c_dtype, c, partials, places, counters, of_group, WARPGROUP_WARPS, converter, converters,
-                    tokens_total, top_k, row_blocks, tid,
+                    ORDERED_AT_ONCE[config.shape.resident_ctas], config.warps, config.c_dtype, c, partials, places, counters, of_group,
+                    WARPGROUP_WARPS, converter, converters, tokens_total, top_k, row_blocks, tid,
                 )  # fmt: skip
             else:
                 at_once = CONVERTED_AT_ONCE[config.shape.resident_ctas]
@@ -382,11 +385,11 @@ def again(value: Any) -> Any:
     return pr.inline_ptx_hl("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[value])
 
 
-def shares(units: Any, k_blocks: Any, ctas: Any) -> tuple[Any, Any]:
-    """(K blocks of all units, CTAs that share them)."""
+def shares(units: Any, k_blocks: Any, ctas: Any, smallest: Any) -> tuple[Any, Any]:
+    """(K blocks of all units, CTAs that share them, of at least ``smallest`` each)."""
     total = Int64(units) * Int64(k_blocks)
     workers = pr.inline_ptx_hl(
-        "min.s64 {$w0}, {$r0}, {$r1};", write_only_types=[Int64], read_only_args=[Int64(ctas), (total + (SMALLEST_SPAN - 1)) // SMALLEST_SPAN]
+        "min.s64 {$w0}, {$r0}, {$r1};", write_only_types=[Int64], read_only_args=[Int64(ctas), (total + (smallest - 1)) // smallest]
     )
     return total, workers
 

@@ -17,7 +17,7 @@ from densemoe.compile.kernels import sm90_ordered as ordered
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_wgmma import shared_memory_bytes
 from densemoe.compile.kernels.sm90_wgmma_config import GROUP_ROWS, config_of
-from densemoe.compile.kernels.sm90_wgmma_kernel import SMALLEST_SPAN, slot_bytes, wgmma_kernel
+from densemoe.compile.kernels.sm90_wgmma_kernel import ORDERED_AT_ONCE, SMALLEST_SPAN, slot_bytes, wgmma_kernel
 from densemoe.runtime.recipe import Parameter, Recipe, Workspace, pointer_or_null
 from densemoe.runtime.variant import Variant
 
@@ -59,7 +59,9 @@ def wgmma_host(
     if cutlass.const_expr(config.op == "groupedfc2"):
         row_blocks = hidden // common.SUPERBLOCK_ROWS
         if cutlass.const_expr(config.ordered):
-            ctas += ordered.converting_ctas(tokens_total, top_k, row_blocks, sm_count, config.warps, config.shape.resident_ctas)
+            ctas += ordered.converting_ctas(
+                tokens_total, top_k, row_blocks, sm_count, ORDERED_AT_ONCE[config.shape.resident_ctas], config.warps, config.shape.resident_ctas
+            )  # fmt: skip
         else:
             ctas += conversion.converting_ctas(tokens_total, row_blocks, sm_count, config.warps, config.shape.resident_ctas)
     wgmma_kernel(
@@ -78,6 +80,7 @@ def wgmma_host(
         slots.raw_ptr() if config.ordered else None,
         tokens_total,
         top_k if config.ordered else None,
+        max(Int32(SMALLEST_SPAN), ((k_length + (common.SUPERBLOCK_K - 1)) // common.SUPERBLOCK_K + 1) // 2) if config.ordered else None,
         hidden,
         intermediate,
         adding,
@@ -104,7 +107,7 @@ def recipe(variant: Variant) -> Recipe:
         grid = f"adding + {conversion.converting(config.warps, config.shape.resident_ctas)}"
         if config.ordered:
             workspaces = ordered.workspaces(f"adding * {slot_bytes(config)}")
-            grid = f"adding + {ordered.converting(config.warps, config.shape.resident_ctas)}"
+            grid = f"adding + {ordered.converting(ORDERED_AT_ONCE[config.shape.resident_ctas], config.warps, config.shape.resident_ctas)}"
     else:
         weight_rows, k_length, scales = "2 * I", "H", "alpha"
         workspaces = (Workspace("workspace.partials", f"adding * {slot_bytes(config)}", zeroed=True),)
@@ -112,6 +115,7 @@ def recipe(variant: Variant) -> Recipe:
     own: tuple[Parameter, ...] = (Parameter("rows", "pointer", "rows"), Parameter("tokens_total", "u32", "M"))
     if config.ordered:
         own = (*ordered.POINTERS, Parameter("tokens_total", "u32", "M"), Parameter("top_k", "u32", "top_k"))
+        own = (*own, Parameter("smallest", "u32", ordered.smallest_span(SMALLEST_SPAN)))
     return Recipe(
         parameters=(
             Parameter("a", "pointer", "a.k64" if config.k64_order else "a.codes" if config.nvfp4_activations else "a"),
@@ -181,7 +185,7 @@ def expected(variant: Variant) -> Expected:
     # one per ring stage before the loops, one to refill inside each
     counts[common.COPY] = config.shape.weight_stages + len(widths)
     if config.ordered:
-        counts["st.global.v4.f32"] = config.accumulators // 4 + ordered.vectors_stored(config.c_dtype)
+        counts["st.global.v4.f32"] = config.accumulators // 4 + ordered.vectors_stored(config.c_dtype, ORDERED_AT_ONCE[config.shape.resident_ctas])
     elif variant.op == "groupedfc2":
         counts["red.relaxed.gpu.global.add.v4.f32"] = config.accumulators // 4
     return Expected(ptx_counts=counts, max_registers=min(255, 65536 // (config.threads * config.shape.resident_ctas)))

@@ -228,9 +228,10 @@ class DenseGemmMoE(torch.nn.Module):  # type: ignore[misc]
     def extra_repr(self) -> str:
         """What print shows."""
         c = self.config
+        forms = "".join(f", {name}" for name, on in (("fused alpha", c.fused_alpha), ("deterministic", c.deterministic)) if on)
         return (
             f"E={c.rank_experts} of {c.experts}, k={c.top_k}, H={c.hidden}, I={c.rank_intermediate} of {c.intermediate}, {c.dtype},"
-            f" activations={c.activations}, between={c.between}, {c.routing}{', fused alpha' if c.fused_alpha else ''}{', deterministic' if c.deterministic else ''}"
+            f" activations={c.activations}, between={c.between}, {c.routing}{forms}"
         )
 
 

@@ -161,8 +161,9 @@ fc1_swiglu: Final = torch.ops.densemoe.fc1_swiglu
 fc2: Final = torch.ops.densemoe.fc2
 
 #: ``moe(x, ids, router, w1, w1_alpha, w2, w2_alpha, hidden, intermediate, layout, c_dtype="bf16", input_multiplier=None, output_multiplier=None,
-#: x_scales=None, alpha_max=None, first_expert=0, elsewhere=False, deterministic=False) -> c``: x bf16 ``[M, H]``, or codes ``[M, H/2]`` with x_scales; ids int32 or int64
-#: ``[M, k]``, router f32 ``[M, k]``; input_multiplier: quantise x first; output_multiplier: NVFP4 between FC1 and FC2, else bf16; alpha_max: the
-#: fused form; this rank holds experts first_expert … first_expert + E - 1, and ids outside belong to other ranks where ``elsewhere``, else they are
-#: an error (on a GPU: NaN in the token's row). ``deterministic``, or ``torch.use_deterministic_algorithms``: the same bits every time on a device.
+#: x_scales=None, alpha_max=None, first_expert=0, elsewhere=False, deterministic=False) -> c``: x bf16 ``[M, H]``, or codes ``[M, H/2]`` with
+#: x_scales; ids int32 or int64 ``[M, k]``, router f32 ``[M, k]``; input_multiplier: quantise x first; output_multiplier: NVFP4 between FC1 and FC2,
+#: else bf16; alpha_max: the fused form; this rank holds experts first_expert … first_expert + E - 1, and ids outside belong to other ranks where
+#: ``elsewhere``, else they are an error (on a GPU: NaN in the token's row); ``deterministic``, or ``torch.use_deterministic_algorithms``: the same
+#: bits every time on one device.
 moe: Final = torch.ops.densemoe.moe

@@ -1,4 +1,4 @@
-"""Grouped FC2 that adds in one order (sm90_ordered): the same bits under every schedule, slots of units that several spans share, and who is absent."""
+"""Grouped FC2 that adds in one order (sm90_ordered): the same bits under every schedule, units that several spans share, and who is absent."""
 
 from __future__ import annotations
 

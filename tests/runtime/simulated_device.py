@@ -184,6 +184,8 @@ class SimulatedPlan:
             routes = reference.route(self.array("ids"), self.array("router"), self.array("w2_alpha"), group_tile=problem.group_tile)
             for role, values in routes.packed(problem.m * problem.top_k).items():
                 self.array(role)[:] = values
+            if problem.deterministic:
+                self.array("places")[:] = routes.places(problem.m, problem.top_k)
             if problem.x_dtype:
                 scales = self.array("x.scales") if problem.x_dtype == "nvfp4" else None
                 self.array("x.k64")[:] = reference.ordered_activations(self.array("x"), scales)
@@ -235,7 +237,14 @@ class SimulatedPlan:
         count, pairs = tiles[0, :2]
         experts = np.repeat(tiles[1 : 1 + count, 0], tiles[1 : 1 + count, 2])
         row_alpha = self.array("row_alpha")[:pairs] if problem.op == "groupedfc2" else np.zeros(pairs)
-        routes = reference.Routes(tiles[1 : 1 + count, :3], experts, self.array("rows")[:pairs], row_alpha)
+        if problem.deterministic:
+            places = self.array("places").reshape(-1)
+            chosen = np.argsort(np.where(places >= 0, places, len(places)), kind="stable")[:pairs]
+            rows = chosen // problem.top_k
+        else:
+            rows = self.array("rows")[:pairs]
+            chosen = np.arange(pairs)  # unused
+        routes = reference.Routes(tiles[1 : 1 + count, :3], experts, rows, row_alpha, chosen)
         if problem.op == "groupedfc2":
             return reference.grouped_fc2(a[:pairs], weights, row_alpha.astype(np.float64), routes, problem.m).c
         y = np.zeros((problem.m * problem.top_k, problem.intermediate))

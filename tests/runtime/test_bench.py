@@ -454,7 +454,7 @@ def test_bench_layer_finds_a_wrong_route(command: Run, capsys: pytest.CaptureFix
 
     monkeypatch.setattr(SimulatedPlan, "compute", wrong_scales)
     assert command("bench", "layer", "--models", SHAPES[0], "--tokens", "8", "--form", "active", "--a-dtype", "bf16") == 1
-    assert "gathered t8: route over tiles of 8: its tiles, rows or scales are not the reference's" in capsys.readouterr().out
+    assert "gathered t8 with route: route over tiles of 8: its tiles, rows or scales are not the reference's" in capsys.readouterr().out
 
 
 def test_bench_finds_a_wrong_kernel(command: Run, capsys: pytest.CaptureFixture[str]) -> None:

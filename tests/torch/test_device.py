@@ -96,6 +96,41 @@ def test_what_large_tiles_multiply_is_bf16_in_k64_order(fake: Fake, quantise: bo
     assert (plans[0].problem.x_dtype, plans[1].problem.c_dtype) == (form, form)
 
 
+@pytest.mark.parametrize("asked", ["argument", "torch"])
+@pytest.mark.parametrize(("m", "key"), [(24, "groupedfc2.sm90a.t16x64.c1x1.bf16-bf16"), (60, "groupedfc2.sm90a.t32x256.c1x1.bf16-bf16")])
+def test_where_the_same_bits_are_asked_for_fc2_adds_in_one_order(fake: Fake, m: int, key: str, asked: str) -> None:
+    """By the argument, or by torch's switch, which may be thrown between two calls."""
+    a = arguments(m)
+    device.moe(*a)
+    fake.launches()
+    if asked == "torch":
+        torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):  # the second by its shortcut
+            device.moe(*a, deterministic=asked == "argument")
+            route, fc1, fc2 = fake.launches()
+            assert route[2]["rows"] == fc1[2]["rows"] != 0
+            assert route[2]["places"] == fc2[2]["places"] != 0
+            assert "rows" not in fc2[2]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    device.moe(*a)
+    route, _, fc2 = fake.launches()
+    assert fc2[2]["rows"] == route[2]["rows"]
+    assert "places" not in fc2[2]
+    assert [entry.plans[-1].key for entry in fake.runtime.entries.values()] == [key, f"{key}.deterministic"]
+
+
+def test_few_tokens_have_one_order_in_any_case(fake: Fake) -> None:
+    """And where the set has no such kernel for a layer's tile, the nearest tile that it has one for is taken."""
+    device.moe(*arguments(4), deterministic=True)
+    assert [each[0] for each in fake.launches()] == ["prepare", "fc1", "fc2"]
+    device.moe(*arguments(24, quantise=True), deterministic=True)
+    assert [each[0] for each in fake.launches()] == ["quantize", "route", "groupedfc1", "groupedfc2"]
+    newest = list(fake.runtime.entries.values())[-1]
+    assert newest.plans[-1].key == "groupedfc2.sm90a.t32x256.c1x1.bf16-bf16.deterministic"
+
+
 def test_the_fused_form_is_not_gathered(fake: Fake) -> None:
     device.moe(*arguments(24, quantise=True, fused=True))
     assert [each[0] for each in fake.launches()] == ["quantize", "prepare", "fc1", "fc2"]

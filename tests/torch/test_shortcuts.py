@@ -212,6 +212,7 @@ def test_a_call_like_the_last_one_with_its_weights_asks_for_no_short_key(fake: F
     [
         ("moe", "first_expert", 1),
         ("moe", "elsewhere", True),
+        ("moe", "deterministic", True),
         ("moe", "alpha_max", torch.ones(1)),
         ("moe", "multipliers", None),
         ("moe", "w2", None),
