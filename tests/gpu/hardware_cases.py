@@ -16,7 +16,7 @@ from densemoe.runtime import data, packing, reference
 from densemoe.runtime.layout import k64_order
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.rules import can_implement
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import DETERMINISTIC, Variant
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -77,7 +77,7 @@ def make(variant: Variant, shape: Shape, kind: str) -> Made:
         return Made(problem, {"a": stored, "output_multiplier": np.array([LARGEST / 4], np.float32)})
     if variant.op in ("prepare", "route"):
         ids, router, w2_alpha = _routing(rng, shape)
-        tile = {"group_tile": 16} if variant.op == "route" else {}
+        tile: dict[str, Any] = {"group_tile": 16, "deterministic": True} if variant.op == "route" else {}
         problem = Problem(variant.op, shape.m, shape.experts, 0, 0, variant.a_dtype, variant.c_dtype, top_k=shape.top_k, **tile)
         given: Arrays = {"ids": ids.astype(NUMPY[variant.a_dtype]), "router": router, "w2_alpha": w2_alpha}
         if variant.op == "prepare":
@@ -89,7 +89,8 @@ def make(variant: Variant, shape: Shape, kind: str) -> Made:
 def _gemm(variant: Variant, shape: Shape, kind: str, rng: np.random.Generator) -> Made:
     m, experts, hidden, intermediate, top_k, _ = shape
     grouped, op = variant.op.startswith("grouped"), variant.op.removeprefix("grouped")
-    fields: dict[str, Any] = {"top_k": top_k, "group_tile": variant.tile_m} if grouped else {"alpha_post": op == "fc1"}
+    ordered = bool(variant.option(DETERMINISTIC))
+    fields: dict[str, Any] = {"top_k": top_k, "group_tile": variant.tile_m, "deterministic": ordered} if grouped else {"alpha_post": op == "fc1"}
     problem = Problem(variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype, **fields)
     weights = (data.fc1_weights if op == "fc1" else data.fc2_weights)(rng, experts, hidden, intermediate, kind)
     packed = packing.pack_fc1(weights.codes, weights.scales) if op == "fc1" else packing.pack_fc2(weights.codes, weights.scales, experts)
@@ -100,6 +101,9 @@ def _gemm(variant: Variant, shape: Shape, kind: str, rng: np.random.Generator) -
     if grouped:
         routes = reference.route(*_routing(rng, shape), group_tile=variant.tile_m)
         arrays.update(routes.packed(m * top_k))
+        if ordered:
+            del arrays["rows"]
+            arrays["places"] = routes.places(m, top_k)
         rows = len(routes.rows) if op == "fc1" else None
     if op == "fc1":
         arrays.pop("row_alpha", None)
@@ -177,7 +181,8 @@ def _read(driver: Any, made: Made, specs: Mapping[str, Any], tensors: Mapping[st
         found["active_list"] = found["active_list"][: 1 + count]
     elif op == "route":
         tiles, rows = map(int, found["tiles"][0, :2])
-        found = {"tiles": found["tiles"][: 1 + tiles, :3], "rows": found["rows"][:rows], "row_alpha": found["row_alpha"][:rows]}
+        defined = {"tiles": found["tiles"][: 1 + tiles, :3], "rows": found["rows"][:rows], "row_alpha": found["row_alpha"][:rows]}
+        found = {**found, **defined}
     elif made.rows is not None:
         found = {role: (array[: made.rows] if role != "c.scales" else array) for role, array in found.items()}
     return found
