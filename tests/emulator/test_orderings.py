@@ -310,6 +310,64 @@ DONE:
             launch(text, buffers, threads=32, grid=2, schedule="eager")
 
 
+@pytest.mark.parametrize("schedule", ["eager", "lazy", "random:2"])
+@pytest.mark.parametrize(
+    ("store", "race"),
+    [
+        ("st.relaxed.gpu.global.v4.u32 [%x0], {1, 1, 1, 1};", False),  # words that are their own flags
+        ("st.global.v4.u32 [%x0], {1, 1, 1, 1};", True),
+        ("red.relaxed.gpu.global.add.u32 [%x0], 1; st.relaxed.gpu.global.u32 [%x0+4], 1;", True),  # a sum that more may be added to
+    ],
+)
+def test_vectors_of_words_that_are_their_own_flags_are_polled(store: str, race: bool, schedule: str) -> None:
+    """A strong vector load is as many strong scalar ones. The atomic beside is what makes CTAs watched."""
+    body = """
+    setp.ne.u32 %p0, %t0, 0;
+    @%p0 bra DONE;
+    atom.release.gpu.global.add.u32 %r6, [%x1], 1;
+    setp.ne.u32 %p1, %t2, 0;
+    @%p1 bra POLL;
+    {store}
+    bra.uni DONE;
+POLL:
+    ld.relaxed.gpu.global.v4.u32 {%r1, %r2, %r3, %r4}, [%x0];
+    mul.lo.u32 %r5, %r1, %r2;
+    setp.eq.u32 %p2, %r5, 0;
+    @%p2 bra POLL;
+DONE:
+"""
+    buffers = {"input": np.zeros(4, np.uint32), "output": np.zeros(1, np.uint32)}
+    with refused(race, r"race: (reads|writes|changes) input"):
+        launch(kernel(POINTERS + body.replace("{store}", store), shared=1024), buffers, threads=32, grid=2, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("ld.global.u32 %r1, [%x0];", "", ""),
+        ("", "ld.global.u32 %r1, [%x0+124];", "input.*is read before it was written"),
+        ("", "st.global.u32 [%x0+124], 1; ld.global.u32 %r1, [%x0+124];", ""),
+        ("", "ld.global.u32 %r1, [%x0+128];", ""),
+        ("add.s64 %x0, %x0, 4;", "", "misaligned"),
+        ("mov.u64 %x0, %x2;", "", "no buffer|red zone|out of bounds|null"),
+    ],
+)
+def test_what_is_discarded_is_gone(before: str, after: str, message: str) -> None:
+    """128 bytes from a multiple of 128 on."""
+    body = f"""
+    setp.ne.u32 %p0, %t0, 0;
+    @%p0 bra DONE;
+    mov.u64 %x2, 0;
+    {before}
+    discard.global.L2 [%x0], 128;
+    {after}
+DONE:
+"""
+    buffers = {"input": np.zeros(64, np.uint32), "output": np.zeros(1, np.uint32)}
+    with refused(bool(message), message):
+        launch(kernel(POINTERS + body, shared=1024), buffers, threads=32, grid=1)
+
+
 FLAG = """
     and.b32 %r0, %t0, 31;
     setp.ne.u32 %p0, %r0, 0;
