@@ -120,11 +120,16 @@ def source_digest(planned: Planned) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def ptx_head(digest: str) -> str:
+    """The first line of a PTX file: of which ``source_digest`` it is."""
+    return f"// densemoe: sources and toolchain {digest}"
+
+
 # ---- worker
 
 
 def _compile_one(task: tuple[Planned, str]) -> tuple[bytes, dict[str, Any]]:
-    """One variant's cubin, and what its manifest entry needs.
+    """One variant's cubin, and what its manifest entry needs, with its PTX besides.
 
     Args:
         task: (the variant, its source digest as the build sees it).
@@ -154,6 +159,7 @@ def _compile_one(task: tuple[Planned, str]) -> tuple[bytes, dict[str, Any]]:
         "flavour": toolchain.loaded_flavour(),
         "ptxas": compiled.facts.ptxas,
         "seconds": round(time.monotonic() - started, 3),
+        "ptx": compiled.ptx,
     }
 
 
@@ -172,6 +178,7 @@ def build(
     progress: Progress = lambda key, state: None,
     started: Callable[[int], None] = lambda total: None,
     where: str = "local",
+    ptx: Path | None = None,
 ) -> BuildResult:
     """Builds a profile's variants into ``out``.
 
@@ -183,6 +190,7 @@ def build(
         progress: called with each key and what became of it.
         started: called once with the number of variants.
         where: the executor, ``local`` or a cluster's address (``executor.open_executor``).
+        ptx: a folder for the PTX of what is compiled now, ``KEY.ptx`` each, behind a line that says of which sources (``ptx_head``).
 
     Returns:
         What was built, reused and removed, and every failure.
@@ -206,11 +214,13 @@ def build(
     result = BuildResult()
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if ptx is not None:
+            ptx.mkdir(parents=True, exist_ok=True)
         with alone(out):
             for name in sorted({each.variant.arch for each in chosen}):
                 mine = [each for each in chosen if each.variant.arch == name]
                 partial = key_filter is not None
-                _build_set(out, name, mine, partial, executor, progress, result)
+                _build_set(out, name, mine, partial, executor, progress, result, ptx)
             if arch is None and key_filter is None and not result.failures:
                 _remove_sets(out, {each.variant.arch for planned in matrix.profiles.values() for each in planned}, result)
     except Busy:
@@ -254,7 +264,7 @@ def _existing(folder: Path) -> dict[str, ManifestVariant]:
 
 
 def _build_set(
-    out: Path, arch: str, chosen: list[Planned], partial: bool, executor: Executor, progress: Progress, result: BuildResult
+    out: Path, arch: str, chosen: list[Planned], partial: bool, executor: Executor, progress: Progress, result: BuildResult, ptx: Path | None
 ) -> None:
     folder = out / arch
     staging = folder / STAGING
@@ -290,6 +300,9 @@ def _build_set(
         planned, digest = remaining[number]
         if error is None:
             cubin, facts = made
+            text = facts.pop("ptx", None)
+            if ptx is not None and text is not None:
+                write_atomically(ptx / f"{planned.variant.key}.ptx", f"{ptx_head(digest)}\n{text}".encode())
             write_atomically(staging / f"{digest}.cubin", cubin)
             write_atomically(staging / f"{digest}.json", json.dumps(facts, sort_keys=True).encode())
             if not take(planned, digest):

@@ -45,6 +45,7 @@ def build(args: argparse.Namespace) -> int:
             jobs=args.jobs,
             timeout=args.timeout,
             where=args.executor or "local",
+            ptx=Path(args.ptx) if args.ptx else None,
             started=lambda total: bar.update(task, total=total),
             progress=lambda key, state: bar.update(task, advance=1, description=f"{state} {key}"),
         )

@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--arch", help="only this architecture")
     _executor(build)
     build.add_argument("--filter", help="shell pattern over variant keys; other variants of the set stay")
+    build.add_argument("--ptx", metavar="DIR", help="a folder for the PTX of each variant that is compiled now")
     build.add_argument("--timeout", type=seconds, default=120.0, help="seconds a variant may take in the local executor (default: 120)")
     build.add_argument("--locked", action="store_true", help="compare every cubin with artifacts/manifest.lock; one differing byte fails")
     build.add_argument("--oracle", action="store_true", help="compare every launch with the compiler's own host code; needs a C compiler")

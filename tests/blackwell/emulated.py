@@ -8,8 +8,9 @@ from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
+from compiled import compiled_variant
 
-from densemoe.compile import kernels, toolchain
+from densemoe.compile import kernels
 from densemoe.compile.emulator.device import early_roles, launch_recipe
 from densemoe.compile.emulator.execution import Report
 from densemoe.runtime import bounds, data, reference
@@ -30,7 +31,7 @@ def compiled(key: str) -> tuple[str, Recipe]:
     """PTX and recipe of a variant."""
     variant = Variant.parse(key)
     name = f"sm100_{variant.op}"
-    return toolchain.compile_variant(variant, name).ptx, kernels.load(name).recipe(variant)
+    return compiled_variant(key).ptx, kernels.load(name).recipe(variant)
 
 
 @dataclass

@@ -13,8 +13,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import emulated
+from compiled import compiled_variant
 
-from densemoe.compile import kernels, toolchain
+from densemoe.compile import kernels
 from densemoe.compile.emulate.running import REWRITTEN
 from densemoe.compile.emulator.device import launch_recipe
 from densemoe.runtime import bounds, data, reference
@@ -28,8 +29,7 @@ NUMPY: dict[str, Any] = {"u8": np.uint8, "f32": np.float32, "i32": np.int32}
 
 @cache
 def ptx_of(key: str) -> str:
-    variant = Variant.parse(key)
-    return toolchain.compile_variant(variant, f"sm90_{variant.op}").ptx
+    return compiled_variant(key).ptx
 
 
 def auxiliary(key: str, problem: Problem, arrays: dict[str, Any]) -> dict[str, Any]:

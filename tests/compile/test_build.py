@@ -72,6 +72,21 @@ def test_a_damaged_cubin_is_built_again_and_orphans_go(artifacts_copy: Path, tmp
     assert result.removed == ["sm_90a/fc1.sm90a.t999x64.c1x1.bf16-bf16.cubin"]
 
 
+def test_ptx_is_kept_of_what_is_compiled_now(artifacts_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Byte for byte what the compiler gives, behind a line that says of which sources; it decides nothing."""
+    (artifacts_copy / "sm_90a" / f"{KEYS[0]}.cubin").write_bytes(b"damaged")
+    before = digest(artifacts_copy)
+    texts = tmp_path / "a" / "ptx"
+    assert cli.main(["build", "--profile", "quick", "--out", str(artifacts_copy), "--ptx", str(texts)]) == 0
+    assert [path.name for path in texts.iterdir()] == [f"{KEYS[0]}.ptx"]
+    head, text = (texts / f"{KEYS[0]}.ptx").read_text().split("\n", 1)
+    (planned,) = (each for each in matrix.load().profile("quick") if each.variant.key == KEYS[0])
+    assert head == build.ptx_head(build.source_digest(planned))
+    assert text == toolchain.compile_variant(planned.variant, planned.kernel).ptx
+    after = digest(artifacts_copy)
+    assert {name for name in after if after[name] != before.get(name)} <= {f"sm_90a/{KEYS[0]}.cubin", "sm_90a/build_log.json"}
+
+
 def test_a_removed_variant_leaves_the_set(small: matrix.Matrix, artifacts_copy: Path) -> None:
     result = build.build(small, artifacts_copy)
     assert sorted(result.reused) == sorted(KEYS)

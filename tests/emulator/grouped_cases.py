@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compiled import compiled_variant
 
 from densemoe.compile import kernels
 from densemoe.compile.emulator.device import early_roles, launch_recipe
 from densemoe.compile.emulator.execution import Report
-from densemoe.compile.toolchain import compile_variant
 from densemoe.runtime import bounds, data, packing, reference
 from densemoe.runtime.errors import EmulatorError
 from densemoe.runtime.layout import from_k64_order, k64_order
@@ -33,8 +33,7 @@ def kernel_of(variant: Variant) -> str:
 
 @cache
 def ptx_of(key: str) -> str:
-    variant = Variant.parse(key)
-    return compile_variant(variant, kernel_of(variant)).ptx
+    return compiled_variant(key).ptx
 
 
 def launch(

@@ -8,11 +8,11 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from compiled import compiled_variant
 
 from densemoe.compile import kernels
 from densemoe.compile.emulator.device import early_roles, launch_recipe
 from densemoe.compile.emulator.execution import Report
-from densemoe.compile.toolchain import compile_variant
 from densemoe.runtime import bounds, data, packing, reference
 from densemoe.runtime.nvfp4 import bf16_values
 from densemoe.runtime.problem import Problem
@@ -24,8 +24,7 @@ LARGEST = 448.0 * 6.0  # of a scale and a code
 
 @cache
 def ptx_of(key: str) -> str:
-    variant = Variant.parse(key)
-    return compile_variant(variant, f"sm90_{variant.op}").ptx
+    return compiled_variant(key).ptx
 
 
 def run_case(

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compiled import compiled_variant
 
 from densemoe.compile import kernels
 from densemoe.compile.emulate.running import REWRITTEN
 from densemoe.compile.emulator.device import launch_recipe
-from densemoe.compile.toolchain import compile_variant
 from densemoe.runtime import reference
 from densemoe.runtime.layout import tile_scales
 from densemoe.runtime.nvfp4 import bf16_bits, bf16_values, pack_codes, quantise_rows
@@ -23,8 +23,7 @@ NUMPY: dict[str, Any] = {"u8": np.uint8, "f32": np.float32, "i32": np.int32}
 
 @cache
 def ptx_of(key: str) -> str:
-    variant = Variant.parse(key)
-    return compile_variant(variant, f"sm90_{variant.op}").ptx
+    return compiled_variant(key).ptx
 
 
 def launch(key: str, problem: Problem, arrays: dict[str, Any]) -> dict[str, Any]:
