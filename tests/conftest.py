@@ -100,9 +100,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact root with the quick profile, built once a session. Tests that change files copy it first."""
+    from prebuilt import seed_with_built
+
     from densemoe.compile import build, matrix
 
     root = tmp_path_factory.mktemp("artifacts")
+    seed_with_built(root, {each.variant.key for each in matrix.load().profile("quick")})
     result = build.build(matrix.load(), root, profile="quick")
     assert not result.failures, result.failures
     return root

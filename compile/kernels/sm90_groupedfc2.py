@@ -79,7 +79,10 @@ def groupedfc2_kernel(
             config, a, a_scales, b, row_alpha, partials, tiles, rows, slots, tokens_total, top_k, hidden, intermediate, group_rows, adding,
             waits_first, tid, bid,
         )  # fmt: skip
-        if cutlass.const_expr(config.ordered) or ctas != adding:
+        if cutlass.const_expr(config.ordered):  # noqa: SIM114 - as one condition both branches would be compiled
+            group = Int32(Uint32(span[0]) // Uint32(of_group))
+            conversion.hand_over(counters, group, span[0] - group * of_group, span[1] - span[0], of_group, tid)
+        elif ctas != adding:
             group = Int32(Uint32(span[0]) // Uint32(of_group))
             conversion.hand_over(counters, group, span[0] - group * of_group, span[1] - span[0], of_group, tid)
         else:

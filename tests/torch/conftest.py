@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_gpu import Fake
+from prebuilt import seed_with_built
 
 from densemoe.runtime.torch import device
 
 
 @pytest.fixture(scope="session")
-def layer_artifacts(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def layer_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quick profile, and what layers of 24 and 60 tokens take besides."""
     from densemoe.compile import build, matrix
 
-    root = tmp_path_factory.mktemp("layer") / "root"
-    shutil.copytree(artifacts, root)
-    for pattern in ("route.sm90a.*", "grouped*.t16x64.c1x1.bf16-bf16", "groupedfc1.*.t16x64.c1x1.nvfp4-nvfp4", "groupedfc2.*.t16x64.c1x1.nvfp4-bf16",
-                    "grouped*.t32x256.c1x1.bf16-bf16", "groupedfc1.*.t32x256.c1x1.*-nvfp4",
-                    "fc1.sm90a.t32x64.c1x1.nvfp4-nvfp4", "fc2.sm90a.t32x64.c1x1.nvfp4-bf16",
-                    "groupedfc2.*.t16x64.c1x1.bf16-bf16.deterministic", "groupedfc2.*.t32x256.c1x1.bf16-bf16.deterministic"):  # fmt: skip
-        assert not build.build(matrix.load(), root, key_filter=pattern).failures
+    root = tmp_path_factory.mktemp("layer")
+    patterns = ("route.sm90a.*", "grouped*.t16x64.c1x1.bf16-bf16", "groupedfc1.*.t16x64.c1x1.nvfp4-nvfp4", "groupedfc2.*.t16x64.c1x1.nvfp4-bf16",
+                "grouped*.t32x256.c1x1.bf16-bf16", "groupedfc1.*.t32x256.c1x1.*-nvfp4",
+                "fc1.sm90a.t32x64.c1x1.nvfp4-nvfp4", "fc2.sm90a.t32x64.c1x1.nvfp4-bf16",
+                "groupedfc2.*.t16x64.c1x1.bf16-bf16.deterministic", "groupedfc2.*.t32x256.c1x1.bf16-bf16.deterministic")  # fmt: skip
+    planned = matrix.load()
+    wanted = {each.variant.key for each in planned.profile("quick")}
+    wanted |= {each.variant.key for each in planned.profile("full") if any(fnmatchcase(each.variant.key, pattern) for pattern in patterns)}
+    seed_with_built(root, wanted)
+    for pattern in sorted(wanted):
+        assert not build.build(planned, root, key_filter=pattern).failures
     return root
 
 
