@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _OFFSET = (1 << RANK_SHIFT) - 1
+POLLS_A_TURN = 32  # strong loads of words that a gang has read in the same turn, after which others have theirs
 DISCARDED = 128  # bytes of ``discard.global.L2``
 
 
@@ -131,6 +132,8 @@ class Accesses:
     def _load(self, g: Gang, space: str, address: Any, picked: Any, size: int, count: int, order: str, active: Any = None) -> Any:
         nbytes = size * count
         if space == "global":
+            if order:
+                self._notice_polls(g, address if isinstance(address, int) else int(address[0]))
             if isinstance(address, int):
                 self.moved["global loads"] += nbytes
                 if address % nbytes:
@@ -161,6 +164,16 @@ class Accesses:
         if index.size != g.lanes and picked is None:  # one address in every CTA: slots of lanes
             raise EmulatorError("internal: shared index of another size")
         return self._columns(values, count)
+
+    @staticmethod
+    def _notice_polls(g: Gang, address: int) -> None:
+        """Ends the turn of a gang whose strong loads come to the same words again and again: somebody else is to write them."""
+        if address not in g.polled:
+            g.polled.add(address)
+            return
+        g.polls += 1
+        if g.polls >= POLLS_A_TURN:
+            g.sleeps = True
 
     def _integers(self, data: Any, size: int, count: int) -> Any:
         raw = data.tobytes()

@@ -69,7 +69,9 @@ class Gang:
         self.wait: list[Condition | None] | None = None
         self.votes: list[list[bool] | None] = []
         self.ended = False
-        self.sleeps = False  # it executed `nanosleep`, so it is polling: its turn ends
+        self.sleeps = False  # it executed `nanosleep`, or read the same words again and again, so it is polling: its turn ends
+        self.polled: set[int] = set()  # addresses of strong loads in this turn
+        self.polls = 0  # how often one of them was read again
         self.race_rows: Any = None
         self.local_data: Any = None
         self.local_written: Any = None
@@ -222,6 +224,8 @@ class Gang:
         executed = self.run.executed
         try:
             self.sleeps = False
+            self.polled.clear()
+            self.polls = 0
             while budget > 0 and not self.sleeps:
                 budget -= 1
                 version = self.version

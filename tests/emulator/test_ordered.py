@@ -73,7 +73,7 @@ def test_exact_data_is_exact(key: str, schedule: str) -> None:
     (3, 40, 20, 64, 64, 1),  # more rows a token than are loaded together
     (2, 33, 32, 64, 64, 1),
 ])  # fmt: skip
-@pytest.mark.parametrize("key", [KEYS[0], KEYS[2], KEYS[4]])
+@pytest.mark.parametrize("key", [ONE, LARGE])
 def test_spans_are_cut_anywhere(key: str, m: int, experts: int, top_k: int, hidden: int, intermediate: int, sm_count: int) -> None:
     comparison, _ = run(key, m, experts, top_k, hidden, intermediate, "exact", sm_count=sm_count, schedule="random:5", launches=2)
     assert comparison.passed, comparison.detail
