@@ -55,6 +55,38 @@ def test_tiles_of_16_rows_have_256_weight_rows_from_64_tokens_on(op: str, m: int
     assert select(Problem(op, m, 8, 256, 128, top_k=2, group_tile=16), both, load_table("sm_90a")).variant.tile_n == first
 
 
+@pytest.mark.parametrize(("m", "rows"), [(48, 64), (64, 256)])
+def test_the_form_in_one_order_is_chosen_as_the_other_by_problems_that_ask_for_it(m: int, rows: int) -> None:
+    """By shape, bucket and width alike; nothing of it was measured for the table, and no variant serves both."""
+    every = variants(*(f"groupedfc2.sm90a.t16x{n}.c1x1.bf16-bf16{form}" for n in (64, 256) for form in ("", ".deterministic")))
+    problem = Problem("groupedfc2", m, 128, 2048, 768, top_k=8, group_tile=16)
+    plain, ordered = (select(replace(problem, deterministic=each), every, load_table("sm_90a")) for each in (False, True))
+    assert (plain.variant.tile_n, plain.variant.options) == (rows, ())
+    assert (ordered.variant.tile_n, ordered.variant.options) == (rows, (("deterministic", 1),))
+    assert (plain.provenance, ordered.provenance) == ("measured", "modelled")
+    assert {no.reason for no in ordered.rejected if not no.variant.options} == {"it adds in any order, the problem wants one"}
+    assert {no.reason for no in plain.rejected if no.variant.options} == {"it adds in one order, which the problem does not ask for"}
+    with pytest.raises(SelectionError, match="the problem wants one"):
+        select(replace(problem, deterministic=True), [plain.variant], load_table("sm_90a"))
+
+
+@pytest.mark.parametrize("op", ["fc1", "fc2", "groupedfc1", "quantize", "prepare"])
+def test_ops_that_have_one_order_anyway_are_asked_for_none(op: str) -> None:
+    with pytest.raises(ProblemError, match="always give the same bits"):
+        Problem(op, 4, 0 if op == "quantize" else 8, 256, 0 if op in ("quantize", "prepare") else 128, deterministic=True,
+                a_dtype="i32" if op == "prepare" else "bf16", c_dtype={"prepare": "f32", "quantize": "nvfp4"}.get(op, "bf16"),
+                top_k=2 if op in ("groupedfc1", "prepare") else 0, group_tile=16 if op == "groupedfc1" else 0)  # fmt: skip
+
+
+def test_places_are_of_problems_in_one_order() -> None:
+    problem = Problem("groupedfc2", 5, 8, 256, 128, top_k=3, group_tile=16)
+    assert {"rows", "places"} & set(problem.tensors()) == {"rows"}
+    assert {"rows", "places"} & set(replace(problem, deterministic=True).tensors()) == {"places"}
+    route = Problem("route", 5, 8, 0, 0, "i32", "f32", top_k=3, group_tile=16, deterministic=True)
+    assert route.tensors()["places"].shape == (5, 3)
+    assert route.tensors()["places"].output
+
+
 def test_the_other_kernel_of_a_tile_runs_where_the_first_lacks_the_dtypes() -> None:
     both = variants("groupedfc1.sm90a.t16x64.c1x1.nvfp4-bf16", "groupedfc1.sm90a.t16x256.c1x1.nvfp4-bf16", "groupedfc1.sm90a.t16x64.c1x1.nvfp4-f32")
     problem = Problem("groupedfc1", 64, 8, 256, 128, "nvfp4", top_k=2, group_tile=16)
