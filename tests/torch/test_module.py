@@ -92,6 +92,25 @@ def test_shared_experts_are_added() -> None:
     assert torch.equal(both(x, logits), alone(x, logits) + shared(x))
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_config_asks_the_op_for_the_same_bits(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says so when it is printed; on a CPU the result is the same."""
+    asked: list[bool] = []
+    real = ops.moe.default
+
+    def moe(*arguments: Any) -> torch.Tensor:
+        given = dict(zip((each.name for each in real._schema.arguments), arguments, strict=False))
+        asked.append(bool(given.get("deterministic", False)))
+        return real(*arguments)
+
+    monkeypatch.setattr(ops, "moe", moe)
+    x, logits = tokens()
+    layer = DenseGemmMoE(dataclasses.replace(CONFIG, deterministic=deterministic), weights_of())
+    assert torch.equal(layer(x, logits), DenseGemmMoE(CONFIG, weights_of())(x, logits))
+    assert asked == [deterministic, False]
+    assert ("deterministic" in repr(layer)) == deterministic
+
+
 def test_inputs_that_do_not_belong_together_are_refused() -> None:
     x, logits = tokens()
     layer = DenseGemmMoE(CONFIG)
