@@ -39,11 +39,11 @@ def evidence(folder: Path, name: str) -> Any:
 
 
 def a_few(keys: Sequence[str]) -> list[str]:
-    """One variant of each op, activation and output dtype and option, the tiles in turn."""
+    """One variant of each op, activation and output dtype, of FC2 in one order of each output dtype; the tiles in turn."""
     groups: dict[Any, list[str]] = defaultdict(list)
     for key in sorted(keys):
         variant = Variant.parse(key)
-        groups[variant.op, variant.a_dtype, variant.c_dtype, variant.options].append(key)
+        groups[variant.op, variant.options or variant.a_dtype, variant.c_dtype].append(key)
     return [keys[i % len(keys)] for i, keys in enumerate(groups.values())]
 
 
