@@ -31,7 +31,7 @@ def compiled(key: str) -> tuple[str, Recipe]:
     """PTX and recipe of a variant."""
     variant = Variant.parse(key)
     name = f"sm100_{variant.op}"
-    return compiled_variant(key).ptx, kernels.load(name).recipe(variant)
+    return compiled_variant(key, name).ptx, kernels.load(name).recipe(variant)
 
 
 @dataclass

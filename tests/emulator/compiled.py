@@ -16,6 +16,7 @@ from densemoe.runtime.errors import ArtifactError
 from densemoe.runtime.manifest import Manifest, ManifestVariant
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.problem import Problem
+from densemoe.runtime.variant import Variant
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT, TEXTS = ROOT / "artifacts" / "built", ROOT / "build" / "ptx"
@@ -38,9 +39,11 @@ def built(arch: str) -> Mapping[str, ManifestVariant]:
 
 
 @cache
-def compiled_variant(key: str) -> toolchain.Compiled:
-    """A variant of the matrix. What was built is taken where it is of the present sources and toolchain, byte for byte."""
-    each = planned()[key]
+def compiled_variant(key: str, kernel: str = "") -> toolchain.Compiled:
+    """A variant of the matrix, or another one of ``kernel``. What was built is taken where it is of the present sources and toolchain."""
+    each = planned().get(key)
+    if each is None:
+        return toolchain.compile_variant(Variant.parse(key), kernel)
     return _of_build(each) or toolchain.compile_variant(each.variant, each.kernel, options=each.compiler_options)
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from snippets import kernel, lanes, launch
 
 from densemoe.compile.emulator import GlobalMemory, Launch, run
+from densemoe.compile.emulator.accesses import POLLS_A_TURN
 from densemoe.runtime.errors import EmulatorError
 
 SCHEDULES = ["eager", "lazy", "random:1", "random:2", "pct:1:3"]
@@ -249,8 +250,9 @@ def test_polling_sees_what_others_do(schedule: str) -> None:
     assert one(flag, np.zeros(4, np.uint32), grid=2, schedule=schedule)[0] == 7
 
 
-def test_nanosleep_ends_the_turn_of_a_warp_that_polls() -> None:
-    """The other CTA sets the flag after more steps than its first turn has: a warp that polls has a whole turn meanwhile, or one step."""
+def test_polling_ends_the_turn_of_a_warp() -> None:
+    """The other CTA sets the flag after more steps than its first turn has: a warp that polls has one step meanwhile, or as many as it takes to
+    notice that its strong loads come to the same word."""
 
     def polls(sleep: str) -> int:
         body = f"""mov.u32 %r1, %ctaid.x; mov.u32 %r3, 0; setp.eq.u32 %p1, %r1, 1; @%p1 bra WORK;
@@ -260,7 +262,7 @@ def test_nanosleep_ends_the_turn_of_a_warp_that_polls() -> None:
             st.release.gpu.global.b32 [%x1], 7; OUT:"""
         return int(one(body, np.zeros(4, np.uint32), 64, threads=32, grid=2)[32])
 
-    assert polls("nanosleep.u32 20;") < 10 < 1000 < polls("")
+    assert polls("nanosleep.u32 20;") < 10 < POLLS_A_TURN <= polls("") < 10 * POLLS_A_TURN
 
 
 def test_a_loop_without_an_end_is_an_error() -> None:

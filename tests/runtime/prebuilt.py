@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from densemoe.compile.build import LOG_NAME
 from densemoe.runtime.errors import ArtifactError
 from densemoe.runtime.manifest import Index, IndexEntry, Manifest
 
@@ -28,6 +30,8 @@ def seed_with_built(root: Path, keys: Collection[str]) -> None:
                 shutil.copyfile(path.parent / entry.file, folder / entry.file)
             document = replace(manifest, variants=kept).to_bytes()
             (folder / path.name).write_bytes(document)
+            log = json.loads((path.parent / LOG_NAME).read_text())["compile_seconds"]
+            (folder / LOG_NAME).write_text(json.dumps({"compile_seconds": {key: log[key] for key in kept if key in log}}))
             sets[manifest.arch] = IndexEntry.of(manifest.arch, document, len(kept))
     if sets:
         (root / "index.json").write_bytes(Index(sets).to_bytes())
