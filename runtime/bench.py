@@ -28,7 +28,6 @@ from densemoe.runtime.grouping import group_tile
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.manifest import ManifestVariant
 from densemoe.runtime.plan import Plan
-from densemoe.runtime.problem import Problem
 from densemoe.runtime.select import Choice, load_table
 from densemoe.runtime.tune import STATED, Tuner, grouped_keys, grouped_tiles
 from densemoe.runtime.tune_cases import PEAK_FLOPS, Case, Shape, flops, roofline, worth_a_tile
@@ -177,41 +176,37 @@ class Bench:
         for tile, key in grouped_keys(of.entries.values(), op, case.a_dtype, case.c_dtype):
             if tile != wanted and not worth_a_tile(case.shape, case.m, tile):
                 continue
-            rotations = data.bind(case.m, tile)
-            problem = data.problem(case.m, tile)
             column = f"{GATHERED} {key.split('.')[2]}"
             name = of.name + column
-            reports.append(self._add_one_gathered(point, of, case, data, opened, tile, key, problem, rotations, column))
-            if not of.name and tile == wanted and of.loader.select(problem, tuner.device).variant.key == key:
+            reports.append(self._add_one_gathered(point, of, case.m, data, opened, tile, key, column))
+            if not of.name and tile == wanted and of.loader.select(data.problem(case.m, tile), tuner.device).variant.key == key:
                 point.same[CHOSEN] = name
         ordered = grouped_keys(of.entries.values(), op, case.a_dtype, case.c_dtype, deterministic=True) if case.op == "fc2" else []
         if wanted in dict(ordered):
-            rotations, problem = data.bind(case.m, wanted, deterministic=True), data.problem(case.m, wanted, deterministic=True)
-            key = of.loader.select(problem, tuner.device).variant.key
-            reports.append(self._add_one_gathered(point, of, case, data, opened, wanted, key, problem, rotations, f"{GATHERED}, {ORDERED}"))
+            key = of.loader.select(data.problem(case.m, wanted, True), tuner.device).variant.key
+            reports.append(self._add_one_gathered(point, of, case.m, data, opened, wanted, key, f"{GATHERED}, {ORDERED}", True))
         return reports
 
     def _add_one_gathered(
         self,
         point: Point,
         of: ArtifactSet,
-        case: Case,
+        m: int,
         data: GatheredData,
         opened: list[Plan | GatheredData],
         tile: int,
         key: str,
-        problem: Problem,
-        rotations: Sequence[Mapping[str, int]],
         column: str,
+        deterministic: bool = False,
     ) -> bounds.Report:
         """A column of one variant over gathered tokens; the report of its check."""
-        tuner = self.tuner
+        tuner, problem, rotations = self.tuner, data.problem(m, tile, deterministic), data.bind(m, tile, deterministic=deterministic)
         plan = of.loader.plan(problem, rotations[0], tuner.device, key, settings=of.stated(key))
         opened.append(plan)
-        data.poison(case.m, tile)
+        data.poison(m, tile)
         plan.launch(tuner.timer.stream)
         tuner.driver.synchronize()
-        report = data.check(case.m, tile)
+        report = data.check(m, tile)
         point.columns[of.name + column] = (tuner._launches(plan, rotations), 1)
         return report
 

@@ -104,19 +104,18 @@ class GatheredData:
         bound = self._bound[1].setdefault((tile, deterministic), [])
         listed = made.bind(m)[0]  # scales of M rows of activations
         shared = {**self._inputs, **self._outputs, **{role: listed[role] for role in ("output_multiplier",) if role in listed}}
-        roles = self.problem(m, tile, deterministic).tensors()
+        problem = self.problem(m, tile, deterministic)
+        roles = problem.tensors()
         shared = {role: pointer for role, pointer in shared.items() if role in roles}  # activations are there in more than one form
-        wanted = [role for role in dict.fromkeys(("tiles", "rows", "places", "row_alpha", *(routed or ()))) if role in roles]
         for rotation in range(count or made.rotation_count(m)):
             routes = self.routes(m, tile, rotation)
             if not rotation:
                 self._routes[tile] = routes
             used = len(np.unique(routes.experts))
             if routed is None:
-                arrays = {**routes.packed(m * shape.top_k), "places": routes.places(m, shape.top_k)}
-                own = {role: self._routed.put(arrays[role]) for role in wanted}
+                own = {role: self._routed.put(array) for role, array in routes.given(problem).items()}
             else:
-                own = {role: routed[role] for role in wanted}
+                own = {role: pointer for role, pointer in routed.items() if role in roles}
             bound.append({**shared, **own, "b": made.weights.copy(rotation * used // shape.experts)})
         return bound
 

@@ -21,6 +21,7 @@ from densemoe.runtime.arrays import Array, Indices, constants, indices, long, na
 from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.layout import GROUP, gate_row, k64_order, scale_offsets, up_row
 from densemoe.runtime.nvfp4 import E2M1_VALUES, E4M3_VALUES, bf16_bits
+from densemoe.runtime.problem import Problem
 
 __all__ = [
     "Fc1Result",
@@ -356,6 +357,12 @@ class Routes:
         places = np.full(m * top_k, -1, dtype=np.int32)
         places[self.pairs] = np.arange(len(self.pairs), dtype=np.int32)
         return places.reshape(m, top_k)
+
+    def given(self, problem: Problem) -> dict[str, npt.NDArray[Any]]:
+        """What a grouped op of ``problem`` reads of them, by role."""
+        every = {**self.packed(problem.m * problem.top_k), "places": self.places(problem.m, problem.top_k)}
+        roles = problem.tensors()
+        return {role: array for role, array in every.items() if role in roles}
 
     def misplaced(self, places: npt.NDArray[np.int32], rows: npt.NDArray[np.int32], row_alpha: npt.NDArray[np.float32]) -> int:
         """How many of a kernel's ``places`` ``[M, k]`` are wrong, given its ``rows`` and ``row_alpha``: a pair's row has its token and its scale, and

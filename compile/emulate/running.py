@@ -297,15 +297,11 @@ def _grouped(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arra
     w2_alpha = np.exp2(rng.integers(0, 2, case.experts)).astype(np.float32)
     routes = reference.route(ids, router, w2_alpha, group_tile=problem.group_tile)
     used = len(routes.rows)
-    arrays.update(packed, **routes.packed(case.m * case.top_k))
-    if problem.deterministic:
-        del arrays["rows"]
-        arrays["places"] = routes.places(case.m, case.top_k)
+    arrays.update(packed, **routes.given(problem))
     exactly = case.kind == "exact"
     if op == "fc2":
         exact2 = reference.grouped_fc2(a[:used], read, routes.row_alpha.astype(np.float64), routes, case.m)
         return arrays, lambda outputs: bounds.compare_fc2(outputs, exact2, problem, exact=exactly)
-    del arrays["row_alpha"]
     arrays["alpha"] = data.fc1_alpha(made, a_scale)
     exact1 = reference.grouped_fc1(a, read, arrays["alpha"].astype(np.float64), routes)
     given = _multiplier(problem, exact1, arrays)

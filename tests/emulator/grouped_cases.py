@@ -54,10 +54,9 @@ def run(
 ) -> tuple[bounds.Report, Report]:
     """One grouped GEMM on the reference's routes, judged in every row that they have."""
     variant = Variant.parse(key)
-    ordered = bool(variant.option(DETERMINISTIC))
     problem = Problem(
         variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype,
-        top_k=top_k, group_tile=variant.tile_m, deterministic=ordered,
+        top_k=top_k, group_tile=variant.tile_m, deterministic=bool(variant.option(DETERMINISTIC)),
     )  # fmt: skip
     rng = np.random.default_rng([m, experts, hidden, intermediate])
     fc1 = variant.op == "groupedfc1"
@@ -73,16 +72,12 @@ def run(
     chosen = np.stack([rng.permutation(experts)[:top_k] for _ in range(m)]) if ids is None else np.asarray(ids)
     w2_alpha = np.exp2(rng.integers(-3, 3, experts)).astype(np.float32)
     routes = reference.route(chosen, np.exp2(rng.integers(-2, 1, chosen.shape)).astype(np.float32), w2_alpha, group_tile=variant.tile_m)
-    routes_given = routes.packed(m * top_k)
-    if ordered:
-        del routes_given["rows"]
-        routes_given["places"] = routes.places(m, top_k)
+    routes_given = routes.given(problem)
     used = len(routes.rows)
     multiplier = None
     if fc1:
         arrays["alpha"] = data.fc1_alpha(weights, a_scale)
         exact: Any = reference.grouped_fc1(a, read, arrays["alpha"].astype(np.float64), routes)
-        del routes_given["row_alpha"]
         if variant.c_dtype == "nvfp4":
             multiplier = np.float32(LARGEST / max(float(np.abs(exact.y).max()), 1e-30))
             arrays["output_multiplier"] = np.array([multiplier], np.float32)

@@ -37,9 +37,7 @@ def outputs_under(key: str, schedules: tuple[str, ...]) -> list[Any]:
     a, _, _ = data.activations(rng, problem.a_rows, intermediate, variant.a_dtype, "normal")
     ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(m)])
     routes = reference.route(ids, rng.random(ids.shape, np.float32), rng.random(experts, np.float32), group_tile=variant.tile_m)
-    roles = problem.tensors()
-    given = {**routes.packed(m * top_k), "places": routes.places(m, top_k), "a": a, "a.k64": k64_order(a)}
-    tensors = {role: each for role, each in given.items() if role in roles}
+    tensors: dict[str, Any] = {**routes.given(problem), **({"a.k64": k64_order(a)} if problem.a_in_k64_order else {"a": a})}
     tensors["b"] = packing.pack_fc2(weights.codes, weights.scales, experts)
     workspaces: dict[str, Any] = {}
     return [launch(key, problem, tensors, schedule=each, sm_count=1, workspaces=workspaces)[0]["c"] for each in schedules]
@@ -98,8 +96,7 @@ def made(key: str, m: int, experts: int, ids: Any, router: Any, a: Any, elsewher
         "groupedfc2", m, experts, 64, 128, "bf16", variant.c_dtype, top_k=ids.shape[1], group_tile=variant.tile_m, deterministic=True
     )  # fmt: skip
     routes = reference.route(ids, router, np.ones(experts, np.float32), group_tile=variant.tile_m, elsewhere=elsewhere)
-    given = {**routes.packed(ids.size), "places": routes.places(*ids.shape), "a": a, "a.k64": k64_order(a)}
-    tensors = {role: each for role, each in given.items() if role in problem.tensors()}
+    tensors: dict[str, Any] = {**routes.given(problem), **({"a.k64": k64_order(a)} if problem.a_in_k64_order else {"a": a})}
     tensors["b"] = np.zeros(packing.packed_bytes("fc2", experts, 64, 128), np.uint8)
     c = launch(key, problem, tensors, sm_count=1)[0]["c"]
     assert c.dtype == NUMPY[variant.c_dtype]

@@ -100,13 +100,9 @@ def _gemm(variant: Variant, shape: Shape, kind: str, rng: np.random.Generator) -
     rows = None
     if grouped:
         routes = reference.route(*_routing(rng, shape), group_tile=variant.tile_m)
-        arrays.update(routes.packed(m * top_k))
-        if ordered:
-            del arrays["rows"]
-            arrays["places"] = routes.places(m, top_k)
+        arrays.update(routes.given(problem))
         rows = len(routes.rows) if op == "fc1" else None
     if op == "fc1":
-        arrays.pop("row_alpha", None)
         arrays["alpha"] = data.fc1_alpha(weights, a_scale)
         if not grouped:
             arrays["alpha_post"] = data.alpha_post(rng, m, experts, kind)
