@@ -1,9 +1,13 @@
 """Times of launches on a device: CUDA graphs, medians of interleaved candidates. Knows no architecture and no op; standard library only.
 
-    launches ── capture ──► graph of many launches ── replay, all candidates in turn, round after round ──► Sample
+    launches ── capture ──► graph of many launches ── rest, replay, timed replay, all candidates in turn, round after round ──► Sample
 
 Candidates that are compared are replayed in turn, so that a drift of clocks or temperature meets all of them alike. Whoever measures
 rotates the tensors over more than the L2 in the launches that are captured (``rotations``): times are then those of cold weights.
+
+A candidate that draws much power leaves the next one a lower clock: on an H200 a replay of 1.5 ms took up to 16 % longer behind one of 15 ms at the
+power limit, and less than 3 % longer 10 ms later (docs/tried.md). So each replay waits as long as the one before took, up to that, and what a rest
+slows down is replayed once before it is timed.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from time import sleep
 from typing import TYPE_CHECKING, Final
 
 from densemoe.runtime.errors import ProblemError
@@ -25,6 +30,7 @@ LARGEST_ROTATION: Final = 256
 GRAPH_MICROSECONDS: Final = 1500.0  # of work in a graph: its own launch of some 5 µs is then below half a percent
 LEAST_LAUNCHES: Final = 4
 LARGEST_GRAPH: Final = 2048  # launches; a graph's nodes take some kilobytes each
+LONGEST_REST: Final = 0.010  # seconds between replays, after which an H200's clock has recovered
 
 #: Enqueues one launch on a stream; called at capture alone.
 Launch = Callable[[int], None]
@@ -141,13 +147,17 @@ class Timer:
         return Timed(lambda stream: driver.launch_graph(graph, stream), passes * len(launches) // divide_by, close)
 
     def interleave(self, timed: Mapping[str, Timed], rounds: int) -> dict[str, Sample]:
-        """Replays all of ``timed`` in turn, ``rounds`` times after one round that is not counted."""
+        """Replays all of ``timed`` in turn, ``rounds`` times after one round that is not counted; each rested, and warm."""
         times: dict[str, list[float]] = {name: [] for name in timed}
+        before = 0.0
         for turn in range(rounds + 1):
             for name, each in timed.items():
-                taken = self.once(each.replay) / each.launches
+                sleep(min(before, LONGEST_REST))
+                self.once(each.replay)
+                taken = self.once(each.replay)
+                before = taken / 1e6
                 if turn:
-                    times[name].append(taken)
+                    times[name].append(taken / each.launches)
         return {name: Sample.of(taken, timed[name].launches) for name, taken in times.items()}
 
     def sustain(self, timed: Timed, seconds: float, clock: Callable[[], float]) -> Sample:
