@@ -103,10 +103,10 @@ class Bench:
                     made.close()
                     self._release()
 
-    def _data(self, op: str, shape: Shape, a_dtype: str, c_dtype: str, largest_m: int, active: bool) -> OpData:
+    def _data(self, op: str, shape: Shape, a_dtype: str, c_dtype: str, largest_m: int, active: bool, decoded: bool = False) -> OpData:
         tuner = self.tuner
         layout = next(entry.layout for entry in tuner.entries.values() if entry.variant.op == op)
-        return OpData(tuner.driver, op, shape, a_dtype, c_dtype, layout, largest_m, active=active, l2=tuner.l2, seed=tuner.seed)
+        return OpData(tuner.driver, op, shape, a_dtype, c_dtype, layout, largest_m, active=active, l2=tuner.l2, seed=tuner.seed, decoded=decoded)
 
     def _op(self, case: Case, made: OpData) -> dict[str, Any]:
         point, rotations = Point(), made.bind(case.m)
@@ -173,7 +173,7 @@ class Bench:
         if tiles:
             data = GatheredData(made)
             opened.append(data)
-        for tile, key in grouped_keys(of.entries.values(), op, case.a_dtype, case.c_dtype):
+        for tile, key in grouped_keys(of.entries.values(), op, case.c_dtype):
             if tile != wanted and not worth_a_tile(case.shape, case.m, tile):
                 continue
             column = f"{GATHERED} {key.split('.')[2]}"
@@ -181,7 +181,7 @@ class Bench:
             reports.append(self._add_one_gathered(point, of, case.m, data, opened, tile, key, column))
             if not of.name and tile == wanted and of.loader.select(data.problem(case.m, tile), tuner.device).variant.key == key:
                 point.same[CHOSEN] = name
-        ordered = grouped_keys(of.entries.values(), op, case.a_dtype, case.c_dtype, deterministic=True) if case.op == "fc2" else []
+        ordered = grouped_keys(of.entries.values(), op, case.c_dtype, deterministic=True) if case.op == "fc2" else []
         if wanted in dict(ordered):
             key = of.loader.select(data.problem(case.m, wanted, True), tuner.device).variant.key
             reports.append(self._add_one_gathered(point, of, case.m, data, opened, wanted, key, f"{GATHERED}, {ORDERED}", True))

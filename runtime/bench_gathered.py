@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from densemoe.runtime import bounds, data, reference
-from densemoe.runtime.layout import from_k64_order, tile_scales, untile_scales
+from densemoe.runtime.layout import from_k64_order
 from densemoe.runtime.nvfp4 import bf16_values, widen
-from densemoe.runtime.problem import K64_ORDER_FROM, Problem, TensorSpec, grouped_dtype, k64_width
+from densemoe.runtime.problem import K64_ORDER_FROM, Problem, TensorSpec, k64_width
 from densemoe.runtime.tune_data import DeviceMemory, OpData
 
 __all__ = ["GatheredData", "GatheredLayer", "TiledData"]
@@ -53,12 +53,11 @@ class GatheredData:
             elif made.op == "fc2":
                 rng = np.random.default_rng([made.seed, 4])
                 stored, tiled, _ = data.activations(rng, pairs, shape.intermediate, made.a_dtype, "normal")
-                self._a = {"a": stored} if tiled is None else {"a.codes": stored, "a.scales": tiled}
-                self._a["a.k64"] = reference.ordered_activations(stored, tiled)
+                self._a = _decoded(stored, tiled)
                 self._inputs = {role: self._memory.put(array) for role, array in self._a.items()}
             else:
-                self._inputs = {role: pointer for role, pointer in made.inputs.items() if role.startswith("a")}  # alpha too
-                self._inputs["a.k64"] = self._memory.put(reference.ordered_activations(*made.stored_activations))
+                self._inputs = {"alpha": made.inputs["alpha"]}
+                self._inputs.update({role: self._memory.put(array) for role, array in _decoded(*made.stored_activations).items()})
             outputs = {role: spec.nbytes for tile in (1, K64_ORDER_FROM) for role, spec in self._written(made.largest_m, tile).items()}
             self._outputs = {role: self._memory.empty(nbytes) for role, nbytes in outputs.items()}
         except BaseException:
@@ -69,7 +68,7 @@ class GatheredData:
         """The Problem at ``m`` tokens, over tiles of up to ``tile`` rows; of FC2 in one order where ``deterministic``."""
         made, shape = self.made, self.made.shape
         return Problem(
-            self.op, m, shape.experts, shape.hidden, shape.intermediate, grouped_dtype(made.a_dtype, tile), made.c_dtype,
+            self.op, m, shape.experts, shape.hidden, shape.intermediate, "bf16", made.c_dtype,
             top_k=shape.top_k, group_tile=tile, deterministic=deterministic and self.op == "groupedfc2",
         )  # fmt: skip
 
@@ -93,7 +92,7 @@ class GatheredData:
 
         Args:
             count: rotations; as many as this op needs to read cold weights where 0.
-            routed: addresses of what ``route`` writes on the device, in place of the host's; with ``a.k64`` where it orders activations.
+            routed: addresses of what ``route`` writes on the device, in place of the host's; with ``a`` or ``a.k64`` where it brings activations.
         """
         made, shape = self.made, self.made.shape
         if self._bound[0] != m:
@@ -162,10 +161,7 @@ class GatheredData:
         """FC2's activations of some rows, exact."""
         if "a.k64" in self._a:
             return bf16_values(from_k64_order(self._a["a.k64"][rows], self.made.shape.intermediate)).astype(np.float64)
-        if "a" in self._a:
-            return bf16_values(self._a["a"][rows]).astype(np.float64)
-        codes = self._a["a.codes"]
-        return reference.activation_values(codes[rows], tile_scales(untile_scales(self._a["a.scales"], len(codes))[rows]))
+        return bf16_values(self._a["a"][rows]).astype(np.float64)
 
     def _fc2(self, rows: npt.NDArray[np.int64], routes: reference.Routes, columns: npt.NDArray[np.int64]) -> Any:
         """A token's experts side by side, as dense FC2 of these alone."""
@@ -228,9 +224,10 @@ class GatheredLayer:
         self._fc1 = GatheredData(one)
         try:
             self._fc2 = GatheredData(two, self._fc1)
-            specs = self.problems(one.largest_m, 8, True)[0].tensors()
-            self._routed = {role: self._memory.empty(spec.nbytes) for role, spec in specs.items() if spec.output}
-            self._ordered = self._memory.empty(one.largest_m * k64_width(one.shape.hidden) * 2)
+            route = self.problems(one.largest_m, 8, True)[0]
+            written = {role: spec for role, spec in route.tensors().items() if spec.output and role != route.brought}
+            self._routed = {role: self._memory.empty(spec.nbytes) for role, spec in written.items()}
+            self._brought = self._memory.empty(one.largest_m * k64_width(one.shape.hidden) * 2)
             self._given = {"router": self._memory.put(two.router), "w2_alpha": self._memory.put(two.w2_alpha)}
         except BaseException:
             self.close()
@@ -239,10 +236,10 @@ class GatheredLayer:
     def problems(self, m: int, tile: int, deterministic: bool = False) -> tuple[Problem, Problem, Problem]:
         """``route``, grouped FC1, grouped FC2; FC2 in one order where ``deterministic``."""
         shape, first = self._one.shape, self._fc1.problem(m, tile)
-        x_dtype = self._one.a_dtype if first.a_in_k64_order else ""
+        x_dtype = "bf16" if first.a_in_k64_order or self._one.decoded else ""
         route = Problem(
             "route", m, shape.experts, shape.hidden if x_dtype else 0, 0, "i32", "f32", top_k=shape.top_k, group_tile=tile, x_dtype=x_dtype,
-            deterministic=deterministic,
+            x_rounded=self._one.decoded, deterministic=deterministic,
         )  # fmt: skip
         return route, first, self._fc2.problem(m, tile, deterministic)
 
@@ -253,18 +250,20 @@ class GatheredLayer:
         if self._ids[0] != m:
             self._ids_memory.close()
             self._ids = m, [self._ids_memory.put(np.array(self._one.routing(m, index), np.int32)) for index in range(count)]
-        fc1 = self._fc1.bind(m, tile, count, {**self._routed, "a.k64": self._ordered})
-        inputs = self._one.inputs  # whose scales are those of M rows now
-        given = {**self._given, "x.k64": self._ordered, "x": inputs["a" if "a" in inputs else "a.codes"], "x.scales": inputs.get("a.scales", 0)}
-        specs = self.problems(m, tile, deterministic)[0].tensors()
+        route, first, _ = self.problems(m, tile, deterministic)
+        brought = {"a.k64" if first.a_in_k64_order else "a": self._brought} if route.x_dtype else {}
+        fc1 = self._fc1.bind(m, tile, count, {**self._routed, **brought})
+        given = {"x": self._one.inputs["a"], **self._one.rounded_from, **self._given, route.brought: self._brought}
+        specs = route.tensors()
         routed = [{role: each for role, each in {**given, **self._routed, "ids": ids}.items() if role in specs} for ids in self._ids[1]]
         return routed, fc1, self._fc2.bind(m, tile, count, self._routed, deterministic)
 
     def poison(self, m: int, tile: int) -> None:
         """Makes every byte of every output wrong."""
-        for role, spec in self.problems(m, tile)[0].tensors().items():
+        route = self.problems(m, tile)[0]
+        for role, spec in route.tensors().items():
             if spec.output:
-                self._one.driver.fill({**self._routed, "x.k64": self._ordered}[role], 0xA5, spec.nbytes)
+                self._one.driver.fill({**self._routed, route.brought: self._brought}[role], 0xA5, spec.nbytes)
         self._fc1.poison(m, tile)
         self._fc2.poison(m, tile)
 
@@ -296,6 +295,12 @@ class GatheredLayer:
         if hasattr(self, "_fc2"):
             self._fc2.close()
         self._fc1.close()
+
+
+def _decoded(stored: npt.NDArray[Any], tiled: npt.NDArray[np.uint8] | None) -> dict[str, npt.NDArray[Any]]:
+    """Activations as grouped kernels read them, by role: bf16 as it is and in K 64 order."""
+    plain = stored if tiled is None else reference.decoded_bf16(stored, tiled)
+    return {"a": plain, "a.k64": reference.ordered_activations(plain, None)}
 
 
 def _columns(width: int, place: int) -> npt.NDArray[np.int64]:

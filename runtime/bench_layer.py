@@ -26,6 +26,7 @@ from densemoe.runtime.select import load_table
 from densemoe.runtime.tune import grouped_tiles
 from densemoe.runtime.tune_cases import Case, Shape, worth_a_tile
 from densemoe.runtime.tune_data import DeviceMemory, OpData
+from densemoe.runtime.variant import GROUPED_OPS, ROUNDED
 
 __all__ = ["LayerBench"]
 
@@ -39,9 +40,9 @@ class LayerBench(Bench):
         """A row for each (shape, M)."""
         first, middle, last = dtypes
         for shape in shapes:
-            one = self._data("fc1", shape, first, middle, max(tokens), active)
+            one = self._data("fc1", shape, first, middle, max(tokens), active, self._decoded)
             try:
-                two = self._data("fc2", shape, middle, last, max(tokens), active)
+                two = self._data("fc2", shape, middle, last, max(tokens), active, self._decoded)
                 gathered = None
                 try:
                     if active and any(self._tiles(each, dtypes) for each in self.sets):
@@ -56,11 +57,16 @@ class LayerBench(Bench):
                 one.close()
                 self._release()
 
+    @property
+    def _decoded(self) -> bool:
+        """Whether the GEMMs of a layer read NVFP4 activations as bf16, which ``prepare`` and ``route`` then round."""
+        return any(entry.variant.option(ROUNDED) or entry.variant.op in GROUPED_OPS for each in self.sets for entry in each.entries.values())
+
     def _layer(self, one: OpData, two: OpData, m: int, gathered: GatheredLayer | None) -> dict[str, Any]:
         tuner, shape = self.tuner, one.shape
         count = max(one.rotation_count(m), two.rotation_count(m))
         first, second = _cycled(one.bind(m), count), _cycled(two.bind(m), count)
-        into = {"c": "a", "c.codes": "a.codes", "c.scales": "a.scales"}
+        into = {"c": "a", "c.codes": "a.codes", "c.scales": "a.scales"}  # codes and scales where the set's layers read them
         second = [{**own, **{into[role]: before[role] for role in into if role in before}} for before, own in zip(first, second, strict=True)]
         memory = DeviceMemory(tuner.driver)
         plans: list[Plan] = []
@@ -198,17 +204,21 @@ class LayerBench(Bench):
     ) -> None:
         """The same two launches behind ``prepare``, which makes alpha and the list of active experts from the router's choice."""
         tuner, shape = self.tuner, one.shape
-        problem = Problem("prepare", m, shape.experts, 0, 0, "i32", "f32", top_k=shape.top_k)
+        x = {"hidden": shape.hidden, "x_dtype": "bf16", "x_rounded": True} if one.decoded else {"hidden": 0}
+        problem = Problem("prepare", m, shape.experts, intermediate=0, a_dtype="i32", c_dtype="f32", top_k=shape.top_k, **x)
         if not any(entry.variant.op == "prepare" for entry in of.entries.values()):
             point.missing[of.name + WITH_PREPARE] = "the set has no prepare kernel"
             return
         made = {role: memory.empty(spec.nbytes) for role, spec in problem.tensors().items() if spec.output}
         common = {**made, "w2_alpha": memory.put(np.ones(shape.experts, np.float32)), "alpha_divisor": memory.put(np.ones(1, np.float32))}
+        common.update(one.rounded_from)
         common["router"] = memory.put(np.full((m, shape.top_k), 1 / shape.top_k, np.float32))
         routed = [{**common, "ids": memory.put(np.array(one.routing(m, index), np.int32))} for index in range(len(pairs[0]))]
         listed = {"active_experts": made["active_list"]} if one.active else {}
+        if problem.x_dtype:
+            listed["a"] = made[problem.brought]
         first = [{**own, **listed} for own in pairs[0]]
-        second = [{**own, **listed, "alpha": made["alpha"]} for own in pairs[1]]
+        second = [{**own, **listed, "a": own["a"], "alpha": made["alpha"]} for own in pairs[1]]
         prepare = of.loader.plan(problem, routed[0], tuner.device)
         plans.append(prepare)
         steps = [tuner._launches(plan, bound) for plan, bound in zip((prepare, *own), (routed, first, second), strict=True)]

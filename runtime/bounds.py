@@ -455,6 +455,7 @@ def compare_fc1(
 
     Args:
         actual: the whole output by role: ``c`` ``[M, E·I]``, or ``c.codes`` ``[M, E·I/2]`` and tiled ``c.scales``, or ``c.k64`` in K 64 order.
+            Decoded NVFP4 is judged by the codes and scales that it stands for.
         result: ``reference.fc1`` of the same rows and columns.
         output_multiplier: of NVFP4 output.
         rows, columns: the sample that ``result`` covers; columns of NVFP4 output are whole groups of 16.
@@ -473,6 +474,8 @@ def compare_fc1(
     if problem.c_in_k64_order:
         positions = k64_positions(problem.n_out)
         got = _widened(_part(actual["c.k64"], rows, positions if columns is None else positions[np.asarray(columns)]), "bf16")
+    elif problem.c_decoded:
+        got = _widened(_part(actual["c"], rows, columns), "bf16")
     elif problem.c_dtype != "nvfp4":
         got = _widened(_part(actual["c"], rows, columns), problem.c_dtype)
     if problem.c_dtype != "nvfp4":
@@ -488,7 +491,7 @@ def compare_fc1(
             raise ProblemError("columns cut a group of 16: sample whole groups of NVFP4 output")
         groups = chosen[::GROUP] // GROUP
     y = y.astype(np.float64) if exact else y
-    if problem.c_in_k64_order:
+    if problem.c_decoded:
         codes, scales = _coded(to_host(got) if xp is np else got, y, output_multiplier)
     else:
         codes = _part(unpack(_part(actual["c.codes"], rows, None)), None, columns)

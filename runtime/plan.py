@@ -35,7 +35,7 @@ WEIGHT_ALIGNMENT: Final = 128  # sources of bulk copies; whole 128-byte lines be
 _SUPERBLOCK: Final = (64, 128, 4608)  # rows, K and bytes of sm90a-superblock/2
 WEIGHT_LAYOUTS: Final = ("sm90a-superblock/2", "sm100-interchange/1", "none")  # none: the kernel reads no weights
 #: Optional tensors: a kernel that points to one that the problem lacks is given a null pointer.
-OPTIONAL_ROLES: Final = ("alpha_post", "active_experts", "x", "x.scales", "x.k64", "places")
+OPTIONAL_ROLES: Final = ("alpha_post", "active_experts", "x", "x.scales", "x.multiplier", "x.bf16", "x.k64", "places")
 
 
 def _interchange_bytes(problem: Problem) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Final
 from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.variant import A_DTYPES_OF, ALL_OPS, C_DTYPES, GROUPED_OPS, OPS
 
-__all__ = ["ELEMENT_BITS", "Problem", "TensorSpec", "grouped_dtype", "in_k64_order"]
+__all__ = ["ELEMENT_BITS", "X_FORMS", "Problem", "TensorSpec", "in_k64_order"]
 
 ELEMENT_BITS: Final = {"nvfp4": 4, "e4m3": 8, "e5m2": 8, "u8": 8, "bf16": 16, "f16": 16, "f32": 32, "u32": 32, "i32": 32, "i64": 64}
 #: Contract section 8: any dimension of 2**31 or more is refused; byte offsets are 64-bit.
@@ -23,11 +23,12 @@ OTHER_ALIGNMENT: Final = 16
 LARGEST_LISTED: Final = 4096  # experts that `prepare` has flags for
 LARGEST_TOP_K: Final = 32  # `prepare` holds a token's experts one a lane
 TILE_WORDS: Final = 4  # of one tile of `route`: expert, first row, rows, unused
-K64_ORDER_FROM: Final = 32  # rows of a tile from which what the grouped ops multiply is bf16 in K 64 order
-X_DTYPES: Final = ("", "bf16", "nvfp4")  # of what `route` brings to it
+K64_ORDER_FROM: Final = 32  # rows of a tile from which what the grouped ops multiply is in K 64 order
+X_FORMS: Final = ("bf16", "f16", "f32", "nvfp4")  # of activations that `route` and `prepare` bring as bf16, as kernels number them
 _ROUTED: Final = ("route", *GROUPED_OPS)
 _IN_ANY_ORDER: Final = ("route", "groupedfc2")  # ops that differ where the layer is to give the same bits every time
 _BETWEEN: Final = ("bf16", "nvfp4")  # between grouped FC1 and FC2 of large tiles
+_SORTS: Final = ("prepare", "route")
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,9 @@ def _ceil_to(value: int, unit: int) -> int:
 
 
 def in_k64_order(op: str, group_tile: int) -> bool:
-    """Whether an op reads its activations as bf16 in K 64 order (``layout.k64_order``): the grouped ops over tiles of 32 rows and more, whose shared
-    memory then takes them by sixteen bytes. ``route`` brings a layer's to it, and FC1 writes so what FC2 reads; of NVFP4 both give the decoded
-    values, which bf16 holds exactly."""
+    """Whether an op reads its activations in K 64 order (``layout.k64_order``): the grouped ops over tiles of 32 rows and more, whose shared memory
+    then takes them by sixteen bytes. ``route`` brings a layer's to it, and FC1 writes so what FC2 reads."""
     return op in GROUPED_OPS and group_tile >= K64_ORDER_FROM
-
-
-def grouped_dtype(a_dtype: str, group_tile: int) -> str:
-    """The dtype that a grouped op over tiles of so many rows reads activations of ``a_dtype`` in: NVFP4 ones of large tiles come decoded."""
-    return "bf16" if group_tile >= K64_ORDER_FROM else a_dtype
 
 
 def k64_width(k: int) -> int:
@@ -87,9 +82,10 @@ class Problem:
     ``prepare`` (contract section 5) turns the router's ids and weights into alpha ``[M, E]`` and the list of active experts; its H and I are 0.
     ``route`` sorts the router's choice by expert: one row a (token, expert) pair, ``M·k`` of them at most, and tiles of up to ``group_tile`` rows
     of one expert. ``groupedfc1`` and ``groupedfc2`` are FC1 and FC2 over those rows; what stands between them is ``[M·k, I]``, of which only the
-    pairs' rows are written. Over tiles of 32 rows and more both read bf16 in K 64 order (``in_k64_order``): where ``x_dtype`` is given ``route``
-    brings the activations ``x`` ``[M, H]`` to it besides, NVFP4 ones decoded, and FC1 writes ``c.k64``, of NVFP4 the values that codes and scales
-    stand for.
+    pairs' rows are written. Both read bf16, over tiles of 32 rows and more in K 64 order (``in_k64_order``): of NVFP4 the values that codes and
+    scales stand for, which bf16 holds exactly. FC1 writes such values where its output dtype is NVFP4, and FC1 over all tokens where it is
+    ``rounded``. Where ``x_dtype`` is given ``prepare`` and ``route`` bring the activations ``x`` ``[M, H]`` so besides, NVFP4 ones decoded, others
+    rounded to NVFP4 where ``x_rounded``.
     ``quantize`` (section 2) turns activations ``[M, H]`` into NVFP4; its E and I are 0.
 
     Attributes:
@@ -108,7 +104,9 @@ class Problem:
         first_expert: ``prepare`` and ``route``: id of this rank's first expert.
         elsewhere: ``prepare`` and ``route``: ids outside this rank's experts belong to other ranks; else such an id makes its token NaN.
         group_tile: ``route`` and the grouped ops: most rows of a tile; the kernels' tile_m.
-        x_dtype: ``route``: ``bf16`` or ``nvfp4``: the activations that it brings to K 64 order, with ``hidden`` columns; "": none, and H is 0.
+        x_dtype: ``prepare`` and ``route``: one of ``X_FORMS``: the activations that it brings as bf16, with ``hidden`` columns; "": none, and H is 0.
+        x_rounded: ``prepare`` and ``route``: it rounds them to NVFP4 (contract section 2); f16 and f32 always.
+        rounded: ``fc1``: its output is NVFP4, written as the bf16 values that codes and scales stand for. Grouped FC1 always writes NVFP4 so.
         deterministic: ``groupedfc2`` adds a token's experts in the order of its choice, so that a launch gives the same bits every time, and
             ``route`` tells it where they stand (``places``). The other ops do so always.
 
@@ -131,13 +129,15 @@ class Problem:
     elsewhere: bool = False
     group_tile: int = 0
     x_dtype: str = ""
+    x_rounded: bool = False
+    rounded: bool = False
     deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.op not in ALL_OPS:
             raise ProblemError(f"op={self.op!r}: use one of {', '.join(ALL_OPS)}")
         gemm = self.op in (*OPS, *GROUPED_OPS)
-        sorts = self.op in ("prepare", "route")
+        sorts = self.op in _SORTS
         hidden = int(not sorts or bool(self.x_dtype))
         least_of = {"m": 0, "experts": int(self.op != "quantize"), "hidden": hidden, "intermediate": int(gemm), "first_expert": 0}
         for name, least in least_of.items():
@@ -171,19 +171,18 @@ class Problem:
             raise ProblemError(f"M*k={self.m * self.top_k}: dimensions of 2**31 or more are refused (contract section 8)")
         if (self.group_tile > 0) != (self.op in _ROUTED) or self.group_tile < 0:
             raise ProblemError(f"group_tile={self.group_tile} for {self.op}: route and the grouped ops have the rows of a tile, the others 0")
-        if self.x_dtype not in (X_DTYPES if self.op == "route" else ("",)):
-            raise ProblemError(f"x_dtype={self.x_dtype!r} for {self.op}: route has bf16, nvfp4 or none, the others none")
+        if self.x_dtype not in (("", *X_FORMS) if sorts else ("",)):
+            raise ProblemError(f"x_dtype={self.x_dtype!r} for {self.op}: prepare and route have {', '.join(X_FORMS)} or none, the others none")
+        if self.x_rounded != (self.x_dtype in ("f16", "f32")) and self.x_dtype != "bf16":
+            raise ProblemError(f"x_rounded={self.x_rounded} for x_dtype={self.x_dtype!r}: f16 and f32 are rounded to NVFP4, bf16 where asked for")
+        if self.rounded and (self.op, self.c_dtype) != ("fc1", "nvfp4"):
+            raise ProblemError(f"rounded=True for {self.op} with c_dtype={self.c_dtype!r}: only FC1 with NVFP4 output has a choice")
         if self.deterministic and self.op not in _IN_ANY_ORDER:
             raise ProblemError(f"deterministic=True for {self.op}: {' and '.join(_IN_ANY_ORDER)} have a choice; the others always give the same bits")
-        if in_k64_order(self.op, self.group_tile):
-            if self.a_dtype != "bf16":
-                raise ProblemError(
-                    f"a_dtype={self.a_dtype!r} for {self.op} over tiles of {self.group_tile} rows: use bf16, which `route` and FC1 decode NVFP4 to"
-                )
-            if self.op == "groupedfc1" and self.c_dtype not in _BETWEEN:
-                raise ProblemError(
-                    f"c_dtype={self.c_dtype!r} for {self.op} over tiles of {self.group_tile} rows: use {' or '.join(_BETWEEN)}, what FC2 reads"
-                )
+        if self.c_in_k64_order and self.c_dtype not in _BETWEEN:
+            raise ProblemError(
+                f"c_dtype={self.c_dtype!r} for {self.op} over tiles of {self.group_tile} rows: use {' or '.join(_BETWEEN)}, what FC2 reads"
+            )
         if (self.active_list and not gemm) or (self.active_list and self.op in GROUPED_OPS):
             raise ProblemError(f"active_list=True for {self.op}: only FC1 and FC2 have a list of active experts (contract section 5)")
 
@@ -201,8 +200,13 @@ class Problem:
 
     @property
     def c_in_k64_order(self) -> bool:
-        """Whether the output is ``c.k64``, bf16 ``[rows, ⌈I / 128⌉ · 128]`` in K 64 order, zeros behind I, in place of ``c`` or codes and scales."""
+        """Whether the output is ``c.k64``, bf16 ``[rows, ⌈I / 128⌉ · 128]`` in K 64 order, zeros behind I, in place of ``c``."""
         return self.op == "groupedfc1" and in_k64_order(self.op, self.group_tile)
+
+    @property
+    def c_decoded(self) -> bool:
+        """Whether NVFP4 output is written as the bf16 values that codes and scales stand for."""
+        return self.c_dtype == "nvfp4" and (self.rounded or self.op == "groupedfc1")
 
     @property
     def a_rows(self) -> int:
@@ -217,7 +221,7 @@ class Problem:
     @property
     def n_out(self) -> int:
         """Columns of the output: E·I for FC1, I for grouped FC1, H for FC2."""
-        if self.op in ("prepare", "route"):
+        if self.op in _SORTS:
             return self.experts
         if self.op == "groupedfc1":
             return self.intermediate
@@ -227,13 +231,13 @@ class Problem:
         """Every tensor of the problem but the packed weights (whose layout belongs to the architecture), by role.
 
         Roles: ``a`` or ``a.codes`` + ``a.scales``; ``alpha``; ``alpha_post``; ``active_experts`` (the
-        count, then as many expert ids, ascending); ``output_multiplier``; ``c`` or ``c.codes`` + ``c.scales``.
+        count, then as many expert ids, ascending); ``output_multiplier``; ``c`` (NVFP4 decoded too) or ``c.codes`` + ``c.scales``.
         Of ``route`` and the grouped ops: ``tiles`` (a head [tiles, rows, 0, 0], then [expert, first row, rows, 0] each), ``rows`` (the token of each
         row), ``places`` (the row of each pair, -1 where it has none) and ``row_alpha`` (its scale in FC2); and ``a.k64`` and ``c.k64`` where they
         are in K 64 order (``a_in_k64_order``, ``c_in_k64_order``).
         """
         rows = _ceil_to(self.m, SCALE_ROWS)
-        if self.op in ("prepare", "route"):
+        if self.op in _SORTS:
             return {spec.role: spec for spec in self._router_tensors()}
         if self.op == "quantize":
             quantised = (
@@ -266,6 +270,8 @@ class Problem:
             specs.append(TensorSpec("output_multiplier", "f32", (1,), 4))
         if self.c_in_k64_order:
             specs.append(TensorSpec("c.k64", "bf16", (self.c_rows, k64_width(self.n_out)), OTHER_ALIGNMENT, output=True))
+        elif self.c_decoded:
+            specs.append(TensorSpec("c", "bf16", (self.c_rows, self.n_out), OTHER_ALIGNMENT, output=True))
         elif self.c_dtype == "nvfp4":
             scale_rows = _ceil_to(self.c_rows, SCALE_ROWS)
             specs.append(TensorSpec("c.codes", "u8", (self.c_rows, self.n_out // 2), CODES_ALIGNMENT, output=True))
@@ -285,15 +291,24 @@ class Problem:
             *places,
         )
 
-    def _ordered_tensors(self) -> tuple[TensorSpec, ...]:
-        """``x``, of NVFP4 its codes, and ``x.scales``, and what ``route`` makes of them: ``x.k64``, bf16 in K 64 order."""
+    @property
+    def brought(self) -> str:
+        """The role of what ``prepare`` and ``route`` bring: ``x.k64`` where grouped FC1 reads K 64 order, else ``x.bf16``; "": nothing."""
+        if not self.x_dtype:
+            return ""
+        return "x.k64" if self.group_tile >= K64_ORDER_FROM else "x.bf16"
+
+    def _brought_tensors(self) -> tuple[TensorSpec, ...]:
+        """``x``, of NVFP4 its codes and ``x.scales``, ``x.multiplier`` where it is rounded, and what is made of them."""
         if not self.x_dtype:
             return ()
-        ordered = TensorSpec("x.k64", "bf16", (self.m, k64_width(self.hidden)), OTHER_ALIGNMENT, output=True)
-        if self.x_dtype == "bf16":
-            return TensorSpec("x", "bf16", (self.m, self.hidden), OTHER_ALIGNMENT), ordered
-        scales = TensorSpec("x.scales", "u8", (_ceil_to(self.m, SCALE_ROWS), self.hidden // GROUP), OTHER_ALIGNMENT)
-        return TensorSpec("x", "u8", (self.m, self.hidden // 2), CODES_ALIGNMENT), scales, ordered
+        width = k64_width(self.hidden) if self.brought == "x.k64" else self.hidden
+        made = TensorSpec(self.brought, "bf16", (self.m, width), OTHER_ALIGNMENT, output=True)
+        if self.x_dtype == "nvfp4":
+            scales = TensorSpec("x.scales", "u8", (_ceil_to(self.m, SCALE_ROWS), self.hidden // GROUP), OTHER_ALIGNMENT)
+            return TensorSpec("x", "u8", (self.m, self.hidden // 2), CODES_ALIGNMENT), scales, made
+        multiplier = (TensorSpec("x.multiplier", "f32", (1,), 4),) if self.x_rounded else ()
+        return TensorSpec("x", self.x_dtype, (self.m, self.hidden), OTHER_ALIGNMENT), *multiplier, made
 
     def _router_tensors(self) -> tuple[TensorSpec, ...]:
         """``ids`` and ``router`` ``[M, k]``, ``w2_alpha`` ``[E]``; of ``prepare`` ``alpha_divisor`` ``[1]`` (1, or the fused form's alpha_max),
@@ -305,9 +320,10 @@ class Problem:
             TensorSpec("w2_alpha", "f32", (self.experts,), 4),
         )
         if self.op == "route":
-            return (*given, *self._routed_tensors(), *self._ordered_tensors())
+            return (*given, *self._routed_tensors(), *self._brought_tensors())
         return (
             *given,
+            *self._brought_tensors(),
             TensorSpec("alpha_divisor", "f32", (1,), 4),
             TensorSpec("alpha", "f32", (self.m, self.experts), 4, output=True),
             TensorSpec("active_list", "i32", (1 + self.experts,), 4, output=True),
@@ -333,4 +349,5 @@ class Problem:
             "first_expert": self.first_expert,
             "elsewhere": int(self.elsewhere),
             "group_tile": self.group_tile,
+            "x_form": X_FORMS.index(self.x_dtype) if self.x_dtype else 0,
         }

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Final
 
 from densemoe.runtime.errors import VariantError
-from densemoe.runtime.problem import Problem, k64_width
-from densemoe.runtime.variant import DETERMINISTIC, GROUPED_OPS, OPS, Variant
+from densemoe.runtime.problem import GROUP, Problem, k64_width
+from densemoe.runtime.variant import BRINGS, DETERMINISTIC, GROUPED_OPS, OPS, ROUNDED, Variant
 
 __all__ = ["can_implement", "check_legal"]
 
@@ -61,6 +61,9 @@ def _reason(variant: Variant, problem: Problem) -> str:
         return f"it reads {variant.a_dtype} activations, the problem has {problem.a_dtype}"
     if variant.c_dtype != problem.c_dtype:
         return f"it writes {variant.c_dtype}, the problem wants {problem.c_dtype}"
+    if problem.op == "fc1" and bool(variant.option(ROUNDED)) != problem.rounded:
+        written = ("codes and scales", "bf16 values")
+        return f"it writes NVFP4 as {written[not problem.rounded]}, the problem wants {written[problem.rounded]}"
     if problem.op == "fc1" and _tcgen05(variant) and (2 * problem.intermediate) % variant.tile_n:
         return f"2I = {2 * problem.intermediate} is not a multiple of its tile_n {variant.tile_n}"
     if problem.op == "fc2" and _tcgen05(variant) and problem.intermediate % TCGEN05_K_TILE:
@@ -74,8 +77,10 @@ def _reason(variant: Variant, problem: Problem) -> str:
             return f"activations of tiles of {problem.group_tile} rows come in K 64 order, which kernels of {K64_ORDER_ROWS} weight rows read"
         steps = problem.m * problem.top_k * -(-max(problem.hidden, problem.intermediate) // 64)
         return f"{steps} steps: it counts them in 32 bits; split M" if steps > LARGEST_WORD else ""
-    if problem.op == "route" and (blocks := problem.m * k64_width(problem.hidden) // 64) > LARGEST_WORD // 2:
-        return f"{blocks} K 64 blocks of activations: it counts up to {LARGEST_WORD // 2}; split M"
+    if problem.op in ("prepare", "route") and bool(variant.option(BRINGS)) != bool(problem.x_dtype):
+        return "it brings no activations, the problem has some" if problem.x_dtype else "it brings activations, the problem has none"
+    if problem.op in ("prepare", "route") and (groups := problem.m * k64_width(problem.hidden) // GROUP) > LARGEST_WORD // 2:
+        return f"{groups} groups of {GROUP} activations: it counts up to {LARGEST_WORD // 2}; split M"
     tiles = -(-problem.m // variant.tile_m) * -(-_tile_axis(problem) // variant.tile_n)
     if tiles > LARGEST_WORD:
         return f"{tiles} tiles: it counts them in 32 bits; split M"

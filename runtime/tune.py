@@ -24,7 +24,6 @@ from densemoe.runtime.errors import DensemoeError, ProblemError
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.manifest import ManifestVariant
 from densemoe.runtime.plan import Plan
-from densemoe.runtime.problem import grouped_dtype
 from densemoe.runtime.rules import can_implement
 from densemoe.runtime.tune_cases import Case, Shape, in_order, worth_a_tile
 from densemoe.runtime.tune_data import OpData, PackedWeights
@@ -207,21 +206,18 @@ def cases_of(
             for m in in_order(tokens):
                 cases += [Case(op, shape, m, a, c, active) for active in forms for a, c in by_pair]
                 worth = [(pair, tile) for pair, own in by_pair.items() for tile in sorted(own) if m == min(tokens) or worth_a_tile(shape, m, tile)]
-                # FC2 of both activations' layers is one case where NVFP4 comes decoded
-                gathered = dict.fromkeys(Case(f"grouped{op}", shape, m, grouped_dtype(a, tile), c, False, tile) for (a, c), tile in worth)
+                # FC2 of both activations' layers is one case, since NVFP4 comes decoded
+                gathered = dict.fromkeys(Case(f"grouped{op}", shape, m, "bf16", c, False, tile) for (_, c), tile in worth)
                 cases += gathered
     return found
 
 
-def grouped_keys(
-    entries: Iterable[ManifestVariant], op: str, a_dtype: str, c_dtype: str, deterministic: bool = False
-) -> list[tuple[int, str]]:
-    """(rows of a tile, key) of a grouped op's variants for a layer's dtypes, ascending: those over large tiles read NVFP4 decoded. Of FC2 those that
-    add in any order, or those that add in one."""
+def grouped_keys(entries: Iterable[ManifestVariant], op: str, c_dtype: str, deterministic: bool = False) -> list[tuple[int, str]]:
+    """(rows of a tile, key) of a grouped op's variants that write a dtype, ascending. Of FC2 those that add in any order, or in one."""
     wanted = (op, c_dtype, deterministic and op == "groupedfc2")
     variants = [each.variant for each in entries]
     own = [each for each in variants if (each.op, each.c_dtype, bool(each.option(DETERMINISTIC))) == wanted]
-    return sorted((each.tile_m, each.key) for each in own if each.a_dtype == grouped_dtype(a_dtype, each.tile_m))
+    return sorted((each.tile_m, each.key) for each in own)
 
 
 def grouped_tiles(entries: Collection[ManifestVariant], dtypes: Sequence[str], *ops: str, deterministic: bool = False) -> set[int]:
@@ -231,7 +227,7 @@ def grouped_tiles(entries: Collection[ManifestVariant], dtypes: Sequence[str], *
         dtypes: of the first op's activations, of what lies between, of the last op's output.
         deterministic: FC2 in one order.
     """
-    keys = (grouped_keys(entries, op, dtypes[at], dtypes[at + 1], deterministic) for at, op in enumerate(ops))
+    keys = (grouped_keys(entries, op, dtypes[at + 1], deterministic) for at, op in enumerate(ops))
     return set.intersection(*({tile for tile, _ in each} for each in keys))
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from densemoe.runtime import bounds, data, packing, reference
 from densemoe.runtime.bench_timing import COLD_FACTOR, rotations
 from densemoe.runtime.layout import padded_rows, scale_offsets, tile_scales, untile_scales
-from densemoe.runtime.nvfp4 import GROUP, LARGEST_E2M1, LARGEST_E4M3, bf16_values, unpack_codes, widen
+from densemoe.runtime.nvfp4 import GROUP, LARGEST_E2M1, LARGEST_E4M3, bf16_values, quantise_expert, unpack_codes, widen
 from densemoe.runtime.plan import packed_weight_bytes
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.tune_cases import Shape, route_tokens
@@ -106,6 +106,8 @@ class OpData:
         active: launches get a list of active experts.
         l2: bytes of the device's L2; 0 does not rotate.
         weights: those of another OpData of the same op, shape and layout, shared.
+        decoded: NVFP4 is as the GEMMs of a layer have it on sm_90a: the bf16 values that codes and scales stand for. Of FC1 there is besides what a
+            layer rounds to them: ``x`` and ``x.multiplier`` among ``rounded_from``.
     """
 
     def __init__(
@@ -122,9 +124,12 @@ class OpData:
         l2: int = 0,
         seed: int = 0,
         weights: PackedWeights | None = None,
+        decoded: bool = False,
     ) -> None:
         self.driver, self.op, self.shape, self.a_dtype, self.c_dtype = driver, op, shape, a_dtype, c_dtype
         self.layout, self.largest_m, self.active, self.l2, self.seed = layout, largest_m, active, l2, seed
+        self.decoded = decoded and a_dtype == "nvfp4"
+        self.rounded_from: dict[str, int] = {}
         self._memory = DeviceMemory(driver)
         self._own = None if weights is not None else PackedWeights(driver, op, shape, layout, l2, seed)
         self.weights: PackedWeights = weights or self._own  # type: ignore[assignment]
@@ -176,8 +181,8 @@ class OpData:
         """The Problem at ``m`` tokens."""
         shape = self.shape
         return Problem(
-            self.op, m, shape.experts, shape.hidden, shape.intermediate, self.a_dtype, self.c_dtype,
-            active_list=self.active, top_k=shape.top_k * self.active,
+            self.op, m, shape.experts, shape.hidden, shape.intermediate, "bf16" if self.decoded else self.a_dtype, self.c_dtype,
+            active_list=self.active, top_k=shape.top_k * self.active, rounded=self.decoded and self.op == "fc1" and self.c_dtype == "nvfp4",
         )  # fmt: skip
 
     # ---- tensors
@@ -186,10 +191,12 @@ class OpData:
         """Activations at the largest M: FC2's K = E·I repeats those of the distinct experts."""
         shape, m = self.shape, self.largest_m
         width = shape.hidden if self.op == "fc1" else min(shape.experts, DISTINCT_EXPERTS) * shape.intermediate
-        first, tiled, self._a_scale = data.activations(rng, m, width, self.a_dtype, "normal")
+        first, tiled, self._a_scale = data.activations(rng, m, width, "bf16" if self.decoded else self.a_dtype, "normal")
         k = self.problem(m).k
         self._a_scales: Bytes | None = None
-        if self.a_dtype == "bf16":
+        if self.decoded:
+            first = self._rounded(first)
+        if self.decoded or self.a_dtype == "bf16":
             self._a: npt.NDArray[Any] = _widened(first, k)
             self._inputs = {"a": self._memory.put(self._a)}
         else:
@@ -202,6 +209,14 @@ class OpData:
         self._w2_alpha = self._alpha1
         if self.op == "fc1":
             self._inputs["alpha"] = self._memory.put(self._alpha1)
+
+    def _rounded(self, x: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+        """bf16 activations as a layer rounds them; of FC1 they and the multiplier go to the device too."""
+        codes, scales, self._a_scale = quantise_expert(bf16_values(x))
+        if self.op == "fc1":
+            multiplier = np.array([np.float32(1) / self._a_scale], dtype=np.float32)
+            self.rounded_from = {"x": self._memory.put(x), "x.multiplier": self._memory.put(multiplier)}
+        return reference.decoded_bf16(codes, tile_scales(scales))
 
     def _alpha2(self, routing: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
         ids = np.array(routing, dtype=np.int64)
@@ -276,10 +291,10 @@ class OpData:
 
     def written(self, m: int) -> bool:
         """Whether a launch overwrote every poisoned byte pattern of a plain output with finite values."""
-        (role,) = [role for role, spec in self.problem(m).tensors().items() if spec.output][:1]
+        role, dtype = next((role, spec.dtype) for role, spec in self.problem(m).tensors().items() if spec.output)
         got = self.fetch(m)[role]
         poison = np.full(got.itemsize, 0xA5, dtype=np.uint8).view(got.dtype)[0]
-        values = widen(got, self.c_dtype) if self.c_dtype != "nvfp4" else got
+        values = widen(got, dtype) if dtype != "u8" else got
         return bool((got != poison).any(axis=1).all() and np.isfinite(values).all())
 
     def check(self, m: int, got: Mapping[str, npt.NDArray[Any]]) -> bounds.Report:
@@ -291,6 +306,10 @@ class OpData:
                 bound = bounds.fc2_bound(result, problem.experts, problem.intermediate)
                 values = widen(got["c"][np.ix_(rows, columns)], self.c_dtype)
                 reports.append(bounds.compare_plain(values, result.c, bound, self.c_dtype))
+                continue
+            if problem.c_decoded:
+                report = bounds.compare_fc1(got, result, problem, output_multiplier=self.output_multiplier, rows=rows, columns=columns)
+                reports.append(report)
                 continue
             bound = bounds.fc1_bound(result, problem.hidden)
             if self.c_dtype != "nvfp4":

@@ -27,11 +27,13 @@ __all__ = [
     "AUXILIARY_OPS",
     "A_DTYPES",
     "A_DTYPES_OF",
+    "BRINGS",
     "B_DTYPES",
     "C_DTYPES",
     "DETERMINISTIC",
     "GROUPED_OPS",
     "OPS",
+    "ROUNDED",
     "Architecture",
     "Variant",
     "architecture",
@@ -43,6 +45,10 @@ OPS: Final = ("fc1", "fc2")
 GROUPED_OPS: Final = ("groupedfc1", "groupedfc2")
 #: The option of grouped FC2 that adds in one order, and gives the same bits every time.
 DETERMINISTIC: Final = "deterministic"
+#: The option of FC1 whose NVFP4 output is written as the bf16 values that codes and scales stand for: what FC2 of a layer reads.
+ROUNDED: Final = "rounded"
+#: The option of ``prepare`` and ``route`` that bring activations as bf16 besides.
+BRINGS: Final = "brings"
 #: What a layer does besides: alpha and the list of active experts from the router's choice; that choice sorted by expert; NVFP4 activations. They
 #: read no packed weights.
 AUXILIARY_OPS: Final = ("prepare", "route", "quantize")
@@ -63,8 +69,8 @@ C_DTYPES: Final[Mapping[str, tuple[str, ...]]] = {
 A_DTYPES_OF: Final[Mapping[str, tuple[str, ...]]] = {
     "fc1": A_DTYPES,
     "fc2": A_DTYPES,
-    "groupedfc1": A_DTYPES,
-    "groupedfc2": A_DTYPES,
+    "groupedfc1": ("bf16",),
+    "groupedfc2": ("bf16",),
     "prepare": ("i32", "i64"),
     "route": ("i32", "i64"),
     "quantize": ("bf16", "f16", "f32"),

@@ -17,14 +17,14 @@ from typing import Any, Final
 
 from densemoe.runtime.data import KINDS
 from densemoe.runtime.errors import ProblemError, VariantError
-from densemoe.runtime.problem import X_DTYPES, Problem
+from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.rules import can_implement
-from densemoe.runtime.variant import DETERMINISTIC, Variant
+from densemoe.runtime.variant import BRINGS, DETERMINISTIC, ROUNDED, Variant
 
-__all__ = ["AXES", "SCHEDULES", "Case", "all_pairs", "cases_of", "covering", "digest", "grid", "pairs_of", "schedule_of"]
+__all__ = ["AXES", "SCHEDULES", "Case", "all_pairs", "axes_of", "cases_of", "covering", "digest", "grid", "pairs_of", "schedule_of"]
 
-#: Contract section 9; what has no grid there takes the same sizes.
+#: Contract section 9; what has no grid there takes the same sizes. Kernels that bring activations have axes of their own.
 AXES: Final[dict[str, dict[str, tuple[int, ...]]]] = {
     "fc1": {
         "experts": (1, 4, 8, 32),
@@ -49,12 +49,14 @@ AXES: Final[dict[str, dict[str, tuple[int, ...]]]] = {
         "top_k": (1, 2, 8),
     },
     "prepare": {"experts": (1, 8, 32, 256), "top_k": (1, 2, 8), "m": (1, 8, 127, 256), "elsewhere": (0, 1)},
-    "route": {
+    "prepare.brings": {"experts": (1, 32), "top_k": (1, 8), "m": (1, 8, 127, 256), "elsewhere": (0, 1), "brought": (1, 2, 3, 4, 5)},
+    "route": {"experts": (1, 8, 32, 256), "top_k": (1, 2, 8), "m": (1, 8, 127, 256), "elsewhere": (0, 1), "deterministic": (0, 1)},
+    "route.brings": {
         "experts": (1, 8, 32, 256),
         "top_k": (1, 2, 8),
         "m": (1, 8, 127, 256),
         "elsewhere": (0, 1),
-        "ordered": (0, 1, 2),
+        "brought": (1, 2, 3, 4, 5),
         "deterministic": (0, 1),
     },
     "quantize": {"m": (1, 8, 127, 256), "hidden": (64, 256, 512, 2048)},
@@ -64,7 +66,9 @@ _PCT_DEPTH: Final = 3  # priority changes find bugs that need so many ordering c
 _GEMMS: Final = ("fc1", "fc2", "groupedfc1", "groupedfc2")
 _ROUTED: Final = ("route", "groupedfc1", "groupedfc2")  # their tiles of rows are a property of the problem
 _ROUTE_TILES: Final = (8, 16, 32)
-ORDERED_HIDDEN: Final = 320
+#: (dtype, whether it is rounded to NVFP4) of the activations of BROUGHT_HIDDEN columns that ``prepare`` and ``route`` bring, by number.
+BROUGHT: Final = (("", False), ("bf16", False), ("nvfp4", False), ("bf16", True), ("f16", True), ("f32", True))
+BROUGHT_HIDDEN: Final = 320
 _KINDS_DEALT: Final = ("integers", "exact", "integers", "normal")
 _TWICE: Final = 64  # tokens times experts up to which a case is launched twice: beyond, a second launch costs more than it shows
 _SM_COUNTS: Final = (4, 16)  # few: persistent kernels then take several tiles a CTA
@@ -85,7 +89,7 @@ _NAMES: Final = {
     "k": "top_k",
     "group": "group_tile",
     "elsewhere": "elsewhere",
-    "ordered": "ordered",
+    "x": "brought",
     "places": "deterministic",
     "sms": "sm_count",
     "launches": "launches",
@@ -101,7 +105,7 @@ class Case:
         active_list: half of the experts are listed, the others must not matter.
         zeros: some alphas are exactly 0 (``prepare`` and ``route``: some ids are nobody's).
         group_tile: ``route``: most rows of a tile; the grouped GEMMs have their tile_m.
-        ordered: ``route``: 1 brings bf16 activations of ORDERED_HIDDEN columns to K 64 order, 2 NVFP4 ones.
+        brought: ``prepare`` and ``route``: which of BROUGHT they bring as bf16.
         deterministic: ``route``: it says where each pair's row stands; grouped FC2 has a variant for it.
         sm_count: multiprocessors of the emulated device.
         launches: on the same workspaces; the last one's output counts.
@@ -120,7 +124,7 @@ class Case:
     top_k: int = 0
     group_tile: int = 0
     elsewhere: int = 0
-    ordered: int = 0
+    brought: int = 0
     deterministic: int = 0
     sm_count: int = _SM_COUNTS[0]
     launches: int = 1
@@ -162,12 +166,13 @@ class Case:
         Raises:
             ProblemError: the contract's section 8 refuses it.
         """
-        routed = {"group_tile": self.group_tile or variant.tile_m} if variant.op in _ROUTED else {}
+        group_tile = (self.group_tile or variant.tile_m) if variant.op in _ROUTED else 0
+        x_dtype, x_rounded = BROUGHT[self.brought] if self.brought < len(BROUGHT) else ("none such", False)
         return Problem(
             variant.op,
             self.m,
             self.experts,
-            ORDERED_HIDDEN if self.ordered else self.hidden,
+            BROUGHT_HIDDEN if self.brought else self.hidden,
             self.intermediate,
             variant.a_dtype,
             variant.c_dtype,
@@ -177,9 +182,11 @@ class Case:
             top_k=self.top_k,
             first_expert=self.experts if self.elsewhere else 0,
             elsewhere=bool(self.elsewhere),
-            x_dtype=X_DTYPES[self.ordered],
+            group_tile=group_tile,
+            x_dtype=x_dtype,
+            x_rounded=x_rounded,
+            rounded=bool(variant.option(ROUNDED)),
             deterministic=bool(self.deterministic or variant.option(DETERMINISTIC)),
-            **routed,
         )
 
 
@@ -206,9 +213,9 @@ def covering(axes: Sequence[Sequence[int]], cost: Callable[[Values], float]) -> 
     return found
 
 
-def _cost(op: str, tile_m: int) -> Callable[[Values], float]:
+def _cost(name: str, tile_m: int) -> Callable[[Values], float]:
     """What a case takes, in 128 x 128 tiles of an MMA; every case has some work of its own."""
-    names = list(AXES[op])
+    names, op = list(AXES[name]), name.partition(".")[0]
 
     def cost(values: Values) -> float:
         case = dict(zip(names, values, strict=True))
@@ -221,6 +228,11 @@ def _cost(op: str, tile_m: int) -> Callable[[Values], float]:
         return tiles * tile_m / 128 * weights / 128**2 + 20
 
     return cost
+
+
+def axes_of(variant: Variant) -> str:
+    """The name of a variant's axes in AXES."""
+    return f"{variant.op}.{BRINGS}" if variant.option(BRINGS) else variant.op
 
 
 def grid(op: str) -> list[Case]:
@@ -322,8 +334,9 @@ def cases_of(variant: Variant, recipe: Recipe, count: int | None = None, *, full
     """
     if variant.op not in AXES:
         raise VariantError(f"{variant.key}: there are no cases for the op {variant.op}; add its axes to compile/emulate/cases.py")
-    whole = [case for case in grid(variant.op) if can_implement(variant, case.problem(variant))[0]]
-    array = [case for case in _array(variant.op, variant.tile_m) if case in whole]
+    name = axes_of(variant)
+    whole = [case for case in grid(name) if can_implement(variant, case.problem(variant))[0]]
+    array = [case for case in _array(name, variant.tile_m) if case in whole]
     rest = [case for case in whole if case not in array]
     random.Random(variant.op).shuffle(rest)
     fixed = _off_grid(variant)

@@ -105,16 +105,24 @@ SUBJECTS: Final[Mapping[str, Runs]] = {
         "m=48,e=12,k=1,h=448,i=64,kind=exact,sms=1",
         "m=40,e=5,k=3,h=320,i=448,kind=exact,sms=1",
     ),
-    # ``many``: pairs by token, several steps a warp, bad ids, NVFP4 activations in several CTAs; ``listed``: pairs compared, ids of other ranks,
-    # bf16. ``small``: one pair; more pairs than are staged; more experts than threads; as many pairs as are staged, and in several steps.
+    # ``many``: pairs by token, several steps a warp, bad ids; ``listed``: pairs compared, ids of other ranks. ``small``: one pair; more pairs than
+    # are staged; as many as are staged, and in several steps; more experts than threads.
     "route.sm90a.t32x4096.c1x1.i32-f32": _runs(
-        "m=300,e=9,k=7,group=16,zeros=1,ordered=2,sms=3",
-        "m=90,e=40,k=2,group=8,zeros=1,elsewhere=1,ordered=1,sms=2",
+        "m=300,e=9,k=7,group=16,zeros=1,sms=3",
+        "m=90,e=40,k=2,group=8,zeros=1,elsewhere=1,sms=2",
         "m=1,e=1,k=1,group=8,sms=1",
         "m=550,e=5,k=8,group=32,sms=1",
         "m=512,e=40,k=8,group=32,sms=1",
         "m=33,e=1500,k=3,group=8,zeros=1,sms=1",
         "m=2048,e=40,k=2,group=8,zeros=1,elsewhere=1,sms=1",
+    ),
+    # Activations of every form, by several CTAs and by one in several steps.
+    "prepare.sm90a.t32x4096.c1x1.i32-f32.brings": _runs(
+        "m=40,e=3,k=2,zeros=1,x=3,sms=4",
+        "m=70,e=40,k=2,elsewhere=1,x=2,sms=3",
+        "m=1,e=1,k=1,x=1,sms=2",
+        "m=55,e=5,k=1,x=4,sms=2",
+        "m=55,e=5,k=1,x=5,sms=2",
     ),
 }
 #: What can become of a mutant.

@@ -7,7 +7,7 @@ from ``runtime.bounds``. Outputs are poisoned before every launch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -56,6 +56,7 @@ _JUDGES: Final = (
 )
 
 Arrays = dict[str, npt.NDArray[Any]]
+_Compared = tuple[str, npt.NDArray[Any], npt.NDArray[Any]]
 
 
 def _digest(paths: Sequence[Path]) -> str:
@@ -313,7 +314,7 @@ def _grouped(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arra
 # ---- prepare, route and quantize: bit for bit
 
 
-def _equal(pairs: Sequence[tuple[str, npt.NDArray[Any], npt.NDArray[Any]]]) -> bounds.Report:
+def _equal(pairs: Sequence[_Compared]) -> bounds.Report:
     """Every element equal, NaN to NaN."""
     parts = []
     for name, got, expected in pairs:
@@ -341,6 +342,27 @@ def _routing(problem: Problem, case: Case, seed: int) -> tuple[Arrays, npt.NDArr
     return arrays, ids
 
 
+def _brought(problem: Problem, case: Case, seed: int, arrays: Arrays) -> Callable[[Arrays], list[_Compared]]:
+    """Puts activations that are to be brought as bf16 among ``arrays``; what compares what became of them."""
+    role = problem.brought
+    if not role:
+        return lambda outputs: []
+    rng = _rng(case, seed + 1)
+    if problem.x_rounded:
+        arrays["x"], values, multiplier = _unrounded(rng, case.m, problem.hidden, problem.x_dtype)
+        arrays["x.multiplier"] = np.array([multiplier], np.float32)
+        codes, scales = quantise_rows(values, multiplier)
+        expected = reference.decoded_bf16(pack_codes(codes), tile_scales(scales))
+    else:
+        expected, tiled, _ = data.activations(rng, case.m, problem.hidden, problem.x_dtype, "normal")
+        arrays["x"] = expected
+        if tiled is not None:
+            arrays["x.scales"] = tiled
+            expected = reference.decoded_bf16(expected, tiled)
+    wanted = k64_order(expected) if role == "x.k64" else expected
+    return lambda outputs: [(role, outputs[role], wanted)]
+
+
 def _prepare(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arrays, Any]:
     arrays, ids = _routing(problem, case, seed)
     first, experts = problem.first_expert, case.experts
@@ -354,10 +376,12 @@ def _prepare(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arra
         expected[~here.all(axis=1)] = np.nan
         active = active if len(active) else np.array([0])  # one stays listed, so that the NaN reaches the output
 
+    brought = _brought(problem, case, seed, arrays)
+
     def judge(outputs: Arrays) -> bounds.Report:
         listed = outputs["active_list"]
         stated = np.array([len(active), *active])
-        return _equal([("alpha", outputs["alpha"], expected), ("active_list", listed[: len(stated)].astype(np.int64), stated)])
+        return _equal([("alpha", outputs["alpha"], expected), ("active_list", listed[: len(stated)].astype(np.int64), stated), *brought(outputs)])
 
     return arrays, judge
 
@@ -373,13 +397,7 @@ def _route(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arrays
         elsewhere=problem.elsewhere,
     )
     tiles, rows = len(routes.tiles), len(routes.rows)
-    x_k64: list[npt.NDArray[np.uint16]] = []
-    if problem.x_dtype:
-        first, scales, _ = data.activations(_rng(case, seed + 1), case.m, problem.hidden, problem.x_dtype, "normal")
-        arrays["x"] = first
-        if scales is not None:
-            arrays["x.scales"] = scales
-        x_k64 = [reference.ordered_activations(first, scales)]
+    brought = _brought(problem, case, seed, arrays)
 
     def judge(outputs: Arrays) -> bounds.Report:
         head = ("head", outputs["tiles"][0], np.array([tiles, rows, 0, 0], np.int32))
@@ -389,25 +407,24 @@ def _route(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arrays
         if problem.deterministic:
             misplaced = routes.misplaced(outputs["places"], outputs["rows"], outputs["row_alpha"])
             parts.append(("misplaced pairs", np.array([misplaced]), np.array([0])))
-        return _equal([*parts, *(("x.k64", outputs["x.k64"], each) for each in x_k64)])
+        return _equal([*parts, *brought(outputs)])
 
     return arrays, judge
 
 
-def _quantize(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arrays, Any]:
-    rng = _rng(case, seed)
-    x = rng.standard_normal((case.m, case.hidden), np.float32)
+def _unrounded(rng: np.random.Generator, m: int, k: int, dtype: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32], np.float32]:
+    """Activations that are to be rounded to NVFP4 as they are stored, as float32, and their multiplier."""
+    x = rng.standard_normal((m, k), np.float32)
     x[0, :16] = 0
     x[-1, 16:32] = 0
     x[-1, 20] = 60000  # one large value in its group
-    x[case.m // 2, 32:48] *= np.float32(1e-6)
-    if problem.a_dtype == "bf16":
-        stored: npt.NDArray[Any] = bf16_bits(x)
-        values = bf16_values(stored)
-    else:
-        stored = x.astype(_NUMPY[problem.a_dtype])
-        values = stored.astype(np.float32)
-    multiplier = np.float32(_LARGEST / 4)
+    x[m // 2, 32:48] *= np.float32(1e-6)
+    stored: npt.NDArray[Any] = bf16_bits(x) if dtype == "bf16" else x.astype(_NUMPY[dtype])
+    return stored, bf16_values(stored) if dtype == "bf16" else stored.astype(np.float32), np.float32(_LARGEST / 4)
+
+
+def _quantize(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arrays, Any]:
+    stored, values, multiplier = _unrounded(_rng(case, seed), case.m, case.hidden, problem.a_dtype)
     codes, scales = quantise_rows(values, multiplier)
 
     def judge(outputs: Arrays) -> bounds.Report:

@@ -27,7 +27,7 @@ from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import Expected
 from densemoe.runtime.errors import VariantError
-from densemoe.runtime.variant import DETERMINISTIC, Variant
+from densemoe.runtime.variant import DETERMINISTIC, ROUNDED, Variant
 
 WEIGHT_LAYOUT = "sm90a-superblock/2"
 SUPERBLOCK_ROWS = 64
@@ -72,6 +72,7 @@ class Config:
         prefetch: activations are loaded one superblock ahead, where registers allow.
         resident_ctas: CTAs meant to be resident on one SM.
         ordered: grouped FC2 adds in one order.
+        rounded: FC1 writes NVFP4 output as the bf16 values that codes and scales stand for.
     """
 
     tile_m: int
@@ -80,11 +81,17 @@ class Config:
     prefetch: bool
     resident_ctas: int
     ordered: bool = False
+    rounded: bool = False
 
     @property
     def token_blocks(self) -> int:
         """MMA column blocks of a tile."""
         return self.tile_m // MMA_TOKENS
+
+    @property
+    def codes(self) -> bool:
+        """Whether FC1 writes codes and scales."""
+        return self.c_dtype == "nvfp4" and not self.rounded
 
     @property
     def stages(self) -> int:
@@ -100,8 +107,8 @@ class Config:
 def config_of(variant: Variant, resident_ctas: Mapping[int, int], prefetch_up_to: int) -> Config:
     """The compile-time parameters of ``variant``, given a kernel's residency by tile_m and the largest tile_m that prefetches activations."""
     tile_m = variant.tile_m
-    ordered = bool(variant.option(DETERMINISTIC))
-    return Config(tile_m, variant.a_dtype == "nvfp4", variant.c_dtype, tile_m <= prefetch_up_to, resident_ctas[tile_m], ordered)
+    ordered, rounded = (bool(variant.option(name)) for name in (DETERMINISTIC, ROUNDED))
+    return Config(tile_m, variant.a_dtype == "nvfp4", variant.c_dtype, tile_m <= prefetch_up_to, resident_ctas[tile_m], ordered, rounded)
 
 
 def check_tile(variant: Variant, tiles_m: Collection[int] = TILES_M, tile_n: int = SUPERBLOCK_ROWS, options: Collection[str] = ()) -> None:

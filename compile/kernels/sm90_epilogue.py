@@ -164,7 +164,6 @@ def store_fc1_outputs(
     scale: Any,
     output_multiplier: Any,
     c: Any,
-    c_scales: Any,
     first_row: Any,
     end: Any,
     place: Any,
@@ -195,18 +194,15 @@ def store_fc1_outputs(
                 up, gate = (multiply(multiply(accumulators[at + i], Float32(config.product_scale)), scale) for i in (0, 2))
                 values.append(swiglu(up, gate))
             rows.append((row, Int32(row < end), values))
-        if config.k64_order:
-            for row, exists, values in rows:
-                if config.c_dtype == "nvfp4":
-                    values = rounded_group(values, largest_of_group(values), multiplier)
+        for row, exists, values in rows:
+            if config.c_dtype == "nvfp4":
+                values = rounded_group(values, largest_of_group(values), multiplier)
+            if config.k64_order:
                 at = k64_address(c, row, offset, intermediate)
                 for i in range(2):  # words are no neighbours; by eight bytes, after a shuffle, as many parts of sectors are written
                     store_if("b32", at + i * CHUNK, exists, [pack_half("bf16", *values[2 * i : 2 * i + 2])])
-        elif config.c_dtype == "nvfp4":
-            store_nvfp4(rows, multiplier, c, c_scales, column, intermediate, g)
-        else:
-            for row, exists, values in rows:
-                store_row(config.c_dtype, c, Int64(row) * Int64(intermediate) + Int64(column + g * OUTPUTS), exists, values)
+            else:
+                store_row("bf16", c, Int64(row) * Int64(intermediate) + Int64(column + g * OUTPUTS), exists, values)
 
 
 def k64_address(c: Any, row: Any, offset: Any, intermediate: Any) -> Any:
@@ -333,8 +329,11 @@ def store_fc1_row(
         up, gate = (multiply(multiply(sums[output + i], Float32(config.product_scale)), scale) for i in (0, OUTPUTS))
         y = swiglu(up, gate)
         values.append(y if has_post is None else apply_alpha_post(y, post, has_post))
-    if config.c_dtype != "nvfp4":
-        store_row(config.c_dtype, c, Int64(token) * Int64(columns) + Int64(column + g * OUTPUTS), exists, values)
+    if not config.codes:
+        if config.rounded:
+            values = rounded_group(values, largest_of_group(values), multiplier)
+        dtype = "bf16" if config.rounded else config.c_dtype
+        store_row(dtype, c, Int64(token) * Int64(columns) + Int64(column + g * OUTPUTS), exists, values)
         return
     byte, codes = quantise_group(values, multiplier)
     word = codes | (shuffle_xor(codes, 4) << 16)  # an even lane stores its neighbour's codes too
@@ -351,25 +350,6 @@ def apply_alpha_post(y: Any, post: Any, has_post: Any) -> Any:
         write_only_types=[Float32],
         read_only_args=[y, post, has_post],
     )
-
-
-def store_nvfp4(
-    rows: list[tuple[Any, Any, list[Any]]], multiplier: Any, c: Any, c_scales: Any, column: Any, columns: Any, g: Any
-) -> None:
-    """Quantises and stores the lane's two tokens: codes as one word a lane after an exchange with the neighbour, one scale byte a group."""
-    quantised = [quantise_group(values, multiplier) for _, _, values in rows]
-    odd = g % 2
-    # an even lane stores the first token's eight codes, its odd neighbour the second's: each sends what the other stores
-    mine = select(odd, quantised[1][1], quantised[0][1])
-    theirs = shuffle_xor(select(odd, quantised[0][1], quantised[1][1]), 4)
-    word = select(odd, (mine << 16) | theirs, mine | (theirs << 16))
-    token = select(odd, rows[1][0], rows[0][0])
-    exists = select(odd, rows[1][1], rows[0][1])
-    store_if("b32", c + (Int64(token) * Int64(columns) + Int64(column + (g - odd) * OUTPUTS)) // 2, exists, [word])
-    group = column // 16 + g // 4
-    for (token, exists, _), (byte, _) in zip(rows, quantised, strict=True):
-        offset = common.scale_offset(Uint32(token), Uint32(group), Uint32(columns // 16))
-        store_if("u8", c_scales + offset, exists & Int32(g % 4 == 0), [byte])
 
 
 def select(condition: Any, if_true: Any, if_false: Any) -> Any:

@@ -34,8 +34,9 @@ from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_epilogue import OUTPUT_COLUMNS, store_fc1_row
+from densemoe.runtime.errors import VariantError
 from densemoe.runtime.recipe import Parameter, Recipe, pointer_or_null
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import ROUNDED, Variant
 
 OP = "fc1"
 ARCHITECTURES = ("sm_90a",)
@@ -361,13 +362,14 @@ def config_of(variant: Variant) -> common.Config:
 
 def check(variant: Variant) -> None:
     """Raises VariantError where this kernel cannot be ``variant``."""
-    common.check_tile(variant)
+    common.check_tile(variant, options=(ROUNDED,))
+    if variant.option(ROUNDED) and variant.c_dtype != "nvfp4":
+        raise VariantError(f"option {ROUNDED} of {variant.key}: {variant.c_dtype} output is not rounded to NVFP4; use c_dtype nvfp4")
 
 
 def recipe(variant: Variant) -> Recipe:
     """How the kernel of ``variant`` is launched."""
     config = config_of(variant)
-    nvfp4_output = config.c_dtype == "nvfp4"
     return Recipe(
         parameters=(
             Parameter("a", "pointer", "a.codes" if config.nvfp4_activations else "a"),
@@ -375,9 +377,9 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("b", "pointer", "b"),
             Parameter("alpha", "pointer", "alpha"),
             Parameter("alpha_post", "pointer", "alpha_post"),
-            pointer_or_null("output_multiplier", "output_multiplier", nvfp4_output),
-            Parameter("c", "pointer", "c.codes" if nvfp4_output else "c"),
-            pointer_or_null("c_scales", "c.scales", nvfp4_output),
+            pointer_or_null("output_multiplier", "output_multiplier", config.c_dtype == "nvfp4"),
+            Parameter("c", "pointer", "c.codes" if config.codes else "c"),
+            pointer_or_null("c_scales", "c.scales", config.codes),
             Parameter("chosen", "pointer", "active_experts"),
             Parameter("rows", "pointer", "active_experts"),
             Parameter("slots", "pointer", "workspace.slots"),

@@ -8,6 +8,7 @@ The kernel is that of ``sm90_fc1``, with units of 32 output columns x one tile o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import cuda.bindings.driver as cuda
@@ -85,8 +86,8 @@ def groupedfc1_host(
 
 
 def config_of(variant: Variant) -> common.Config:
-    """The compile-time parameters of ``variant``: those of the dense kernel."""
-    return sm90_fc1.config_of(variant)
+    """The compile-time parameters of ``variant``: those of the dense kernel, which writes NVFP4 decoded."""
+    return replace(sm90_fc1.config_of(variant), rounded=variant.c_dtype == "nvfp4")
 
 
 def check(variant: Variant) -> None:
@@ -97,17 +98,16 @@ def check(variant: Variant) -> None:
 def recipe(variant: Variant) -> Recipe:
     """How the kernel of ``variant`` is launched."""
     config = config_of(variant)
-    nvfp4_output = config.c_dtype == "nvfp4"
     return Recipe(
         parameters=(
-            Parameter("a", "pointer", "a.codes" if config.nvfp4_activations else "a"),
-            pointer_or_null("a_scales", "a.scales", config.nvfp4_activations),
+            Parameter("a", "pointer", "a"),
+            pointer_or_null("a_scales", "a.scales", False),
             Parameter("b", "pointer", "b"),
             Parameter("alpha", "pointer", "alpha"),
             Parameter("alpha_post", "pointer", "alpha"),
-            pointer_or_null("output_multiplier", "output_multiplier", nvfp4_output),
-            Parameter("c", "pointer", "c.codes" if nvfp4_output else "c"),
-            pointer_or_null("c_scales", "c.scales", nvfp4_output),
+            pointer_or_null("output_multiplier", "output_multiplier", config.rounded),
+            Parameter("c", "pointer", "c"),
+            pointer_or_null("c_scales", "c.scales", False),
             Parameter("chosen", "pointer", "tiles"),
             Parameter("rows", "pointer", "rows"),
             Parameter("slots", "pointer", "workspace.slots"),

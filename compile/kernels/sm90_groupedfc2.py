@@ -423,8 +423,8 @@ def recipe(variant: Variant) -> Recipe:
         own = (*ordered.POINTERS, Parameter("tokens_total", "u32", "M"), Parameter("top_k", "u32", "top_k"))
     return Recipe(
         parameters=(
-            Parameter("a", "pointer", "a.codes" if config.nvfp4_activations else "a"),
-            pointer_or_null("a_scales", "a.scales", config.nvfp4_activations),
+            Parameter("a", "pointer", "a"),
+            pointer_or_null("a_scales", "a.scales", False),
             Parameter("b", "pointer", "b"),
             Parameter("row_alpha", "pointer", "row_alpha"),
             Parameter("c", "pointer", "c"),

@@ -2,6 +2,7 @@
 
     CTAs 0 … n-1, a warp a token:  zero the row ─ lane j: id, weight x w2_alpha ─ add equal ids in the order of j ─ divide ─ store
     CTA n, all tokens:             set flags[expert] ─ count flags below (scan over lanes, over warps) ─ store count and ids, ascending
+    CTAs behind, where asked for:  activations as bf16 (sm90_activations)
 
 The divisor is 1, or alpha_max in the fused form, whose alpha_post this then is. Ids off this rank are skipped where other ranks hold the rest;
 otherwise such an id turns its token's row into NaN, which reaches the output: a launch can raise no error; the list is then never empty.
@@ -23,9 +24,11 @@ from densemoe.compile.kernels import Expected
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_epilogue as epilogue
 from densemoe.compile.kernels.host import pointer
+from densemoe.compile.kernels.sm90_activations import BRINGING, POINTERS, bring_activations, bringing_ctas, check_options
+from densemoe.compile.kernels.sm90_activations import PARAMETERS as ACTIVATIONS
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.recipe import Parameter, Recipe
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import BRINGS, Variant
 
 OP = "prepare"
 ARCHITECTURES = ("sm_90a", "sm_100a", "sm_100f", "sm_103a")
@@ -93,11 +96,36 @@ def prepare_kernel(
     top_k: Int32,
     first_expert: Int32,
     elsewhere: Int32,
+    x: cutlass.Pointer | None,
+    x_scales: cutlass.Pointer | None,
+    x_multiplier: cutlass.Pointer | None,
+    x_bf16: cutlass.Pointer | None,
+    x_k64: cutlass.Pointer | None,
+    x_form: Int32 | None,
+    hidden: Int32 | None,
     id_bytes: cutlass.Constexpr,
+    brings: cutlass.Constexpr,
 ):
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
+    given = (ids, router, w2_alpha, alpha_divisor, alpha, active, tokens_total, experts, top_k, first_expert, elsewhere)
+    if cutlass.const_expr(brings):
+        own = (tokens_total + (WARPS - 1)) // WARPS + 1  # CTAs of alpha and the list
+        if bid < own:
+            make_alpha(*given, bid, own, tid, id_bytes)
+        else:
+            bring_activations(x, x_scales, x_multiplier, x_bf16, x_k64, x_form, tokens_total, hidden, bid - own, ctas - own, THREADS, tid)
+    else:
+        make_alpha(*given, bid, ctas, tid, id_bytes)
+
+
+@cute.jit
+def make_alpha(
+    ids, router, w2_alpha, alpha_divisor, alpha, active, tokens_total, experts, top_k, first_expert, elsewhere, bid, ctas, tid,
+    id_bytes: cutlass.Constexpr,
+):  # fmt: skip
+    """The first ``ctas`` CTAs: ``alpha``, and the last of them ``active``."""
     warp = cute.arch.make_warp_uniform(tid // 32)
     lane = tid % 32
     flags = cutlass.Array(Int32, LARGEST_EXPERTS, space=cutlass.AddressSpace.smem, alignment=16)
@@ -174,11 +202,23 @@ def prepare_host(
     top_k: Int32,
     first_expert: Int32,
     elsewhere: Int32,
+    x: cute.Pointer,
+    x_scales: cute.Pointer,
+    x_multiplier: cute.Pointer,
+    x_bf16: cute.Pointer,
+    x_k64: cute.Pointer,
+    x_form: Int32,
+    hidden: Int32,
+    sm_count: Int32,
     symbol: cutlass.Constexpr[str],
     id_bytes: cutlass.Constexpr,
+    brings: cutlass.Constexpr,
     stream: cuda.CUstream,
 ):
     prepare_kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
+    ctas = (tokens_total + (WARPS - 1)) // WARPS + 1
+    if cutlass.const_expr(brings):
+        ctas += bringing_ctas(tokens_total, hidden, sm_count)
     prepare_kernel(
         ids.raw_ptr(),
         router.raw_ptr(),
@@ -191,8 +231,16 @@ def prepare_host(
         top_k,
         first_expert,
         elsewhere,
+        x.raw_ptr() if brings else None,
+        x_scales.raw_ptr() if brings else None,
+        x_multiplier.raw_ptr() if brings else None,
+        x_bf16.raw_ptr() if brings else None,
+        x_k64.raw_ptr() if brings else None,
+        x_form if brings else None,
+        hidden if brings else None,
         id_bytes,
-    ).launch(grid=((tokens_total + (WARPS - 1)) // WARPS + 1, 1, 1), block=[THREADS, 1, 1], stream=stream, use_pdl=True)
+        brings,
+    ).launch(grid=(ctas, 1, 1), block=[THREADS, 1, 1], stream=stream, use_pdl=True)
 
 
 def check(variant: Variant) -> None:
@@ -201,12 +249,14 @@ def check(variant: Variant) -> None:
         raise VariantError(f"tile {variant.tile_m}x{variant.tile_n} of {variant.key}: this kernel has {WARPS}x{LARGEST_EXPERTS}")
     if (variant.cluster_m, variant.cluster_n) != (1, 1):
         raise VariantError(f"cluster {variant.cluster_m}x{variant.cluster_n} of {variant.key}: this kernel uses none; write 1x1")
-    if variant.options:
-        raise VariantError(f"options {[name for name, _ in variant.options]} of {variant.key}: this kernel has none")
+    check_options(variant)
+    if variant.option(BRINGS) and variant.arch != "sm_90a":
+        raise VariantError(f"option {BRINGS} of {variant.key}: the GEMMs of {variant.arch} read codes and scales; leave it out")
 
 
 def recipe(variant: Variant) -> Recipe:
     """How the kernel of ``variant`` is launched."""
+    brings = bool(variant.option(BRINGS))
     return Recipe(
         parameters=(
             Parameter("ids", "pointer", "ids"),
@@ -221,8 +271,9 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("top_k", "u32", "top_k"),
             Parameter("first_expert", "u32", "first_expert"),
             Parameter("elsewhere", "u32", "elsewhere"),
+            *(ACTIVATIONS if brings else ()),
         ),
-        grid=(f"ceil_div(M, {WARPS}) + 1", 1, 1),
+        grid=(f"ceil_div(M, {WARPS}) + 1" + f" + {BRINGING}" * brings, 1, 1),
         block=(THREADS, 1, 1),
         dynamic_smem=SHARED_BYTES,
         programmatic_launch=True,
@@ -233,14 +284,17 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
     """The host function and example arguments for ``cute.compile``."""
     pointers = tuple(pointer(Uint8, 4) for _ in range(6))
     words = tuple(Int32(value) for value in (8, 64, 4, 0, 0))
-    symbol = variant.symbol.removesuffix("_0")
-    return prepare_host, (*pointers, *words, symbol, 8 if variant.a_dtype == "i64" else 4, cuda.CUstream(0))
+    activations = (*(pointer(Uint8, 16) for _ in POINTERS), Int32(0), Int32(128), Int32(132))
+    constants = variant.symbol.removesuffix("_0"), 8 if variant.a_dtype == "i64" else 4, bool(variant.option(BRINGS))
+    return prepare_host, (*pointers, *words, *activations, *constants, cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: six pointers and five words (without the stream)."""
+    """What the exported host function is called with: six pointers and five words, five and three (without the stream)."""
     pointers = [addresses[each.value] for each in recipe(variant).parameters[:6]]
-    return [*pointers, *(names[name] for name in ("M", "E", "top_k", "first_expert", "elsewhere"))]
+    words = [names[name] for name in ("M", "E", "top_k", "first_expert", "elsewhere")]
+    activations = [addresses[role] if variant.option(BRINGS) else 0 for role in POINTERS]
+    return [*pointers, *words, *activations, *(names[name] for name in ("x_form", "H", "sm_count"))]
 
 
 def expected(variant: Variant) -> Expected:

@@ -66,13 +66,19 @@ def load_group(dtype: str, address: Any, exists: Any) -> list[Any]:
     return [float32_of_bits(half) for word in words for half in (word << 16, word & Uint32(0xFFFF0000))]
 
 
-def quantise(values: list[Any], multiplier: Any) -> tuple[Any, list[Any]]:
-    """The e4m3 byte of sixteen values, and their codes as two words."""
+def scale_of_group(values: list[Any], multiplier: Any) -> tuple[Any, Any, Any]:
+    """(e4m3 byte of sixteen values, its value, what they are multiplied by before they are rounded to e2m1)."""
     largest = Float32(0.0)
     for value in values:
         largest = cute.arch.fmax(largest, cute.arch.fmax(value, -value))
     byte = epilogue.e4m3_of(epilogue.multiply(epilogue.multiply(largest, Float32(epilogue.ONE_SIXTH)), multiplier))
-    scaled = epilogue.multiply(multiplier, reciprocal(epilogue.float32_of_e4m3(byte)))
+    scale = epilogue.float32_of_e4m3(byte)
+    return byte, scale, epilogue.multiply(multiplier, reciprocal(scale))
+
+
+def quantise(values: list[Any], multiplier: Any) -> tuple[Any, list[Any]]:
+    """The e4m3 byte of sixteen values, and their codes as two words."""
+    byte, _, scaled = scale_of_group(values, multiplier)
     used = Uint32(byte != Uint32(0))
     words = []
     for half in (values[:8], values[8:]):

@@ -1,5 +1,5 @@
 """The router's choice sorted by expert, as the grouped GEMMs read it (docs/h200.md), in one launch: of one CTA, and of others that meanwhile bring
-activations to the order in which grouped FC1 reads those of large tiles (``runtime.layout.k64_order``).
+activations as grouped FC1 reads them (``sm90_activations``).
 
     a warp a chunk of pairs:   count[chunk][expert]
     a thread an expert:        counts of the chunks below ─ scan pairs and tiles of experts below (over lanes, over warps) ─ store its tiles
@@ -27,6 +27,8 @@ from densemoe.compile.kernels import Expected
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_epilogue as epilogue
 from densemoe.compile.kernels.host import pointer
+from densemoe.compile.kernels.sm90_activations import BRINGING, POINTERS, bring_activations, bringing_ctas, check_options
+from densemoe.compile.kernels.sm90_activations import PARAMETERS as ACTIVATIONS
 from densemoe.compile.kernels.sm90_prepare import (
     EXPERTS_A_THREAD,
     FLAG_BYTES,
@@ -40,23 +42,17 @@ from densemoe.compile.kernels.sm90_prepare import (
 )
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.recipe import Parameter, Recipe
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import BRINGS, Variant
 
 OP = "route"
 ARCHITECTURES = ("sm_90a",)
 WEIGHT_LAYOUT = "none"
-ORDERED = ("x", "x.scales", "x.k64")  # activations that are brought to K 64 order, where there are any
 PLACES = "places"  # where each pair's row stands, where the layer is to give the same bits every time
 TILE_WORDS = 4  # expert, first row, rows, unused
 CHUNK_COUNTS = 16384  # of a chunk and an expert: 32 chunks of up to 512 experts, fewer chunks of more
 CHUNKS_AHEAD = 8  # whose counts are loaded together
 BY_TOKEN_FROM = 6  # pairs of a token: fewer are compared lane by lane (docs/tried.md)
 TOKENS_AHEAD = 4  # of a warp's pairs, whose places are taken one token behind the other: 32 pairs of 8 a token
-K64 = 64  # elements that are ordered among themselves
-SCALES_A_BLOCK = K64 // 16
-BLOCKS_AHEAD = 4  # of a warp that orders activations, loaded together
-BLOCKS_A_CTA = WARPS * BLOCKS_AHEAD
-DECODED_FACTOR = 0x43804380  # 2**8, twice, in bf16: what decoded activations lack
 STAGED_PAIRS = 4096  # that are sorted in shared memory: stored where they belong, each would be a write of its own
 # counts, first rows, totals, counts of chunks, sorted tokens and scales
 SHARED_BYTES = 2 * FLAG_BYTES + 2 * TOTALS_BYTES + CHUNK_COUNTS * 4 + 2 * STAGED_PAIRS * 4
@@ -116,12 +112,16 @@ def route_kernel(
     first_expert: Int32,
     elsewhere: Int32,
     group_tile: Int32,
-    x: cutlass.Pointer,
-    x_scales: cutlass.Pointer,
-    x_k64: cutlass.Pointer,
-    hidden: Int32,
+    x: cutlass.Pointer | None,
+    x_scales: cutlass.Pointer | None,
+    x_multiplier: cutlass.Pointer | None,
+    x_bf16: cutlass.Pointer | None,
+    x_k64: cutlass.Pointer | None,
+    x_form: Int32 | None,
+    hidden: Int32 | None,
     places: cutlass.Pointer,
     id_bytes: cutlass.Constexpr,
+    brings: cutlass.Constexpr,
 ):
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
@@ -138,8 +138,9 @@ def route_kernel(
             ids, router, w2_alpha, tiles, rows, row_alpha, places, tokens_total, experts, top_k, first_expert, elsewhere, group_tile, shared, tid,
             id_bytes,
         )  # fmt: skip
-    else:
-        order_activations(x, x_scales, x_k64, tokens_total, hidden, bid - 1, ctas - 1, tid)
+    if cutlass.const_expr(brings):  # noqa: SIM102 - decided while compiling
+        if bid > 0:
+            bring_activations(x, x_scales, x_multiplier, x_bf16, x_k64, x_form, tokens_total, hidden, bid - 1, ctas - 1, THREADS, tid)
 
 
 @cute.jit
@@ -242,58 +243,6 @@ def sort_pairs(
 
 
 @cute.jit
-def order_activations(x, x_scales, x_k64, tokens_total, hidden, worker, workers, tid):
-    """The other CTAs: each row's K 64 blocks in K 64 order (``runtime.layout``), a warp a block, a word a lane; NVFP4 decoded. They let FC1 begin by
-    their end alone: its CTAs then find an empty device, instead of taking their places one by one (docs/tried.md)."""
-    pr.griddepcontrol("wait")
-    if x_scales.toint() != 0:
-        order_blocks(x, x_scales, x_k64, tokens_total, hidden, worker, workers, tid, True)
-    else:
-        order_blocks(x, x_scales, x_k64, tokens_total, hidden, worker, workers, tid, False)
-
-
-@cute.jit
-def order_blocks(x, x_scales, x_k64, tokens_total, hidden, worker, workers, tid, coded: cutlass.Constexpr):
-    """Every ``workers * WARPS``-th block. ``coded``: of NVFP4."""
-    lane = tid % 32
-    groups = common.k_blocks_of(hidden) * 2  # of a row as it is written: whole K 128 blocks
-    blocks = tokens_total * groups
-    step = workers * WARPS
-    for base in cutlass.range(worker * WARPS + tid // 32, blocks, step * BLOCKS_AHEAD, unroll=1):
-        move_blocks(x, x_scales, x_k64, [base + step * i for i in range(BLOCKS_AHEAD)], blocks, groups, hidden, lane, coded)
-
-
-def move_blocks(
-    x: Any, x_scales: Any, x_k64: Any, mine: list[Any], blocks: Any, groups: Any, hidden: Any, lane: Any, coded: bool
-) -> None:
-    """Loads a lane's word of each of some blocks, those of ``blocks`` that there are, and stores it at its place; behind ``hidden`` columns zeros."""
-    place = (lane % 8) * 4 + lane // 8
-    words = []
-    for block in mine:
-        token = Int32(Uint32(block) // Uint32(groups))
-        group = block - token * groups
-        read = Int32(block < blocks) & Int32(group * K64 < hidden)
-        if coded:
-            words.append(decoded_word(x, x_scales, token, group, read, hidden, lane))
-        else:
-            at = x + (Int64(token) * Int64(hidden) + Int64(group * K64 + lane * 2)) * 2
-            words.append(common.load_global_s32_or(at, read, Int32(0)))
-    for block, word in zip(mine, words, strict=True):
-        epilogue.store_if("b32", x_k64 + Int64(block) * (K64 * 2) + Int64(place) * 4, Int32(block < blocks), [word])
-
-
-def decoded_word(codes: Any, scales: Any, token: Any, group: Any, read: Any, hidden: Any, lane: Any) -> Any:
-    """A lane's two elements of a token's K 64 block of NVFP4 as bf16, exactly."""
-    byte = common.load_global_u8_if(codes + Int64(token) * Int64(hidden // 2) + Int64(group * (K64 // 2) + lane), read)
-    column = Uint32(group * SCALES_A_BLOCK + lane // (32 // SCALES_A_BLOCK))
-    columns = Uint32(hidden // K64 * SCALES_A_BLOCK)
-    scale = common.load_global_u8_if(scales + common.scale_offset(Uint32(token), column, columns), read)
-    pair = common.mul_bf16x2(common.decode_activation_pairs(byte)[0], common.expand_activation_scale(scale))
-    factor = pr.inline_ptx_hl(f"mov.b32 {{$w0}}, {DECODED_FACTOR};", write_only_types=[Uint32])
-    return common.mul_bf16x2(pair, factor)
-
-
-@cute.jit
 def place_pairs(pairs, chunk_counts, first_rows, rows, row_alpha, places, sorted_pairs, staged, own, pair, end, top_k, lane):
     """Stores token and scale of a warp's 32 pairs, behind those of the same experts that came before.
 
@@ -358,16 +307,21 @@ def route_host(
     group_tile: Int32,
     x: cute.Pointer,
     x_scales: cute.Pointer,
+    x_multiplier: cute.Pointer,
+    x_bf16: cute.Pointer,
     x_k64: cute.Pointer,
+    x_form: Int32,
     hidden: Int32,
     places: cute.Pointer,
     sm_count: Int32,
     symbol: cutlass.Constexpr[str],
     id_bytes: cutlass.Constexpr,
+    brings: cutlass.Constexpr,
     stream: cuda.CUstream,
 ):
-    blocks = tokens_total * ((hidden + (K64 * 2 - 1)) // (K64 * 2) * 2)
-    ordering = min((blocks + (BLOCKS_A_CTA - 1)) // BLOCKS_A_CTA, sm_count - 1)
+    ctas = Int32(1)
+    if cutlass.const_expr(brings):
+        ctas += bringing_ctas(tokens_total, hidden, sm_count)
     route_kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
     route_kernel(
         ids.raw_ptr(),
@@ -382,13 +336,17 @@ def route_host(
         first_expert,
         elsewhere,
         group_tile,
-        x.raw_ptr(),
-        x_scales.raw_ptr(),
-        x_k64.raw_ptr(),
-        hidden,
+        x.raw_ptr() if brings else None,
+        x_scales.raw_ptr() if brings else None,
+        x_multiplier.raw_ptr() if brings else None,
+        x_bf16.raw_ptr() if brings else None,
+        x_k64.raw_ptr() if brings else None,
+        x_form if brings else None,
+        hidden if brings else None,
         places.raw_ptr(),
         id_bytes,
-    ).launch(grid=(ordering + 1, 1, 1), block=[THREADS, 1, 1], stream=stream, use_pdl=True)
+        brings,
+    ).launch(grid=(ctas, 1, 1), block=[THREADS, 1, 1], stream=stream, use_pdl=True)
 
 
 def check(variant: Variant) -> None:
@@ -397,12 +355,12 @@ def check(variant: Variant) -> None:
         raise VariantError(f"tile {variant.tile_m}x{variant.tile_n} of {variant.key}: this kernel has {WARPS}x{LARGEST_EXPERTS}")
     if (variant.cluster_m, variant.cluster_n) != (1, 1):
         raise VariantError(f"cluster {variant.cluster_m}x{variant.cluster_n} of {variant.key}: this kernel uses none; write 1x1")
-    if variant.options:
-        raise VariantError(f"options {[name for name, _ in variant.options]} of {variant.key}: this kernel has none")
+    check_options(variant)
 
 
 def recipe(variant: Variant) -> Recipe:
     """How the kernel of ``variant`` is launched."""
+    brings = bool(variant.option(BRINGS))
     return Recipe(
         parameters=(
             *(Parameter(role, "pointer", role) for role in ("ids", "router", "w2_alpha", "tiles", "rows", "row_alpha")),
@@ -412,11 +370,10 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("first_expert", "u32", "first_expert"),
             Parameter("elsewhere", "u32", "elsewhere"),
             Parameter("group_tile", "u32", "group_tile"),
-            *(Parameter(role.replace(".", "_"), "pointer", role) for role in ORDERED),
-            Parameter("hidden", "u32", "H"),
+            *(ACTIVATIONS if brings else ()),
             Parameter(PLACES, "pointer", PLACES),
         ),
-        grid=(f"1 + min(ceil_div(M * ceil_div(H, {2 * K64}) * 2, {BLOCKS_A_CTA}), sm_count - 1)", 1, 1),
+        grid=(f"1 + {BRINGING}" if brings else 1, 1, 1),
         block=(THREADS, 1, 1),
         dynamic_smem=SHARED_BYTES,
         programmatic_launch=True,
@@ -427,15 +384,21 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
     """The host function and example arguments for ``cute.compile``."""
     pointers = (*(pointer(Uint8, 4) for _ in range(3)), pointer(Uint8, 16), *(pointer(Uint8, 4) for _ in range(2)))
     words = tuple(Int32(value) for value in (8, 64, 4, 0, 0, 8))
-    ordered = (*(pointer(Uint8, 16) for _ in ORDERED), Int32(128), pointer(Uint8, 4), Int32(132))
-    return route_host, (*pointers, *words, *ordered, variant.symbol.removesuffix("_0"), 8 if variant.a_dtype == "i64" else 4, cuda.CUstream(0))
+    activations = (*(pointer(Uint8, 16) for _ in POINTERS), Int32(0), Int32(128), pointer(Uint8, 4), Int32(132))
+    return route_host, (*pointers, *words, *activations, *_constants(variant), cuda.CUstream(0))
+
+
+def _constants(variant: Variant) -> tuple[str, int, bool]:
+    """Symbol, bytes of an id, whether activations are brought."""
+    return variant.symbol.removesuffix("_0"), 8 if variant.a_dtype == "i64" else 4, bool(variant.option(BRINGS))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with, without the stream: six pointers and six words, three and a word, one and a word."""
+    """What the exported host function is called with, without the stream: six pointers and six words, five and two, one and a word."""
     pointers = [addresses[each.value] for each in recipe(variant).parameters[:6]]
     words = [names[name] for name in ("M", "E", "top_k", "first_expert", "elsewhere", "group_tile")]
-    return [*pointers, *words, *(addresses[role] for role in ORDERED), names["H"], addresses[PLACES], names["sm_count"]]
+    activations = [addresses[role] if variant.option(BRINGS) else 0 for role in POINTERS]
+    return [*pointers, *words, *activations, names["x_form"], names["H"], addresses[PLACES], names["sm_count"]]
 
 
 def expected(variant: Variant) -> Expected:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from densemoe.compile.kernels import sm90_common as common
-from densemoe.runtime.errors import VariantError
 from densemoe.runtime.variant import DETERMINISTIC, Variant
 
 WARPGROUP_WARPS: Final = 4
@@ -60,14 +59,12 @@ class Config:
     Attributes:
         op: ``groupedfc1`` or ``groupedfc2``.
         tile_m: tokens of a tile.
-        nvfp4_activations: activations are NVFP4 codes and scales instead of bf16.
-        c_dtype: output dtype.
+        c_dtype: output dtype; ``nvfp4``: FC1 writes the bf16 values that codes and scales stand for.
         ordered: FC2 adds in one order.
     """
 
     op: str
     tile_m: int
-    nvfp4_activations: bool
     c_dtype: str
     ordered: bool = False
 
@@ -123,8 +120,8 @@ class Config:
 
     @property
     def product_scale(self) -> float:
-        """What an accumulator is multiplied by to undo the factors of the decoded operands."""
-        return float(2**16 if self.nvfp4_activations else 2**8)
+        """What an accumulator is multiplied by to undo the factor of decoded weights."""
+        return float(2**8)
 
     @property
     def half_bytes(self) -> int:
@@ -159,11 +156,9 @@ class Config:
 
 def config_of(variant: Variant) -> Config:
     """The compile-time parameters of ``variant``."""
-    return Config(variant.op, variant.tile_m, variant.a_dtype == "nvfp4", variant.c_dtype, bool(variant.option(DETERMINISTIC)))
+    return Config(variant.op, variant.tile_m, variant.c_dtype, bool(variant.option(DETERMINISTIC)))
 
 
 def check_tile(variant: Variant) -> None:
-    """Raises VariantError where the family has no such tile, cluster or option, or reads other activations over it."""
+    """Raises VariantError where the family has no such tile, cluster or option."""
     common.check_tile(variant, SHAPES, GROUP_ROWS, (DETERMINISTIC,) if variant.op == "groupedfc2" else ())
-    if variant.a_dtype != "bf16" and not SHAPES[variant.tile_m].warp_products:
-        raise VariantError(f"a_dtype: {variant.a_dtype} of {variant.key}: activations of tiles of {variant.tile_m} rows come as bf16 in K 64 order")

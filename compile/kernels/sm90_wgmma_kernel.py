@@ -147,20 +147,14 @@ def wgmma_kernel(
     token_k = k
     tile = work.tile(unit)
     next_tile = work.tile(unit + 1)
-    row, piece = staging.thread_place(tid)
     held = Int32(tid < config.tile_m)
     slot = Int32(0)  # of the table, of the tokens' unit
     store_entry(config, table, Int32(0), tid, held, load_entry(config, rows, scales, tile, tid))
     store_entry(config, table, Int32(1), tid, held, load_entry(config, rows, scales, next_tile, tid))
     pr.barrier_cta_sync(0)  # the table stands, the mbarriers are made
     pr.griddepcontrol("wait")  # weights and lists do not depend on the launch before; activations do
-    if cutlass.const_expr(config.nvfp4_activations):
-        (token,) = tokens_of(config, table, slot, tile, row, 1, range(1))
-        words = staging.load_piece(a, a_scales, token, token_k, k_length * Int32(remaining > 0), piece)
-        staging.store_piece(activations, row, piece, words)
-    else:
-        tokens = copied_tokens(config, table, slot, tile, warp, lane)
-        staging.copy_tokens(config, a, tokens, token_k, k_blocks, k_length * Int32(remaining > 0), activations, warp, lane)
+    tokens = copied_tokens(config, table, slot, tile, warp, lane)
+    staging.copy_tokens(config, a, tokens, token_k, k_blocks, k_length * Int32(remaining > 0), activations, warp, lane)
 
     stage = Int32(0)
     phase = Int32(0)
@@ -178,8 +172,7 @@ def wgmma_kernel(
             if is_width(config, index, own_count):
                 own_sums = common.zero_accumulators(config.accumulators * width // config.tile_m)
                 for step in cutlass.range(run, unroll=1):
-                    if cutlass.const_expr(not config.nvfp4_activations):
-                        staging.wait_for_tokens()
+                    staging.wait_for_tokens()
                     if cutlass.const_expr(not config.warp_products):
                         wgmma.fence_to_async_proxy()
                     pr.barrier_cta_sync(0)
@@ -211,21 +204,14 @@ def wgmma_kernel(
                     ahead = activations + activation_stage * config.stage_bytes
                     low = wgmma.operand(config, at, lane)
                     superblock = ring.subview(stage * common.SUPERBLOCK_BYTES + lane * 16).data_ptr()
-                    if cutlass.const_expr(config.nvfp4_activations):
-                        (token,) = tokens_of(config, table, slot, tile, row, 1, range(1))
-                    else:
-                        tokens = copied_tokens(config, table, slot, tile, warp, lane)
-                        staging.copy_tokens(config, a, tokens, token_k, k_blocks, k_ahead, ahead, warp, lane)
+                    tokens = copied_tokens(config, table, slot, tile, warp, lane)
+                    staging.copy_tokens(config, a, tokens, token_k, k_blocks, k_ahead, ahead, warp, lane)
                     for half in cutlass.range_constexpr(common.K64_HALVES):
-                        if cutlass.const_expr(config.nvfp4_activations and half == 0):
-                            words = staging.load_piece(a, a_scales, token, token_k, k_ahead, piece)
                         if cutlass.const_expr(half == 0):
                             common.wait(barriers.subview(stage), phase)
                         own_sums = wgmma.multiply_half(config, own_sums, superblock, first_block, low, width, half)
                         if cutlass.const_expr(half == 0):
                             entry = load_entry(config, rows, scales, [next_tile[0], next_tile[1], next_tile[2] * entering], tid)
-                        if cutlass.const_expr(config.nvfp4_activations and half == 1):
-                            staging.store_piece(ahead, row, piece, words)
                     stage += 1
                     if stage == stages:
                         stage = Int32(0)
@@ -275,9 +261,7 @@ def wgmma_kernel(
                 scale = common.load_global_f32_if(scales + Int64(own_expert) * 4, Int32(1))
                 if cutlass.const_expr(config.shape.warpgroups == 1):
                     outputs = wgmma.by_token_block(config, sums, config.tile_m)
-                    store_fc1_outputs(
-                        config, outputs, scale, output_multiplier, c, c_scales, own_first, end, own_row, again(intermediate), own_g, own_t
-                    )
+                    store_fc1_outputs(config, outputs, scale, output_multiplier, c, own_first, end, own_row, again(intermediate), own_g, own_t)
                 else:
                     peaks = shared.peaks.data_ptr().toint(Int32) + (own_warp % WARPGROUP_WARPS) * wgmma.peak_bytes(config)
                     pairs = fc1_pairs(config, sums, scale, peaks, half_of_row, own_g, own_t)
@@ -293,8 +277,7 @@ def wgmma_kernel(
         if k == k_blocks:
             k = Int32(0)
             unit += 1
-    if cutlass.const_expr(not config.nvfp4_activations):
-        staging.wait_for_tokens()
+    staging.wait_for_tokens()
     if cutlass.const_expr(fc2):
         of_group = again(work.tile_count) * k_blocks  # the units of the same 256 weight rows
         if bid < adding:
@@ -443,9 +426,10 @@ def store_entry(config: Config, table: Any, slot: Any, tid: Any, held: Any, entr
         common.store_shared_if(at + index * (config.tile_m * 4), held, word)
 
 
-def tokens_of(config: Config, table: Any, slot: Any, tile: list[Any], row: Any, step: int, indices: range) -> list[Any]:
-    """Activation rows of every ``step``-th row of a tile from ``row`` on: FC1 reads tokens, FC2 the tile's compact rows. Where the tile has no such
+def copied_tokens(config: Config, table: Any, slot: Any, tile: list[Any], warp: Any, lane: Any) -> list[Any]:
+    """Activation rows of those rows of a tile that a lane copies parts of: FC1 reads tokens, FC2 the tile's compact rows. Where the tile has no such
     row, −1, or another row where any will do."""
+    row, step, indices = staging.copied_rows(config, warp, lane)
     places = [row + index * step for index in indices]
     if config.op == "groupedfc2" and config.fills_with_others:
         last = larger(tile[1] + tile[2] - 1, Int32(0))  # the list's only tile may have no row
@@ -454,11 +438,6 @@ def tokens_of(config: Config, table: Any, slot: Any, tile: list[Any], row: Any, 
         return [(tile[1] + place + 1) * Int32(place < tile[2]) - 1 for place in places]
     at = table + slot * (config.table_words * config.tile_m * 4)
     return [common.load_shared(at + place * 4) for place in places]
-
-
-def copied_tokens(config: Config, table: Any, slot: Any, tile: list[Any], warp: Any, lane: Any) -> list[Any]:
-    """``tokens_of`` the rows that a lane copies parts of."""
-    return tokens_of(config, table, slot, tile, *staging.copied_rows(config, warp, lane))
 
 
 # ---- FC1: sums over CTAs

@@ -100,7 +100,6 @@ def recipe(variant: Variant) -> Recipe:
     """How the kernel of ``variant`` is launched."""
     config = config_of(variant)
     fc2 = variant.op == "groupedfc2"
-    nvfp4_output = config.c_dtype == "nvfp4"
     if fc2:
         weight_rows, k_length, scales = "H", "I", "row_alpha"
         workspaces = conversion.workspaces()
@@ -118,13 +117,13 @@ def recipe(variant: Variant) -> Recipe:
         own = (*own, Parameter("smallest", "u32", ordered.smallest_span(SMALLEST_SPAN)))
     return Recipe(
         parameters=(
-            Parameter("a", "pointer", "a.k64" if config.k64_order else "a.codes" if config.nvfp4_activations else "a"),
-            pointer_or_null("a_scales", "a.scales", config.nvfp4_activations),
+            Parameter("a", "pointer", "a.k64" if config.k64_order else "a"),
+            pointer_or_null("a_scales", "a.scales", False),
             Parameter("b", "pointer", "b"),
             Parameter("scales", "pointer", scales),
-            pointer_or_null("output_multiplier", "output_multiplier", nvfp4_output),
-            Parameter("c", "pointer", "c.k64" if config.k64_order and not fc2 else "c.codes" if nvfp4_output else "c"),
-            pointer_or_null("c_scales", "c.scales", nvfp4_output and not config.k64_order),
+            pointer_or_null("output_multiplier", "output_multiplier", config.c_dtype == "nvfp4"),
+            Parameter("c", "pointer", "c.k64" if config.k64_order and not fc2 else "c"),
+            pointer_or_null("c_scales", "c.scales", False),
             Parameter("partials", "pointer", workspaces[0].role),
             pointer_or_null("counters", "workspace.counters", fc2),
             Parameter("tiles", "pointer", "tiles"),

@@ -1,7 +1,9 @@
 """Tokens of a tile on their way to shared memory, for the sm_90a kernels of 256 weight rows a CTA (``sm90_wgmma``).
 
-    mma.sync  rows as they are, 16 bytes apart:                            bf16 by cp.async of sixteen bytes; NVFP4 decoded in registers
-    wgmma     bf16 that comes in K 64 order, under the 128-byte swizzle:   by cp.async of sixteen bytes
+    mma.sync  rows as they are, 16 bytes apart
+    wgmma     rows that come in K 64 order, under the 128-byte swizzle
+
+Both are bf16, copied by cp.async of sixteen bytes.
 
 For ``wgmma`` the activations of a K 128 are two K 64 halves of ``tile_m`` rows of 128 bytes. Inside a half K is permuted as in the weights' lanes
 (K 64 order, ``runtime.layout``): 16-byte chunk 2s + c of a row, word t, is logical word 8t + 2s + c, so that k16 step s reads chunks 2s, 2s + 1. The
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from cutlass import Int32, Int64, Uint32
+from cutlass import Int32, Int64
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import sm90_common as common
@@ -27,43 +29,6 @@ SWIZZLE_ROWS: Final = 8  # the 128-byte swizzle repeats after so many rows
 CHUNK: Final = 16  # bytes that the swizzle moves as one
 HALF_WARP: Final = 16  # lanes that copy a row for ``mma.sync`` together, sixteen bytes each
 LANE_BYTES: Final = 32  # of a token in a K 64 half that one lane multiplies by ``mma.sync``
-
-
-def thread_place(tid: Any) -> tuple[Any, Any]:
-    """(row, piece) of a thread that decodes NVFP4: piece ``4·half + group`` of a K 128 of one row. A warp has one half of eight rows: no two lanes
-    then store to one bank."""
-    warp, groups = tid // 32, common.K16_STEPS
-    return (warp // 2) * (32 // groups) + (tid % 32) // groups, (warp % 2) * groups + tid % groups
-
-
-def load_piece(a: Any, a_scales: Any, token: Any, k_block: Any, k_total: Any, piece: Any) -> list[Any]:
-    """Two words of codes and a scale byte of one K 128, as stored: loads only, so that they may fly while the block before is multiplied.
-
-    Args:
-        a: codes ``[rows, k_total / 2]``; a_scales: their tiled scales.
-        token: the activation row, negative where there is none: it counts as 0 and is not read.
-        piece: of the K 128 (``thread_place``).
-    """
-    column = k_block * common.SUPERBLOCK_K + piece * 16
-    valid = Int32(token >= 0) & Int32(column < k_total)
-    scale = a_scales + common.scale_offset(Uint32(token), Uint32(column // 16), Uint32(k_total // 16))
-    codes = a + Int64(column) // 2 + Int64(token) * Int64(k_total // 2)
-    return [*common.load_global_v2_if(codes, valid), common.load_global_u8_if(scale, valid)]
-
-
-def store_piece(stage: Any, row: Any, piece: Any, words: list[Any]) -> None:
-    """Decodes what ``load_piece`` gave and stores it.
-
-    Args:
-        stage: shared-memory address of the K 128.
-        row, piece: of ``thread_place``.
-    """
-    low, high, scale = words
-    factor = common.expand_activation_scale(scale)
-    decoded = [common.mul_bf16x2(pair, factor) for word in (low, high) for pair in common.decode_activation_pairs(word)]
-    at = stage + row * TOKEN_STRIDE + (piece // 4) * ROW_BYTES + (piece % 4) * LANE_BYTES
-    common.store_shared_v4(at, decoded[:4])
-    common.store_shared_v4(at + CHUNK, decoded[4:])
 
 
 def copied_rows(config: Config, warp: Any, lane: Any) -> tuple[Any, int, range]:

@@ -15,7 +15,7 @@ import torch
 
 from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.plan import WEIGHT_ALIGNMENT
-from densemoe.runtime.problem import CODES_ALIGNMENT, K64_ORDER_FROM, Problem, grouped_dtype
+from densemoe.runtime.problem import CODES_ALIGNMENT, K64_ORDER_FROM, Problem
 from densemoe.runtime.torch import launching
 from densemoe.runtime.torch.checks import C_DTYPES, check_moe, check_quantize
 from densemoe.runtime.torch.launching import Entry, Launch, Owner, Runtime, Source, check_aligned, runtime, use_runtime
@@ -244,25 +244,33 @@ def _moe_problems(
     elsewhere: bool,
     deterministic: bool,
 ) -> tuple[Problem, ...]:
-    """[quantise], prepare or route, FC1, FC2 of checked arguments."""
+    """[quantise], prepare or route, FC1, FC2 of checked arguments. Where GEMMs read NVFP4 decoded, prepare or route quantises."""
     x, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, x_scales, alpha_max = tensors
     first, second = check_moe(
         x, ids, router, w1, w1_alpha, w2, w2_alpha, hidden, intermediate, c_dtype, input_multiplier, output_multiplier, x_scales, alpha_max
     )
     m, experts = first.m, first.experts
     id_dtype, top_k = "i32" if ids.dtype == torch.int32 else "i64", int(ids.shape[1])
-    quantise = () if input_multiplier is None else (Problem("quantize", m, 0, hidden, 0, check_quantize(x, input_multiplier), "nvfp4"),)
     tile = rt.group_tile(ordinal, first, second, top_k, deterministic) if alpha_max is None else 0
     ordered = deterministic and tile > 0  # the form over all tokens always gives the same bits
-    x_dtype = first.a_dtype if tile >= K64_ORDER_FROM else ""  # what route brings to K 64 order
+    decoded = tile > 0 or rt.reads_decoded(ordinal)
+    x_dtype = ""  # of what route or prepare brings as bf16
+    quantise: tuple[Problem, ...] = ()
+    if first.a_dtype == "nvfp4" and decoded:
+        x_dtype = "nvfp4" if input_multiplier is None else check_quantize(x, input_multiplier)
+    elif input_multiplier is not None:
+        quantise = (Problem("quantize", m, 0, hidden, 0, check_quantize(x, input_multiplier), "nvfp4"),)
+    elif tile >= K64_ORDER_FROM:
+        x_dtype = "bf16"
     choice = Problem(
         "route" if tile else "prepare", m, experts, hidden if x_dtype else 0, 0, id_dtype, "f32",
-        top_k=top_k, first_expert=first_expert, elsewhere=elsewhere, group_tile=tile, x_dtype=x_dtype, deterministic=ordered,
+        top_k=top_k, first_expert=first_expert, elsewhere=elsewhere, group_tile=tile, deterministic=ordered,
+        x_dtype=x_dtype, x_rounded=bool(x_dtype) and input_multiplier is not None,
     )  # fmt: skip
+    if decoded:
+        first, second = replace(first, a_dtype="bf16", rounded=not tile and first.c_dtype == "nvfp4"), replace(second, a_dtype="bf16")
     if tile:
-        gemms = tuple(
-            replace(each, op=f"grouped{each.op}", a_dtype=grouped_dtype(each.a_dtype, tile), top_k=top_k, group_tile=tile) for each in (first, second)
-        )
+        gemms = tuple(replace(each, op=f"grouped{each.op}", top_k=top_k, group_tile=tile) for each in (first, second))
         gemms = (gemms[0], replace(gemms[1], deterministic=ordered))
     else:
         gemms = tuple(replace(each, active_list=True, top_k=top_k) for each in (first, second))
@@ -364,8 +372,11 @@ def _moe_uses(problems: tuple[Problem, ...], given: list[bool]) -> tuple[Mapping
     x, codes, scales = (first, "a"), (first, "a.codes"), (first, "a.scales")
     if problems[choice].x_dtype:
         x, codes, scales = (choice, "x"), (choice, "x"), (choice, "x.scales")
-        scratch(choice, "x.k64", (first, "a.k64"))
-    if quantises:
+        scratch(choice, problems[choice].brought, (first, "a.k64" if problems[first].a_in_k64_order else "a"))
+    if quantises and problems[choice].x_rounded:
+        use("x", x)
+        use("input_multiplier", (choice, "x.multiplier"))
+    elif quantises:
         use("x", (0, "a"))
         use("input_multiplier", (0, "output_multiplier"))
         scratch(0, "c.codes", codes)
@@ -379,7 +390,7 @@ def _moe_uses(problems: tuple[Problem, ...], given: list[bool]) -> tuple[Mapping
         use("output_multiplier", (first, "output_multiplier"))
     if problems[first].c_in_k64_order:
         scratch(first, "c.k64", (second, "a.k64"))
-    elif quantised_between:
+    elif quantised_between and not problems[first].c_decoded:
         scratch(first, "c.codes", (second, "a.codes"))
         scratch(first, "c.scales", (second, "a.scales"))
     else:

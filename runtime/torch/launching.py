@@ -31,10 +31,10 @@ from densemoe.runtime.errors import DriverError, PlanError, ProblemError
 from densemoe.runtime.grouping import group_tile
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.plan import Plan, packed_weight_bytes
-from densemoe.runtime.problem import Problem, grouped_dtype
+from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import evaluate
 from densemoe.runtime.select import load_table
-from densemoe.runtime.variant import DETERMINISTIC, GROUPED_OPS
+from densemoe.runtime.variant import DETERMINISTIC, GROUPED_OPS, ROUNDED
 
 __all__ = ["Entry", "Launch", "Runtime", "Shortcut", "Source", "check_aligned", "runtime", "use_runtime"]
 
@@ -290,7 +290,7 @@ class Runtime:
         self._outgrown: list[int] = []
         self._turns: dict[Owner, SimpleQueue[None]] = {}
         self._ones: dict[int, int] = {}
-        self._grouped: dict[int, tuple[Mapping[str, Any] | None, set[tuple[str, str, str, bool, int]]]] = {}
+        self._grouped: dict[int, tuple[Mapping[str, Any] | None, set[tuple[str, str, bool, int]]]] = {}
 
     @property
     def loader(self) -> Loader:
@@ -482,25 +482,28 @@ class Runtime:
             deterministic: FC2 in one order.
         """
         grouping, _ = self._gathering(ordinal)
-        tiles = [self._tiles(ordinal, each.op, each.a_dtype, each.c_dtype, deterministic) for each in (first, second)]
+        tiles = [self._tiles(ordinal, each.op, each.c_dtype, deterministic) for each in (first, second)]
         return group_tile(grouping, tiles[0] & tiles[1], first.m, top_k, first.experts)
 
-    def _tiles(self, ordinal: int, op: str, a_dtype: str, c_dtype: str, deterministic: bool) -> set[int]:
-        """Rows of the tiles that the device's set has grouped kernels of an op for, in a layer of these dtypes."""
+    def reads_decoded(self, ordinal: int) -> bool:
+        """Whether a layer's GEMMs over all tokens read NVFP4 activations as bf16: where the set has an FC1 that writes what FC2 then reads."""
+        return any(each.variant.option(ROUNDED) for each in self.loader.manifest(ordinal).variants.values())
+
+    def _tiles(self, ordinal: int, op: str, c_dtype: str, deterministic: bool) -> set[int]:
+        """Rows of the tiles that the device's set has grouped kernels of an op for, in a layer of this dtype."""
         kernels = self._gathering(ordinal)[1]
         wanted = (f"grouped{op}", c_dtype, deterministic and op == "fc2")
-        own = {(read, tile) for op, read, written, ordered, tile in kernels if (op, written, ordered) == wanted}
-        return {tile for read, tile in own if read == grouped_dtype(a_dtype, tile)}
+        return {tile for op, written, ordered, tile in kernels if (op, written, ordered) == wanted}
 
-    def _gathering(self, ordinal: int) -> tuple[Mapping[str, Any] | None, set[tuple[str, str, str, bool, int]]]:
-        """The table's ``grouping``, and of the grouped kernels op, dtypes, whether FC2 adds in one order and rows of a tile; none where the set
-        cannot sort."""
+    def _gathering(self, ordinal: int) -> tuple[Mapping[str, Any] | None, set[tuple[str, str, bool, int]]]:
+        """The table's ``grouping``, and of the grouped kernels op, output dtype, whether FC2 adds in one order and rows of a tile; none where the
+        set cannot sort."""
         found = self._grouped.get(ordinal)
         if found is None:
             variants = [each.variant for each in self.loader.manifest(ordinal).variants.values()]
             routes = any(each.op == "route" for each in variants)
             grouped = {
-                (each.op, each.a_dtype, each.c_dtype, bool(each.option(DETERMINISTIC)), each.tile_m)
+                (each.op, each.c_dtype, bool(each.option(DETERMINISTIC)), each.tile_m)
                 for each in variants
                 if each.op in GROUPED_OPS and routes
             }

@@ -63,12 +63,9 @@ def run(
     weights = (data.fc1_weights if fc1 else data.fc2_weights)(rng, experts, hidden, intermediate, kind)
     pack = packing.pack_fc1(weights.codes, weights.scales) if fc1 else packing.pack_fc2(weights.codes, weights.scales, experts)
     read = reference.Weights("fc1" if fc1 else "fc2", weights.codes, weights.scales, experts)
-    first, scales, a_scale = data.activations(rng, problem.a_rows, problem.k, variant.a_dtype, kind)
-    if variant.a_dtype == "bf16":
-        arrays = {"a.k64": k64_order(first)} if problem.a_in_k64_order else {"a": first}
-        a = bf16_values(first).astype(np.float64)
-    else:
-        arrays, a = {"a.codes": first, "a.scales": scales}, reference.activation_values(first, scales)
+    first, _, a_scale = data.activations(rng, problem.a_rows, problem.k, variant.a_dtype, kind)
+    arrays = {"a.k64": k64_order(first)} if problem.a_in_k64_order else {"a": first}
+    a = bf16_values(first).astype(np.float64)
     chosen = np.stack([rng.permutation(experts)[:top_k] for _ in range(m)]) if ids is None else np.asarray(ids)
     w2_alpha = np.exp2(rng.integers(-3, 3, experts)).astype(np.float32)
     routes = reference.route(chosen, np.exp2(rng.integers(-2, 1, chosen.shape)).astype(np.float32), w2_alpha, group_tile=variant.tile_m)

@@ -15,7 +15,7 @@ from densemoe.runtime.variant import Variant
 
 KEYS = (
     "groupedfc2.sm90a.t8x64.c1x1.bf16-f32.deterministic",
-    "groupedfc2.sm90a.t16x64.c1x1.nvfp4-bf16.deterministic",
+    "groupedfc2.sm90a.t16x64.c1x1.bf16-bf16.deterministic",
     "groupedfc2.sm90a.t16x256.c1x1.bf16-f16.deterministic",
     "groupedfc2.sm90a.t48x256.c1x1.bf16-bf16.deterministic",
     "groupedfc2.sm90a.t96x256.c1x1.bf16-f32.deterministic",

@@ -16,7 +16,7 @@ from densemoe.runtime import data, packing, reference
 from densemoe.runtime.layout import k64_order
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.rules import can_implement
-from densemoe.runtime.variant import DETERMINISTIC, Variant
+from densemoe.runtime.variant import BRINGS, DETERMINISTIC, ROUNDED, Variant
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -44,6 +44,8 @@ class Shape(NamedTuple):
 EXACT = (Shape(21, 3, 320, 192, 2, 11), Shape(37, 5, 256, 128, 3, 12))
 #: Normal data: additions are rounded, FC1 goes through ex2.approx and rcp.approx.
 GENERAL = (Shape(5, 2, 512, 192, 2, 21),)
+#: By shape: dtype of the activations that ``prepare`` and ``route`` bring, and rows of a tile of ``route``: in natural order, and in K 64 order.
+_BROUGHT = {EXACT[0].name: ("bf16", 16), EXACT[1].name: ("nvfp4", 32), GENERAL[0].name: ("bf16", 16)}
 _EXACT_OPS = ("fc1", "fc2", "groupedfc1", "groupedfc2", "prepare", "route", "quantize")
 
 
@@ -66,6 +68,19 @@ def _routing(rng: np.random.Generator, shape: Shape) -> tuple[Any, Any, Any]:
     return ids, np.exp2(rng.integers(-2, 1, ids.shape)).astype(np.float32), np.exp2(rng.integers(-3, 3, shape.experts)).astype(np.float32)
 
 
+def _brought(rng: np.random.Generator, problem: Problem) -> Arrays:
+    """Activations that ``prepare`` and ``route`` bring as bf16: NVFP4, or bf16 of many magnitudes that are rounded to it."""
+    m, hidden = problem.m, problem.hidden
+    if not problem.x_dtype:
+        return {}
+    if problem.x_dtype == "nvfp4":
+        first, scales, _ = data.activations(rng, m, hidden, "nvfp4", "normal")
+        return {"x": first, "x.scales": scales}
+    x = rng.standard_normal((m, hidden), np.float32)
+    x[0, :16], x[-1, 20], x[m // 2, 32:48] = 0, 60000, 1e-6
+    return {"x": data.bf16_bits(x), "x.multiplier": np.array([LARGEST / 4], np.float32)}
+
+
 def make(variant: Variant, shape: Shape, kind: str) -> Made:
     """The problem of a variant at a shape, data of ``kind`` (``runtime.data``); the same bytes on every machine."""
     rng = np.random.default_rng([shape.seed, len(variant.op), shape.m])
@@ -77,9 +92,13 @@ def make(variant: Variant, shape: Shape, kind: str) -> Made:
         return Made(problem, {"a": stored, "output_multiplier": np.array([LARGEST / 4], np.float32)})
     if variant.op in ("prepare", "route"):
         ids, router, w2_alpha = _routing(rng, shape)
-        tile: dict[str, Any] = {"group_tile": 16, "deterministic": True} if variant.op == "route" else {}
-        problem = Problem(variant.op, shape.m, shape.experts, 0, 0, variant.a_dtype, variant.c_dtype, top_k=shape.top_k, **tile)
-        given: Arrays = {"ids": ids.astype(NUMPY[variant.a_dtype]), "router": router, "w2_alpha": w2_alpha}
+        x_dtype, group_tile = _BROUGHT[shape.name] if variant.option(BRINGS) else ("", 16)
+        tile: dict[str, Any] = {"group_tile": group_tile, "deterministic": True} if variant.op == "route" else {}
+        problem = Problem(
+            variant.op, shape.m, shape.experts, shape.hidden if x_dtype else 0, 0, variant.a_dtype, variant.c_dtype,
+            top_k=shape.top_k, x_dtype=x_dtype, x_rounded=x_dtype == "bf16", **tile,
+        )  # fmt: skip
+        given: Arrays = {"ids": ids.astype(NUMPY[variant.a_dtype]), "router": router, "w2_alpha": w2_alpha, **_brought(rng, problem)}
         if variant.op == "prepare":
             given["alpha_divisor"] = np.ones(1, np.float32)
         return Made(problem, given)
@@ -90,7 +109,9 @@ def _gemm(variant: Variant, shape: Shape, kind: str, rng: np.random.Generator) -
     m, experts, hidden, intermediate, top_k, _ = shape
     grouped, op = variant.op.startswith("grouped"), variant.op.removeprefix("grouped")
     ordered = bool(variant.option(DETERMINISTIC))
-    fields: dict[str, Any] = {"top_k": top_k, "group_tile": variant.tile_m, "deterministic": ordered} if grouped else {"alpha_post": op == "fc1"}
+    fields: dict[str, Any] = {"alpha_post": op == "fc1", "rounded": bool(variant.option(ROUNDED))}
+    if grouped:
+        fields = {"top_k": top_k, "group_tile": variant.tile_m, "deterministic": ordered}
     problem = Problem(variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype, **fields)
     weights = (data.fc1_weights if op == "fc1" else data.fc2_weights)(rng, experts, hidden, intermediate, kind)
     packed = packing.pack_fc1(weights.codes, weights.scales) if op == "fc1" else packing.pack_fc2(weights.codes, weights.scales, experts)

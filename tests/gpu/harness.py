@@ -141,11 +141,12 @@ def run_fc1(
     kind: str = "integers",
     seed: int = 1,
     variant: str | None = None,
+    rounded: bool = False,
     edit: Callable[[dict[str, torch.Tensor]], None] | None = None,
 ) -> list[bounds.Report]:
     """Runs FC1 and compares all of its output; reports, failed ones included."""
     experts = weights.experts
-    problem = Problem("fc1", m, experts, weights.hidden, weights.intermediate, a_dtype, c_dtype, alpha_post=post)
+    problem = Problem("fc1", m, experts, weights.hidden, weights.intermediate, a_dtype, c_dtype, alpha_post=post, rounded=rounded)
     tensors, a, a_scale = activations(m, weights.hidden, a_dtype, kind, seed)
     tensors["alpha"] = device_tensor(data.fc1_alpha(weights.plain, a_scale))
     if post:

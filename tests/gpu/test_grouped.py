@@ -15,8 +15,10 @@ torch = pytest.importorskip("torch")
 from routes import same_routes  # noqa: E402
 
 from densemoe.runtime import bounds, data, reference  # noqa: E402
+from densemoe.runtime.layout import k64_order, tile_scales  # noqa: E402
 from densemoe.runtime.loader import Loader  # noqa: E402
-from densemoe.runtime.problem import Problem, grouped_dtype  # noqa: E402
+from densemoe.runtime.nvfp4 import bf16_bits, bf16_values, pack_codes, quantise_rows  # noqa: E402
+from densemoe.runtime.problem import Problem  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +66,35 @@ def test_route_is_the_reference_bit_for_bit(loader: Loader, dtype: str, group_ti
         same_routes(tiles, rows, row_alpha, expected, places)
 
 
-@pytest.mark.parametrize("x_dtype", ["bf16", "nvfp4"])
+@pytest.mark.parametrize(("x_dtype", "rounded"), [("bf16", False), ("nvfp4", False), ("bf16", True), ("f16", True), ("f32", True)])
+@pytest.mark.parametrize(("op", "group_tile"), [("route", 32), ("route", 16), ("prepare", 0)])
 @pytest.mark.parametrize(("m", "hidden"), [(1, 64), (37, 320), (512, 7168), (4097, 2048)])
-def test_route_brings_activations_to_k64_order(loader: Loader, x_dtype: str, m: int, hidden: int) -> None:
-    """Bit for bit, beside its tiles."""
+def test_activations_are_brought_as_bf16(loader: Loader, op: str, group_tile: int, x_dtype: str, rounded: bool, m: int, hidden: int) -> None:
+    """Bit for bit, beside what else ``route`` and ``prepare`` give; those that are rounded as the reference rounds them."""
     import harness
 
     rng = np.random.default_rng(m)
     arrays = {"ids": rng.integers(0, 16, (m, 4)).astype(np.int32), "router": rng.random((m, 4), np.float32), "w2_alpha": rng.random(16, np.float32)}
-    first, scales, _ = data.activations(rng, m, hidden, x_dtype, "normal")
-    given = {**arrays, "x": first, **({} if scales is None else {"x.scales": scales})}
-    problem = Problem("route", m, 16, hidden, 0, "i32", "f32", top_k=4, group_tile=32, x_dtype=x_dtype)
+    if rounded:
+        values = rng.standard_normal((m, hidden), np.float32) * np.exp2(rng.integers(-9, 3, (m, hidden // 64))).repeat(64, axis=1)
+        stored = {"bf16": bf16_bits, "f16": lambda x: x.astype(np.float16), "f32": lambda x: x.astype(np.float32)}[x_dtype](values)
+        multiplier = np.float32(100)
+        codes, scales = quantise_rows(bf16_values(stored) if x_dtype == "bf16" else stored, multiplier)
+        x, expected = {"x": stored, "x.multiplier": np.array([multiplier])}, reference.decoded_bf16(pack_codes(codes), tile_scales(scales))
+    else:
+        first, tiled, _ = data.activations(rng, m, hidden, x_dtype, "normal")
+        x = {"x": first, **({} if tiled is None else {"x.scales": tiled})}
+        expected = first if tiled is None else reference.decoded_bf16(first, tiled)
+    problem = Problem(op, m, 16, hidden, 0, "i32", "f32", top_k=4, group_tile=group_tile, x_dtype=x_dtype, x_rounded=rounded)
+    given = {**arrays, **x, **({"alpha_divisor": np.ones(1, np.float32)} if op == "prepare" else {})}
     got = launched(loader, problem, {role: harness.device_tensor(each) for role, each in given.items()})
-    same_routes(*(got[role].cpu().numpy() for role in ("tiles", "rows", "row_alpha")), reference.route(*arrays.values(), group_tile=32))
-    assert np.array_equal(got["x.k64"].view(torch.int16).cpu().numpy().view(np.uint16), reference.ordered_activations(first, scales))
+    if op == "route":
+        same_routes(*(got[role].cpu().numpy() for role in ("tiles", "rows", "row_alpha")), reference.route(*arrays.values(), group_tile=group_tile))
+    else:
+        assert np.array_equal(got["alpha"].cpu().numpy(), reference.build_alpha(*arrays.values(), experts=16))
+    assert problem.brought == ("x.k64" if group_tile == 32 else "x.bf16")
+    wanted = k64_order(expected) if group_tile == 32 else expected
+    assert np.array_equal(got[problem.brought].view(torch.int16).cpu().numpy().view(np.uint16), wanted)
 
 
 SHAPES = [(9, 5, 2, 320, 192), (33, 13, 3, 256, 128), (64, 128, 8, 512, 256), (200, 16, 4, 448, 320), (511, 8, 2, 1024, 512)]
@@ -93,9 +110,7 @@ def judged(loader: Loader, kind: str, ids: Any, experts: int, hidden: int, inter
     (m, top_k), rng = ids.shape, np.random.default_rng(seed)
     router = np.exp2(rng.integers(-2, 1, ids.shape)).astype(np.float32)
     w2_alpha = np.exp2(rng.integers(-3, 3, experts)).astype(np.float32)
-    for op, tile, a_dtype in itertools.product(("fc1", "fc2"), FAMILIES[tile_n], ("bf16", "nvfp4")):
-        if grouped_dtype(a_dtype, tile) != a_dtype:  # comes decoded
-            continue
+    for op, tile in itertools.product(("fc1", "fc2"), FAMILIES[tile_n]):
         weights = harness.Weights(op, experts, hidden, intermediate, kind, seed=seed)
         routes = reference.route(ids, router, w2_alpha, group_tile=tile)
         given = {role: torch.from_numpy(each).cuda() for role, each in routes.packed(m * top_k).items()}
@@ -104,12 +119,12 @@ def judged(loader: Loader, kind: str, ids: Any, experts: int, hidden: int, inter
             if c_dtype == "nvfp4" and kind == "exact":
                 continue
             problem = Problem(
-                f"grouped{op}", m, experts, hidden, intermediate, a_dtype, c_dtype, top_k=top_k, group_tile=tile, deterministic=ordered
+                f"grouped{op}", m, experts, hidden, intermediate, "bf16", c_dtype, top_k=top_k, group_tile=tile, deterministic=ordered
             )  # fmt: skip
-            key = f"grouped{op}.sm90a.t{tile}x{tile_n}.c1x1.{a_dtype}-{c_dtype}{'.deterministic' * ordered}"
-            tensors, a, a_scale = harness.activations(problem.a_rows, problem.k, a_dtype, kind, seed, problem.a_in_k64_order)
+            key = f"grouped{op}.sm90a.t{tile}x{tile_n}.c1x1.bf16-{c_dtype}{'.deterministic' * ordered}"
+            tensors, a, a_scale = harness.activations(problem.a_rows, problem.k, "bf16", kind, seed, problem.a_in_k64_order)
             tensors.update({role: each for role, each in given.items() if role in problem.tensors()}, b=weights.packed)
-            what = (f"grouped{op}", kind, m, experts, top_k, hidden, intermediate, f"{tile}x{tile_n}", a_dtype, c_dtype, ordered)
+            what = (f"grouped{op}", kind, m, experts, top_k, hidden, intermediate, f"{tile}x{tile_n}", c_dtype, ordered)
             if op == "fc1":
                 alpha = harness.device_tensor(data.fc1_alpha(weights.plain, a_scale))
                 exact: Any = reference.grouped_fc1(a, weights.expert, alpha.double(), routes)
@@ -216,7 +231,7 @@ def test_layers_give_the_same_bits_where_that_is_asked_for(m: int, experts: int,
     assert newest.plans[-1].key.endswith(".deterministic") == (m > 8)
 
 
-@pytest.mark.parametrize("form", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("form", ["bf16", "nvfp4", "outside"])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(512, 256), (320, 192)])
 @pytest.mark.parametrize(("m", "experts", "top_k"), [(17, 8, 2), (64, 32, 4), (90, 8, 2), (200, 8, 2), (300, 8, 2)])
 def test_layers_that_gather_equal_the_cpu_op(form: str, m: int, experts: int, top_k: int, hidden: int, intermediate: int) -> None:

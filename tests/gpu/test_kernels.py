@@ -103,6 +103,10 @@ def test_ragged_shapes(loader: Loader, m: int, experts: int, hidden: int, interm
     for a_dtype, c_dtype in itertools.product(A_DTYPES, FC1_OUTPUTS):
         key = f"fc1.sm90a.t{next(tiles)}x64.c1x1.{a_dtype}-{c_dtype}"
         check(harness.run_fc1(loader, fc1, m, a_dtype, c_dtype, m % 2 == 0, kind="normal", variant=key), ("fc1-ragged", key, m))
+    for tile in (8, 16, 32):
+        key = f"fc1.sm90a.t{tile}x64.c1x1.bf16-nvfp4.rounded"
+        reports = harness.run_fc1(loader, fc1, m, "bf16", "nvfp4", m % 2 == 0, kind="normal", variant=key, rounded=True)
+        check(reports, ("fc1-ragged", key, m))
     for a_dtype, c_dtype in itertools.product(A_DTYPES, FC2_OUTPUTS):
         key = f"fc2.sm90a.t{next(tiles)}x64.c1x1.{a_dtype}-{c_dtype}"
         check(harness.run_fc2(loader, fc2, m, a_dtype, c_dtype, m % 3 == 0, kind="normal", variant=key), ("fc2-ragged", key, m))

@@ -15,6 +15,8 @@ torch = pytest.importorskip("torch")
 from densemoe.runtime import data, marks, packing, reference  # noqa: E402
 from densemoe.runtime.errors import ProblemError  # noqa: E402
 from densemoe.runtime.layer_data import LayerData  # noqa: E402
+from densemoe.runtime.layout import tile_scales  # noqa: E402
+from densemoe.runtime.nvfp4 import pack_codes, quantise_rows  # noqa: E402
 
 #: bf16 output: half an ulp of each side, and FC1's output that may round either way where sums differ in their order
 TOLERANCE = {"rtol": 2**-6, "atol": 2**-6}
@@ -33,14 +35,20 @@ class Layer:
         self.shape = (hidden, intermediate)
 
     def arguments(self, form: str, c_dtype: str = "bf16") -> list[Any]:
+        """``form``: ``bf16``; ``nvfp4``, quantised by the layer; ``outside``, quantised before; ``fused``, as ``nvfp4`` in the fused form."""
         quantised = form != "bf16"
         between = torch.tensor([float(self.data.output_multiplier)]) if quantised else None
         given = torch.tensor([2688 / 6.0]) if quantised else None
         w1_alpha = self.scales[0] / (given if given is not None else 1)
         w2_alpha = self.scales[1] / (between if between is not None else 1)
         largest = w2_alpha.max().reshape(1) if form == "fused" else None
-        required = [self.x, self.ids, self.router, self.packed[0], w1_alpha, self.packed[1], w2_alpha, *self.shape, packing.LAYOUT, c_dtype]
-        return [*required, given, between, None, largest]
+        if form == "outside":
+            codes, scales = quantise_rows(self.x.float().numpy(), np.float32(given))
+            x, x_scales, given = torch.from_numpy(pack_codes(codes)), torch.from_numpy(tile_scales(scales)), None
+        else:
+            x, x_scales = self.x, None
+        required = [x, self.ids, self.router, self.packed[0], w1_alpha, self.packed[1], w2_alpha, *self.shape, packing.LAYOUT, c_dtype]
+        return [*required, given, between, x_scales, largest]
 
 
 def on_gpu(arguments: list[Any]) -> list[Any]:
@@ -71,13 +79,28 @@ def test_a_layer_equals_its_cpu_reference(ops: Any, layer: Layer, form: str, c_d
     assert marks.layer_mark(ours.double(), exact).passed
 
 
+@pytest.mark.parametrize("m", [3, 40, 300])
+def test_a_layer_that_quantises_has_the_bits_of_one_quantised_before(ops: Any, m: int) -> None:
+    """Where prepare or route rounds x itself, in each order of what it brings, no fourth kernel is launched."""
+    from densemoe.runtime.torch import device
+
+    case = Layer(8, 2, 512, 256, m)
+    found = []
+    for form in ("nvfp4", "outside"):
+        found.append(ops.moe(*on_gpu(case.arguments(form)), deterministic=True))
+        newest = list(device.runtime().entries.values())[-1]
+        if torch.cuda.get_device_capability()[0] == 9:
+            assert len(newest.plans) == 3
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("shape", data.LAYERS[:4], ids=str)
 @pytest.mark.parametrize("m", [1, 8])
 def test_the_contract_s_small_layers(ops: Any, shape: tuple[int, int, int, int], m: int) -> None:
     """Those of section 9 that a CPU computes in time; the large ones run in test_kernels."""
     case = Layer(*shape, m)
     exact = reference.layer(case.x.double(), lambda e: tuple(map(torch.from_numpy, case.data.unquantised(e))), case.ids.numpy(), case.router.numpy())
-    for form in ("bf16", "nvfp4"):
+    for form in ("bf16", "nvfp4", "outside"):
         arguments = case.arguments(form)
         ours = ops.moe(*on_gpu(arguments)).cpu()
         torch.testing.assert_close(ours, ops.moe(*arguments), **TOLERANCE)

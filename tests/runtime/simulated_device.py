@@ -179,6 +179,7 @@ class SimulatedPlan:
             self.array("alpha")[:] = reference.build_alpha(ids, self.array("router"), self.array("w2_alpha"), experts=problem.experts)
             listed = np.unique(ids)
             self.array("active_list")[: 1 + len(listed)] = [len(listed), *listed]
+            self.bring()
             return
         if problem.op == "route":
             routes = reference.route(self.array("ids"), self.array("router"), self.array("w2_alpha"), group_tile=problem.group_tile)
@@ -186,9 +187,7 @@ class SimulatedPlan:
                 self.array(role)[:] = values
             if problem.deterministic:
                 self.array("places")[:] = routes.places(problem.m, problem.top_k)
-            if problem.x_dtype:
-                scales = self.array("x.scales") if problem.x_dtype == "nvfp4" else None
-                self.array("x.k64")[:] = reference.ordered_activations(self.array("x"), scales)
+            self.bring()
             return
         op = problem.op.removeprefix("grouped")
         size = packing.packed_bytes(op, problem.experts, problem.hidden, problem.intermediate)
@@ -202,15 +201,11 @@ class SimulatedPlan:
             a = reference.activation_values(self.array("a.codes"), self.array("a.scales"))
         if op != problem.op:
             y = self.grouped(a, weights).astype(np.float32)
-            plain, own_scales = quantise_rows(y, self.array("output_multiplier")[0]) if problem.c_dtype == "nvfp4" else (None, None)
+            written = self.decoded(y) if problem.c_decoded else convert(y, problem.c_dtype)
             if problem.c_in_k64_order:
-                self.array("c.k64")[:] = (
-                    k64_order(convert(y, "bf16")) if plain is None else reference.ordered_activations(pack_codes(plain), tile_scales(own_scales))
-                )
-            elif plain is not None:
-                self.array("c.codes")[:], self.array("c.scales")[:] = pack_codes(plain), tile_scales(own_scales)
+                self.array("c.k64")[:] = k64_order(written)
             else:
-                self.array("c")[:] = convert(y, problem.c_dtype)
+                self.array("c")[:] = written
             return
         alpha = self.array("alpha").astype(np.float64)
         outputs = {role: self.array(role) for role, spec in problem.tensors().items() if spec.output}
@@ -223,13 +218,34 @@ class SimulatedPlan:
                 listed = self.array("active_experts")
                 idle = np.setdiff1d(np.arange(problem.experts), listed[1 : 1 + listed[0]])
                 y.reshape(problem.m, problem.experts, -1)[:, idle] = 0  # not computed
-            if problem.c_dtype == "nvfp4":
+            if problem.c_decoded:
+                outputs["c"][:] = self.decoded(y)
+            elif problem.c_dtype == "nvfp4":
                 plain, own_scales = quantise_rows(y, self.array("output_multiplier")[0])
                 outputs["c.codes"][:], outputs["c.scales"][:] = pack_codes(plain), tile_scales(own_scales)
             else:
                 outputs["c"][:] = convert(y, problem.c_dtype)
         if loader.fault is not None:
             loader.fault(self.key, problem, outputs)
+
+    def decoded(self, y: np.ndarray) -> np.ndarray:
+        """The bf16 bits of what NVFP4 of ``y`` stands for."""
+        plain, scales = quantise_rows(y, self.array("output_multiplier")[0])
+        return reference.decoded_bf16(pack_codes(plain), tile_scales(scales))
+
+    def bring(self) -> None:
+        """Activations as bf16, where ``prepare`` or ``route`` is to bring them."""
+        problem = self.problem
+        if not problem.x_dtype:
+            return
+        x = self.array("x")
+        if problem.x_rounded:
+            values = bf16_values(x) if problem.x_dtype == "bf16" else x
+            codes, scales = quantise_rows(values, self.array("x.multiplier")[0])
+            x = reference.decoded_bf16(pack_codes(codes), tile_scales(scales))
+        elif problem.x_dtype == "nvfp4":
+            x = reference.decoded_bf16(x, self.array("x.scales"))
+        self.array(problem.brought)[:] = k64_order(x) if problem.brought == "x.k64" else x
 
     def grouped(self, a: np.ndarray, weights: reference.Weights) -> np.ndarray:
         """The output of a grouped op: rows of FC1 without a pair stay 0."""

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from simulated_device import READ_BYTES_PER_MICROSECOND, SimulatedLoader, SimulatedPlan
 
-from densemoe.runtime import bench, bench_cli, bench_competitors, bench_layer, bench_report, cli, select, tune_cli
+from densemoe.runtime import bench, bench_cli, bench_competitors, bench_layer, bench_report, bench_timing, cli, select, tune_cli
 from densemoe.runtime.bench_competitors import Absent, Unavailable, Workload
 from densemoe.runtime.bench_device import Sensors
 from densemoe.runtime.bench_timing import Sample, Timed, Timer, rotations
@@ -35,10 +35,10 @@ KEYS: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
     for tile in (8, 16, 32)
     for op, a, c in ((1, "bf16", "bf16"), (2, "bf16", "bf16"), (1, "nvfp4", "nvfp4"), (2, "nvfp4", "bf16"))
 }
-KEYS["prepare.sm90a.t32x4096.c1x1.i32-f32"] = ()
-KEYS["route.sm90a.t32x4096.c1x1.i32-f32"] = ()
+KEYS |= {f"{op}.sm90a.t32x4096.c1x1.i32-f32{brings}": () for op in ("prepare", "route") for brings in ("", ".brings")}
 KEYS |= {f"grouped{op}.sm90a.t{tile}.c1x1.bf16-bf16": () for op in ("fc1", "fc2") for tile in ("8x64", "16x64", "16x256", "32x256")}
-KEYS |= {"groupedfc1.sm90a.t8x64.c1x1.nvfp4-nvfp4": (), "groupedfc2.sm90a.t8x64.c1x1.nvfp4-bf16": ()}
+KEYS |= {"groupedfc1.sm90a.t8x64.c1x1.bf16-nvfp4": (), "groupedfc2.sm90a.t8x64.c1x1.bf16-bf16": ()}
+KEYS |= {f"fc1.sm90a.t{tile}x64.c1x1.bf16-nvfp4.rounded": () for tile in (8, 16, 32)}
 
 
 SHIPPED: Any = load_table("sm_90a")
@@ -73,6 +73,14 @@ def cost(key: str, settings: Mapping[str, int], problem: Problem) -> float:
 
 
 Run = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def rests(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that the device is left alone between replays: a simulated one needs none."""
+    found: list[float] = []
+    monkeypatch.setattr(bench_timing, "sleep", found.append)
+    return found
 
 
 @pytest.fixture
@@ -123,14 +131,14 @@ def test_tune_writes_a_table_that_check_agrees_with(command: Run, tmp_path: Path
     assert "regret of the form and tile of a layer: 12 cases, geomean 0.00%, worst 0.00%" in said.out
     shapes = parse_shapes(SHAPES)
     worth = [tile for shape in shapes for m in (1, 8, 16, 32) for tile in (8, 16, 32) if m == 1 or worth_a_tile(shape, m, tile)]
-    nvfp4 = 2 * 3 * 4  # two ops, shapes and M of the one tile of NVFP4 kernels
+    nvfp4 = 3 * 4  # shapes and M of the one tile of FC1 with NVFP4 output; FC2 is that of bf16 layers
     assert f"[1/{96 + 2 * len(worth) + nvfp4}]" in said.err
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["provenance"]["whole"] is True
     assert table["provenance"]["read_bytes_per_second"] == pytest.approx(READ_BYTES_PER_MICROSECOND * 1e6, rel=0.02)
     both = 2 * sum(2 if tile == 16 else 1 for tile in worth)  # tiles of 16 are of both families
     assert table["provenance"]["measurements"] == 96 * 3 + both + nvfp4
-    assert len(table["shapes"]) == 3 * 4 * 2 + 3 * 3 * 2 + 3 * 2
+    assert len(table["shapes"]) == 3 * 4 * 2 + 3 * 3 * 2 + 3
     rows = table["shapes"]["groupedfc1 7x128x128 bf16-bf16 t16"]
     assert {table["keys"][row[1]][0] for row in rows} == {"groupedfc1.sm90a.t16x256.c1x1.bf16-bf16"}
     # 16 tokens in one tile are faster than gathered, 32 are not; rows of an expert at M = 32: 6.4, 9.1 and 16; tiles of 8 and 16 are as fast at 6.8
@@ -504,6 +512,26 @@ def test_bench_launch_has_its_bar(command: Run, tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "out" / "launch-simulated.json").read_text())["rows"]
     assert rows[0]["bar"] == "<= 4 us"
     assert rows[0]["us"] == pytest.approx(13 + 16 / 3)
+
+
+def test_replays_are_rested_and_warm_before_they_are_timed(rests: list[float]) -> None:
+    """A long replay leaves the next one alone as long as it took, up to 10 ms; what comes behind a rest is replayed once and not counted."""
+    loader = SimulatedLoader(KEYS, cost)
+    timer, driver = Timer(loader.driver), loader.driver  # type: ignore[arg-type]
+    order: list[str] = []
+
+    def lasting(name: str, microseconds: float) -> Timed:
+        def replay(stream: int) -> None:
+            driver.now += microseconds * (1 if order[-1:] == [name] else 3)  # slow where another one was before
+            order.append(name)
+
+        return Timed(replay, 10)
+
+    found = timer.interleave({"long": lasting("long", 40_000), "short": lasting("short", 1_000)}, 2)
+    assert order == ["long", "long", "short", "short"] * 3
+    assert (found["long"].microseconds, found["short"].microseconds) == (4_000, 100)
+    assert found["long"].runs == 2
+    assert rests == pytest.approx([0, 0.01, *[0.001, 0.01] * 2])
 
 
 def test_sustained_times_are_those_of_the_second_half() -> None:

@@ -90,14 +90,14 @@ def test_show_as_text_and_json_say_the_same(run: Run, artifacts: Path) -> None:
 
 
 def test_verify_as_text_and_json_say_the_same(run: Run, artifacts_copy: Path) -> None:
-    assert run("verify", "--artifacts", artifacts_copy)[:2] == (0, f"{artifacts_copy}: 7 cubins are what their manifests say\n")
+    assert run("verify", "--artifacts", artifacts_copy)[:2] == (0, f"{artifacts_copy}: 11 cubins are what their manifests say\n")
     (artifacts_copy / "sm_90a" / "left.cubin").write_bytes(b"x")
     cubin = artifacts_copy / "sm_90a" / f"{FC1}.cubin"
     cubin.write_bytes(cubin.read_bytes()[:-1])
     code, out, _ = run("verify", "--artifacts", artifacts_copy, "--json")
     document = json.loads(out)
     assert code == 1
-    assert document["verified"] == 6
+    assert document["verified"] == 10
     assert len(document["faults"]) == 2
     code, out, _ = run("verify", "--artifacts", artifacts_copy)
     assert code == 1
@@ -156,7 +156,7 @@ def test_wrong_input_is_2_and_says_what_is_allowed(run: Run, artifacts: Path, ar
     ("arguments", "said"),
     [
         (["--arch", "sm_77"], "architecture 'sm_77' gives no variant of profile 'quick': use one of sm_90a"),
-        (["--filter", "nothing*"], "matches none of the 7 variants: `densemoe list --profile quick` shows the keys"),
+        (["--filter", "nothing*"], "matches none of the 11 variants: `densemoe list --profile quick` shows the keys"),
         (["--matrix", "none.yaml"], "none.yaml"),
     ],
 )
@@ -227,7 +227,7 @@ def facts(run: Run, *arguments: str | Path) -> tuple[int, dict[str, str]]:
 def test_doctor_without_a_driver(run: Run, artifacts: Path) -> None:
     code, found = facts(run, "--artifacts", artifacts)
     assert code == 3
-    assert found["artifacts sm_90a"].startswith("7 variants")
+    assert found["artifacts sm_90a"].startswith("11 variants")
     assert "install NVIDIA's driver" in found["driver"]
 
 

@@ -88,7 +88,7 @@ def test_a_root_is_fetched_whole_and_works_offline(served: tuple[str, type[Handl
     url, handler, root = served
     handler.ranges = ranges
     found = fetch.fetch(url, tmp_path / "out", lock=Lock.read())
-    assert len(found.fetched) == 7
+    assert len(found.fetched) == 11
     assert contents(tmp_path / "out") == contents(root)
     assert not list((tmp_path / "out").rglob(".fetch"))
     shutil.rmtree(root)
@@ -258,7 +258,7 @@ def test_a_fetch_that_is_killed_at_any_change_of_the_disk(artifacts: Path, older
         assert contents(out) == contents(artifacts)
         assert not list(out.rglob(".fetch"))
         shutil.rmtree(out)
-    assert seen == {0, 1, 7}
+    assert seen == {0, 1, 11}
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
@@ -339,7 +339,7 @@ def test_addresses_and_options_that_cannot_be(served: tuple[str, type[Handler], 
 
 
 def test_a_local_folder_is_an_address_too(artifacts: Path, tmp_path: Path) -> None:
-    assert len(fetch.fetch(str(artifacts), tmp_path / "out").fetched) == 7
+    assert len(fetch.fetch(str(artifacts), tmp_path / "out").fetched) == 11
 
 
 def test_the_command(served: tuple[str, type[Handler], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

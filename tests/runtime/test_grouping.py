@@ -10,7 +10,7 @@ import pytest
 from densemoe.compile import kernels
 from densemoe.runtime.errors import ProblemError, SelectionError
 from densemoe.runtime.grouping import group_tile
-from densemoe.runtime.problem import Problem, grouped_dtype
+from densemoe.runtime.problem import Problem
 from densemoe.runtime.rules import can_implement
 from densemoe.runtime.select import load_table, select
 from densemoe.runtime.variant import Variant
@@ -88,9 +88,9 @@ def test_places_are_of_problems_in_one_order() -> None:
 
 
 def test_the_other_kernel_of_a_tile_runs_where_the_first_lacks_the_dtypes() -> None:
-    both = variants("groupedfc1.sm90a.t16x64.c1x1.nvfp4-bf16", "groupedfc1.sm90a.t16x256.c1x1.nvfp4-bf16", "groupedfc1.sm90a.t16x64.c1x1.nvfp4-f32")
-    problem = Problem("groupedfc1", 64, 8, 256, 128, "nvfp4", top_k=2, group_tile=16)
-    plain = Problem("groupedfc1", 64, 8, 256, 128, "nvfp4", "f32", top_k=2, group_tile=16)
+    both = variants("groupedfc1.sm90a.t16x64.c1x1.bf16-bf16", "groupedfc1.sm90a.t16x256.c1x1.bf16-bf16", "groupedfc1.sm90a.t16x64.c1x1.bf16-f32")
+    problem = Problem("groupedfc1", 64, 8, 256, 128, top_k=2, group_tile=16)
+    plain = Problem("groupedfc1", 64, 8, 256, 128, "bf16", "f32", top_k=2, group_tile=16)
     assert select(plain, both, load_table("sm_90a")).variant.tile_n == 64
     assert select(problem, both[:1], load_table("sm_90a")).variant.tile_n == 64
 
@@ -117,8 +117,8 @@ def test_what_lies_between_the_ops_over_large_tiles_is_bf16_in_k64_order(c_dtype
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"op": "groupedfc1", "a_dtype": "nvfp4"}, r"a_dtype='nvfp4' for groupedfc1 over tiles of 48 rows: use bf16, which `route` and FC1 decode"),
-    ({"op": "groupedfc2", "a_dtype": "nvfp4"}, r"a_dtype='nvfp4' for groupedfc2 over tiles of 48 rows: use bf16"),
+    ({"op": "groupedfc1", "a_dtype": "nvfp4"}, r"a_dtype='nvfp4' for groupedfc1: use one of bf16"),
+    ({"op": "groupedfc2", "a_dtype": "nvfp4"}, r"a_dtype='nvfp4' for groupedfc2: use one of bf16"),
     ({"op": "groupedfc1", "c_dtype": "f16"}, r"c_dtype='f16' for groupedfc1 over tiles of 48 rows: use bf16 or nvfp4, what FC2 reads"),
 ])  # fmt: skip
 def test_other_dtypes_over_large_tiles_are_refused(fields: dict[str, str], message: str) -> None:
@@ -136,9 +136,46 @@ def test_kernels_and_problems_agree_on_who_reads_and_writes_k64_order(key: str) 
     assert ("c.k64" in roles) == problem.c_in_k64_order == ("c.k64" in problem.tensors())
 
 
-@pytest.mark.parametrize(("a_dtype", "tile", "read"), [("bf16", 16, "bf16"), ("bf16", 32, "bf16"), ("nvfp4", 16, "nvfp4"), ("nvfp4", 32, "bf16")])
-def test_nvfp4_is_decoded_for_large_tiles(a_dtype: str, tile: int, read: str) -> None:
-    assert grouped_dtype(a_dtype, tile) == read
+@pytest.mark.parametrize(("problem", "role"), [
+    (Problem("groupedfc1", 8, 4, 256, 192, "bf16", "nvfp4", top_k=2, group_tile=16), "c"),
+    (Problem("groupedfc1", 8, 4, 256, 192, "bf16", "nvfp4", top_k=2, group_tile=32), "c.k64"),
+    (Problem("fc1", 8, 4, 256, 192, "bf16", "nvfp4", rounded=True), "c"),
+    (Problem("fc1", 8, 4, 256, 192, "bf16", "nvfp4"), None),
+])  # fmt: skip
+def test_nvfp4_between_the_gemms_of_a_layer_is_bf16(problem: Problem, role: str | None) -> None:
+    written = {name: spec.dtype for name, spec in problem.tensors().items() if spec.output}
+    assert written == ({"c.codes": "u8", "c.scales": "u8"} if role is None else {role: "bf16"})
+    assert problem.c_decoded == (role is not None)
+    assert "output_multiplier" in problem.tensors()
+
+
+def test_fc1_writes_what_its_problem_asks_for() -> None:
+    both = variants("fc1.sm90a.t8x64.c1x1.bf16-nvfp4", "fc1.sm90a.t8x64.c1x1.bf16-nvfp4.rounded")
+    codes = Problem("fc1", 8, 4, 256, 192, "bf16", "nvfp4")
+    values = replace(codes, rounded=True)
+    for problem, key, reason in (
+        (codes, both[0].key, "it writes NVFP4 as bf16 values, the problem wants codes and scales"),
+        (values, both[1].key, "it writes NVFP4 as codes and scales, the problem wants bf16 values"),
+    ):
+        found = select(problem, both, load_table("sm_90a"))
+        assert found.variant.key == key
+        assert [no.reason for no in found.rejected] == [reason]
+
+
+@pytest.mark.parametrize("fields", [{"op": "fc1", "c_dtype": "bf16"}, {"op": "fc2"},
+                                    {"op": "groupedfc1", "c_dtype": "nvfp4", "top_k": 2, "group_tile": 8}])  # fmt: skip
+def test_only_nvfp4_of_fc1_is_asked_for_as_values(fields: dict[str, Any]) -> None:
+    with pytest.raises(ProblemError, match="only FC1 with NVFP4 output has a choice"):
+        Problem(m=8, experts=4, hidden=256, intermediate=192, rounded=True, **fields)
+
+
+@pytest.mark.parametrize("op", ["prepare", "route"])
+def test_activations_are_brought_by_kernels_that_do_so_alone(op: str) -> None:
+    plain, brings = variants(f"{op}.sm90a.t32x4096.c1x1.i32-f32", f"{op}.sm90a.t32x4096.c1x1.i32-f32.brings")
+    without = Problem(op, 4, 8, 0, 0, "i32", "f32", top_k=2, group_tile=8 if op == "route" else 0)
+    some = replace(without, hidden=64, x_dtype="nvfp4")
+    assert [can_implement(each, without)[1] for each in (plain, brings)] == ["", "it brings activations, the problem has none"]
+    assert [can_implement(each, some)[1] for each in (plain, brings)] == ["it brings no activations, the problem has some", ""]
 
 
 def test_a_tile_that_no_variant_has_is_refused() -> None:
@@ -148,15 +185,28 @@ def test_a_tile_that_no_variant_has_is_refused() -> None:
 
 
 def test_activations_that_route_cannot_count_are_refused() -> None:
-    (route,) = variants("route.sm90a.t32x4096.c1x1.i32-f32")
+    (route,) = variants("route.sm90a.t32x4096.c1x1.i32-f32.brings")
     fits = Problem("route", 1 << 20, 16, 4096, 0, "i32", "f32", top_k=2, group_tile=32, x_dtype="bf16")
     assert can_implement(route, fits) == (True, "")
     accepted, reason = can_implement(route, replace(fits, hidden=1 << 17))
     assert not accepted
-    assert "2147483648 K 64 blocks of activations: it counts up to 1073741823" in reason
+    assert "8589934592 groups of 16 activations: it counts up to 1073741823" in reason
 
 
-@pytest.mark.parametrize(("op", "x_dtype", "hidden"), [("route", "f16", 64), ("prepare", "bf16", 64), ("route", "bf16", 0), ("route", "nvfp4", 96)])
-def test_what_route_cannot_order_is_refused(op: str, x_dtype: str, hidden: int) -> None:
+@pytest.mark.parametrize(("op", "x_dtype", "rounded", "hidden"), [
+    ("route", "f16", False, 64), ("prepare", "f32", False, 64), ("route", "bf16", False, 0), ("route", "nvfp4", False, 96),
+    ("prepare", "nvfp4", True, 64), ("route", "", True, 0), ("prepare", "e4m3", False, 64),
+])  # fmt: skip
+def test_activations_that_cannot_be_brought_are_refused(op: str, x_dtype: str, rounded: bool, hidden: int) -> None:
     with pytest.raises(ProblemError, match=r"x_dtype|hidden"):
-        Problem(op, 4, 8, hidden, 0, "i32", "f32", top_k=2, group_tile=32 if op == "route" else 0, x_dtype=x_dtype)
+        Problem(op, 4, 8, hidden, 0, "i32", "f32", top_k=2, group_tile=32 if op == "route" else 0, x_dtype=x_dtype, x_rounded=rounded)
+
+
+@pytest.mark.parametrize(("x_dtype", "rounded", "roles"), [("bf16", False, set()), ("nvfp4", False, {"x.scales"}), ("bf16", True, {"x.multiplier"}),
+                                                           ("f16", True, {"x.multiplier"}), ("f32", True, {"x.multiplier"})])  # fmt: skip
+@pytest.mark.parametrize(("op", "tile", "role", "width"), [("prepare", 0, "x.bf16", 320), ("route", 16, "x.bf16", 320), ("route", 32, "x.k64", 384)])
+def test_what_is_brought_and_from_what(op: str, tile: int, role: str, width: int, x_dtype: str, rounded: bool, roles: set[str]) -> None:
+    problem = Problem(op, 5, 8, 320, 0, "i32", "f32", top_k=2, group_tile=tile, x_dtype=x_dtype, x_rounded=rounded)
+    own = {name: spec for name, spec in problem.tensors().items() if name.startswith("x")}
+    assert own.keys() == {"x", role} | roles
+    assert (own[role].dtype, own[role].shape, own[role].output) == ("bf16", (5, width), True)

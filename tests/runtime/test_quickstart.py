@@ -51,7 +51,7 @@ def test_the_layer_runs_on_the_emulator_and_says_so(run: Run, artifacts: Path) -
     assert re.search(r"FC1 fc1\.sm90a\.t8x64\.c1x1\.bf16-bf16: worst error 0\.[0-9]+ of its bound", out)
     assert re.search(r"FC2 fc2\.sm90a\.t8x64\.c1x1\.bf16-bf16: worst error 0\.[0-9]+ of its bound", out)
     assert "NOT run: the machine code that ptxas made" in out
-    assert "7 cubins are what their manifests say" in out
+    assert "11 cubins are what their manifests say" in out
     assert out.endswith("PASS (emulated)\n")
 
 
@@ -65,7 +65,7 @@ def test_json_says_the_same(run: Run, artifacts: Path) -> None:
     assert document["layer"]["fc2"]["key"] == "fc2.sm90a.t8x64.c1x1.nvfp4-bf16"
     assert document["layer"]["fc1"]["products"]["mma.sync"] > 0
     assert 0 < document["layer"]["fc2"]["worst"] <= 1
-    assert document["files"]["verified"] == 7
+    assert document["files"]["verified"] == 11
 
 
 def test_without_the_build_side_it_says_that_nothing_ran(run: Run, artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def test_without_the_build_side_it_says_that_nothing_ran(run: Run, artifacts: Pa
     code, out = run("--artifacts", artifacts)
     assert code == 0
     assert "The layer was NOT run, and not emulated either: the emulator needs the extra [build]" in out
-    assert "7 cubins are what their manifests say" in out
+    assert "11 cubins are what their manifests say" in out
     assert "PASS" not in out
 
 

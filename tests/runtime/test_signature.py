@@ -258,7 +258,7 @@ def test_a_signed_root(run: Run, trust: LocalTrust, artifacts_copy: Path) -> Non
     code, out, error = run("--artifacts", artifacts_copy)
     assert (code, error) == (0, "")
     assert f"index.json: signed by {IDENTITY} (vouched for by {ISSUER})" in out
-    assert "7 cubins are what their manifests say" in out
+    assert "11 cubins are what their manifests say" in out
     (signed,) = json.loads(run("--artifacts", artifacts_copy, "--json")[1])["signatures"]
     assert signed["identity"] == IDENTITY
 
@@ -333,7 +333,7 @@ def test_a_signed_wheel(run: Run, trust: LocalTrust, artifacts: Path, tmp_path: 
     code, out, _ = run("--wheel", wheel)
     assert code == 0
     assert f"{wheel.name}: signed by" in out
-    assert f"{wheel}: 7 cubins are what their manifests say" in out
+    assert f"{wheel}: 11 cubins are what their manifests say" in out
     wheel.write_bytes(wheel.read_bytes() + b"x")
     code, out, error = run("--wheel", wheel)
     assert (code, out) == (1, "")
@@ -342,7 +342,7 @@ def test_a_signed_wheel(run: Run, trust: LocalTrust, artifacts: Path, tmp_path: 
 
 def test_a_wheel_needs_no_signature_to_be_checked(artifacts_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", "--wheel", str(pack(artifacts_copy, tmp_path / "good.whl")), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["verified"] == 7
+    assert json.loads(capsys.readouterr().out)["verified"] == 11
     cubin = next((artifacts_copy / "sm_90a").glob("*.cubin"))
     cubin.write_bytes(cubin.read_bytes()[:-1])
     assert cli.main(["verify", "--wheel", str(pack(artifacts_copy, tmp_path / "bad.whl"))]) == 1
@@ -397,12 +397,12 @@ def with_addon(artifacts_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_files_of_an_addon_are_verified_too(with_addon: tuple[Path, Path]) -> None:
     _, addon = with_addon
     found = verify_cli.check_files(ArtifactSet())
-    assert (found["verified"], found["faults"]) == (7, [])
+    assert (found["verified"], found["faults"]) == (11, [])
     cubin = next((addon / "sm_90a").glob("*.cubin"))
     cubin.write_bytes(b"")
     (addon / "sm_90a" / "stale.cubin").write_bytes(b"")
     found = verify_cli.check_files(ArtifactSet())
-    assert found["verified"] == 6
+    assert found["verified"] == 10
     assert {Path(fault.split()[0]).name for fault in found["faults"]} == {cubin.name, "stale.cubin"}
 
 
@@ -420,9 +420,9 @@ def test_every_root_must_be_signed(run: Run, trust: LocalTrust, with_addon: tupl
 def test_the_numbers_of_the_index_are_compared(artifacts_copy: Path) -> None:
     index = artifacts_copy / "index.json"
     document = json.loads(index.read_text())
-    document["sets"][0]["variants"] = 8
+    document["sets"][0]["variants"] = 12
     index.write_bytes(canonical(document))
-    with pytest.raises(ValueError, match="has 7 variants for sm_90a, the index says 8"):
+    with pytest.raises(ValueError, match="has 11 variants for sm_90a, the index says 12"):
         verify_cli.check_files(ArtifactSet(artifacts_copy))
 
 

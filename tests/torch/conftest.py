@@ -20,9 +20,9 @@ def layer_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from densemoe.compile import build, matrix
 
     root = tmp_path_factory.mktemp("layer")
-    patterns = ("route.sm90a.*", "grouped*.t16x64.c1x1.bf16-bf16", "groupedfc1.*.t16x64.c1x1.nvfp4-nvfp4", "groupedfc2.*.t16x64.c1x1.nvfp4-bf16",
-                "grouped*.t32x256.c1x1.bf16-bf16", "groupedfc1.*.t32x256.c1x1.*-nvfp4",
-                "fc1.sm90a.t32x64.c1x1.nvfp4-nvfp4", "fc2.sm90a.t32x64.c1x1.nvfp4-bf16",
+    patterns = ("route.sm90a.*", "grouped*.t16x64.c1x1.bf16-bf16", "groupedfc1.*.t16x64.c1x1.bf16-nvfp4",
+                "grouped*.t32x256.c1x1.bf16-bf16", "groupedfc1.*.t32x256.c1x1.bf16-nvfp4",
+                "fc1.sm90a.t32x64.c1x1.bf16-nvfp4.rounded", "fc2.sm90a.t32x64.c1x1.bf16-bf16",
                 "groupedfc2.*.t16x64.c1x1.bf16-bf16.deterministic", "groupedfc2.*.t32x256.c1x1.bf16-bf16.deterministic")  # fmt: skip
     planned = matrix.load()
     wanted = {each.variant.key for each in planned.profile("quick")}

@@ -45,14 +45,20 @@ def test_the_first_call_may_open_the_loader(fake: Fake, monkeypatch: pytest.Monk
     assert len(fake.launches()) == 3
 
 
-def test_quantising_adds_one_launch_and_the_fused_form_moves_alpha(fake: Fake) -> None:
+def test_prepare_quantises_and_the_fused_form_moves_alpha(fake: Fake) -> None:
+    """What lies between the launches is bf16, decoded; a layer that is quantised before it differs in what prepare reads."""
     a = arguments(quantise=True, fused=True, ids=torch.int64)
     device.moe(*a)
-    quantise, prepare, fc1, fc2 = fake.launches()
-    assert quantise[0] == "quantize"
-    assert quantise[2]["a"] == a[0].data_ptr()
-    assert (fc1[2]["a.codes"], fc1[2]["a.scales"]) == (quantise[2]["c.codes"], quantise[2]["c.scales"])
-    assert (fc2[2]["a.codes"], fc2[2]["a.scales"]) == (fc1[2]["c.codes"], fc1[2]["c.scales"])
+    prepare, fc1, fc2 = fake.launches()
+    assert [each[0] for each in (prepare, fc1, fc2)] == ["prepare", "fc1", "fc2"]
+    assert (prepare[2]["x"], prepare[2]["x.multiplier"]) == (a[0].data_ptr(), a[11].data_ptr())
+    assert fc1[2]["a"] == prepare[2]["x.bf16"] != 0
+    assert fc2[2]["a"] == fc1[2]["c"] != 0
+    assert {"x.scales", "x.k64", "a.codes", "c.codes"}.isdisjoint(role for each in (prepare, fc1, fc2) for role, value in each[2].items() if value)
+    (entry,) = fake.runtime.entries.values()
+    assert [plan.problem.a_dtype for plan in entry.plans[1:]] == ["bf16", "bf16"]
+    assert (entry.plans[1].problem.c_dtype, entry.plans[1].problem.rounded) == ("nvfp4", True)
+    assert (entry.plans[0].problem.x_dtype, entry.plans[0].problem.x_rounded) == ("bf16", True)
     assert prepare[2]["alpha_divisor"] == fc2[2]["alpha"] == a[14].data_ptr()
     assert fc1[2]["alpha_post"] == prepare[2]["alpha"]
 
@@ -62,29 +68,28 @@ def test_many_tokens_are_gathered_by_expert(fake: Fake, quantise: bool) -> None:
     """24 tokens on 2 of 4 experts: twelve rows an expert, so tiles of 16."""
     a = arguments(24, quantise=quantise)
     out = device.moe(*a)
-    *quantised, route, fc1, fc2 = fake.launches()
-    assert [each[0] for each in (*quantised, route, fc1, fc2)] == ["quantize"] * quantise + ["route", "groupedfc1", "groupedfc2"]
+    route, fc1, fc2 = fake.launches()
+    assert [each[0] for each in (route, fc1, fc2)] == ["route", "groupedfc1", "groupedfc2"]
     assert (route[2]["ids"], route[2]["router"], route[2]["w2_alpha"]) == tuple(a[i].data_ptr() for i in (1, 2, 6))
     for role in ("tiles", "rows"):
         assert route[2][role] == fc1[2][role] == fc2[2][role]
     assert fc2[2]["row_alpha"] == route[2]["row_alpha"]
-    codes = "codes" if quantise else ""
-    given, between, end = (f"{name}.{codes}".rstrip(".") for name in ("a", "c", "a"))
-    assert fc1[2][given] == (quantised[0][2]["c.codes"] if quantise else a[0].data_ptr())
-    assert fc2[2][end] == fc1[2][between]
+    assert fc1[2]["a"] == (route[2]["x.bf16"] if quantise else a[0].data_ptr()) != 0
+    assert (route[2].get("x"), route[2].get("x.multiplier")) == ((a[0].data_ptr(), a[11].data_ptr()) if quantise else (None, None))
+    assert fc2[2]["a"] == fc1[2]["c"] != 0
     assert fc2[2]["c"] == out.data_ptr()
     assert {plan.problem.group_tile for entry in fake.runtime.entries.values() for plan in entry.plans[-3:]} == {16}
 
 
 @pytest.mark.parametrize("quantise", [False, True])
 def test_what_large_tiles_multiply_is_bf16_in_k64_order(fake: Fake, quantise: bool) -> None:
-    """60 tokens on 2 of 4 experts: thirty rows an expert; NVFP4 activations are decoded on the way, by route and by FC1."""
+    """60 tokens on 2 of 4 experts: thirty rows an expert; activations are rounded to NVFP4 on the way, by route and by FC1."""
     a = arguments(60, quantise=quantise)
     device.moe(*a)
-    *quantised, route, fc1, fc2 = fake.launches()
-    assert [each[0] for each in (*quantised, route, fc1, fc2)] == ["quantize"] * quantise + ["route", "groupedfc1", "groupedfc2"]
-    given = (quantised[0][2]["c.codes"], quantised[0][2]["c.scales"]) if quantise else (a[0].data_ptr(), 0)
-    assert (route[2]["x"], route[2]["x.scales"]) == given
+    route, fc1, fc2 = fake.launches()
+    assert [each[0] for each in (route, fc1, fc2)] == ["route", "groupedfc1", "groupedfc2"]
+    assert (route[2]["x"], route[2]["x.scales"]) == (a[0].data_ptr(), 0)
+    assert route[2]["x.multiplier"] == (a[11].data_ptr() if quantise else 0)
     assert fc1[2]["a.k64"] == route[2]["x.k64"] != 0
     assert fc2[2]["a.k64"] == fc1[2]["c.k64"] != 0
     assert not {"a", "a.codes", "c", "c.codes"} & set(fc1[2])
@@ -93,7 +98,19 @@ def test_what_large_tiles_multiply_is_bf16_in_k64_order(fake: Fake, quantise: bo
     assert [(plan.problem.op, plan.problem.group_tile) for plan in plans] == [("route", 32), ("groupedfc1", 32), ("groupedfc2", 32)]
     form = "nvfp4" if quantise else "bf16"
     assert [plan.problem.a_dtype for plan in plans[1:]] == ["bf16", "bf16"]
-    assert (plans[0].problem.x_dtype, plans[1].problem.c_dtype) == (form, form)
+    assert (plans[0].problem.x_dtype, plans[0].problem.x_rounded, plans[1].problem.c_dtype) == ("bf16", quantise, form)
+
+
+@pytest.mark.parametrize(("m", "role"), [(4, "x.bf16"), (24, "x.bf16"), (60, "x.k64")])
+def test_activations_that_come_quantised_are_decoded_on_the_way(fake: Fake, m: int, role: str) -> None:
+    a = arguments(m, quantise=True)
+    a[0], a[11], a[13] = torch.zeros(m, HIDDEN // 2, dtype=torch.uint8), None, torch.zeros(128, HIDDEN // 16, dtype=torch.uint8)
+    device.moe(*a)
+    choice, fc1, _ = fake.launches()
+    assert (choice[2]["x"], choice[2]["x.scales"], choice[2]["x.multiplier"]) == (a[0].data_ptr(), a[13].data_ptr(), 0)
+    assert choice[2][role] == fc1[2]["a.k64" if role == "x.k64" else "a"] != 0
+    (plans,) = (entry.plans for entry in fake.runtime.entries.values())
+    assert (plans[0].problem.x_dtype, plans[0].problem.x_rounded) == ("nvfp4", False)
 
 
 @pytest.mark.parametrize("asked", ["argument", "torch"])
@@ -125,15 +142,16 @@ def test_few_tokens_have_one_order_in_any_case(fake: Fake) -> None:
     """And where the set has no such kernel for a layer's tile, the nearest tile that it has one for is taken."""
     device.moe(*arguments(4), deterministic=True)
     assert [each[0] for each in fake.launches()] == ["prepare", "fc1", "fc2"]
-    device.moe(*arguments(24, quantise=True), deterministic=True)
-    assert [each[0] for each in fake.launches()] == ["quantize", "route", "groupedfc1", "groupedfc2"]
-    newest = list(fake.runtime.entries.values())[-1]
-    assert newest.plans[-1].key == "groupedfc2.sm90a.t32x256.c1x1.bf16-bf16.deterministic"
+    for m, tile in ((24, "16x64"), (180, "32x256")):  # 90 rows an expert: tiles of 96 where there were any
+        device.moe(*arguments(m, quantise=True), deterministic=True)
+        assert [each[0] for each in fake.launches()] == ["route", "groupedfc1", "groupedfc2"]
+        newest = list(fake.runtime.entries.values())[-1]
+        assert newest.plans[-1].key == f"groupedfc2.sm90a.t{tile}.c1x1.bf16-bf16.deterministic"
 
 
 def test_the_fused_form_is_not_gathered(fake: Fake) -> None:
     device.moe(*arguments(24, quantise=True, fused=True))
-    assert [each[0] for each in fake.launches()] == ["quantize", "prepare", "fc1", "fc2"]
+    assert [each[0] for each in fake.launches()] == ["prepare", "fc1", "fc2"]
 
 
 def test_a_second_call_makes_nothing_and_uses_the_new_tensors(fake: Fake) -> None:

@@ -48,9 +48,9 @@ def test_a_shortcut_hands_over_every_tensor(fake: Fake, fused: bool) -> None:
     moved = [each.clone() if i in (0, 1, 2, 4, 6, 11, 12, 14) and each is not None else each for i, each in enumerate(a)]
     fake.launches()
     kept = device.moe(*moved)
-    quantise, prepare, fc1, fc2 = fake.launches()
-    assert [quantise[0], prepare[0], fc1[0], fc2[0]] == [each[0] for each in first]
-    assert (quantise[2]["a"], quantise[2]["output_multiplier"]) == (moved[0].data_ptr(), moved[11].data_ptr())
+    prepare, fc1, fc2 = fake.launches()
+    assert [prepare[0], fc1[0], fc2[0]] == [each[0] for each in first]
+    assert (prepare[2]["x"], prepare[2]["x.multiplier"]) == (moved[0].data_ptr(), moved[11].data_ptr())
     assert (prepare[2]["ids"], prepare[2]["router"], prepare[2]["w2_alpha"]) == tuple(moved[i].data_ptr() for i in (1, 2, 6))
     assert (fc1[2]["alpha"], fc1[2]["output_multiplier"], fc2[2]["c"]) == (moved[4].data_ptr(), moved[12].data_ptr(), kept.data_ptr())
     if fused:
