@@ -168,7 +168,7 @@ class Bench:
         """A column for each tile of a set's grouped kernels of these dtypes; reports of their checks."""
         tuner, op = self.tuner, f"grouped{case.op}"
         reports: list[bounds.Report] = []
-        tiles = grouped_tiles(of.entries.values(), (case.a_dtype, case.c_dtype), op)
+        tiles = grouped_tiles(of.entries.values(), {op: case.c_dtype})
         wanted = group_tile(load_table(self.arch).get("grouping"), tiles, case.m, case.shape.top_k, case.shape.experts)
         if tiles:
             data = GatheredData(made)

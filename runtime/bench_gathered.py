@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from densemoe.runtime import bounds, data, reference
-from densemoe.runtime.layout import from_k64_order
+from densemoe.runtime.layout import from_k64_order, k64_order
 from densemoe.runtime.nvfp4 import bf16_values, widen
 from densemoe.runtime.problem import K64_ORDER_FROM, Problem, TensorSpec, k64_width
 from densemoe.runtime.tune_data import DeviceMemory, OpData
@@ -300,7 +300,7 @@ class GatheredLayer:
 def _decoded(stored: npt.NDArray[Any], tiled: npt.NDArray[np.uint8] | None) -> dict[str, npt.NDArray[Any]]:
     """Activations as grouped kernels read them, by role: bf16 as it is and in K 64 order."""
     plain = stored if tiled is None else reference.decoded_bf16(stored, tiled)
-    return {"a": plain, "a.k64": reference.ordered_activations(plain, None)}
+    return {"a": plain, "a.k64": k64_order(plain)}
 
 
 def _columns(width: int, place: int) -> npt.NDArray[np.int64]:

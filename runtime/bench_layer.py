@@ -124,7 +124,7 @@ class LayerBench(Bench):
         """Rows of the tiles that a layer of these dtypes may be gathered into; ``deterministic``: with FC2 in one order."""
         if not any(entry.variant.op == "route" for entry in of.entries.values()):
             return set()
-        return grouped_tiles(of.entries.values(), dtypes, "groupedfc1", "groupedfc2", deterministic=deterministic)
+        return grouped_tiles(of.entries.values(), {"groupedfc1": dtypes[1], "groupedfc2": dtypes[2]}, deterministic)
 
     def _planned(self, of: ArtifactSet, problem: Problem, addresses: Mapping[str, int]) -> Plan:
         """The selection's variant; FC2 fetches weights before FC1 ends where its kernel can, as the layer op tells it to."""

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from densemoe.runtime.arrays import Array, Indices, constants, indices, long, namespace, sigmoid
 from densemoe.runtime.errors import ProblemError
-from densemoe.runtime.layout import GROUP, gate_row, k64_order, scale_offsets, up_row
-from densemoe.runtime.nvfp4 import E2M1_VALUES, E4M3_VALUES, bf16_bits
+from densemoe.runtime.layout import GROUP, gate_row, scale_offsets, tile_scales, up_row
+from densemoe.runtime.nvfp4 import E2M1_VALUES, E4M3_VALUES, bf16_bits, pack_codes, quantise_rows
 from densemoe.runtime.problem import Problem
 
 __all__ = [
@@ -38,7 +38,7 @@ __all__ = [
     "grouped_fc2",
     "layer",
     "namespace",
-    "ordered_activations",
+    "rounded_bf16",
     "route",
 ]
 
@@ -80,14 +80,10 @@ def decoded_bf16(codes: Array, scales: Array) -> Array:
     return bf16_bits(activation_values(codes, scales))
 
 
-def ordered_activations(first: Array, scales: Array | None) -> npt.NDArray[np.uint16]:
-    """What the op ``route`` makes of ``x``: bf16 bits in K 64 order (``layout.k64_order``).
-
-    Args:
-        first: bf16 bits ``[M, H]``, or the code bytes ``[M, H/2]`` of NVFP4.
-        scales: of NVFP4, as in ``activation_values``.
-    """
-    return k64_order(first if scales is None else decoded_bf16(first, scales))
+def rounded_bf16(values: Array, multiplier: np.float32) -> npt.NDArray[np.uint16]:
+    """The bf16 bits of what ``values`` ``[M, K]`` rounded to NVFP4 (``nvfp4.quantise_rows``) stand for, without the global scale."""
+    codes, scales = quantise_rows(values, multiplier)
+    return decoded_bf16(pack_codes(codes), tile_scales(scales))
 
 
 @dataclass(frozen=True)

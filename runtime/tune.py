@@ -220,14 +220,14 @@ def grouped_keys(entries: Iterable[ManifestVariant], op: str, c_dtype: str, dete
     return sorted((each.tile_m, each.key) for each in own)
 
 
-def grouped_tiles(entries: Collection[ManifestVariant], dtypes: Sequence[str], *ops: str, deterministic: bool = False) -> set[int]:
+def grouped_tiles(entries: Collection[ManifestVariant], c_dtypes: Mapping[str, str], deterministic: bool = False) -> set[int]:
     """Rows of the tiles that every one of a layer's grouped ops has a variant for.
 
     Args:
-        dtypes: of the first op's activations, of what lies between, of the last op's output.
+        c_dtypes: output dtype of each op.
         deterministic: FC2 in one order.
     """
-    keys = (grouped_keys(entries, op, dtypes[at + 1], deterministic) for at, op in enumerate(ops))
+    keys = (grouped_keys(entries, op, c_dtype, deterministic) for op, c_dtype in c_dtypes.items())
     return set.intersection(*({tile for tile, _ in each} for each in keys))
 
 
@@ -280,7 +280,7 @@ class Tuner:
     def tiles(self) -> dict[tuple[str, str, str], set[int]]:
         """By dtypes of a layer, the tiles of grouped kernels that both ops have."""
         every = list(self.entries.values())
-        return {each: grouped_tiles(every, each, "groupedfc1", "groupedfc2") for each in DTYPES}
+        return {each: grouped_tiles(every, {"groupedfc1": each[1], "groupedfc2": each[2]}) for each in DTYPES}
 
     def run(
         self,

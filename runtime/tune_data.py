@@ -21,7 +21,7 @@ import numpy.typing as npt
 from densemoe.runtime import bounds, data, packing, reference
 from densemoe.runtime.bench_timing import COLD_FACTOR, rotations
 from densemoe.runtime.layout import padded_rows, scale_offsets, tile_scales, untile_scales
-from densemoe.runtime.nvfp4 import GROUP, LARGEST_E2M1, LARGEST_E4M3, bf16_values, quantise_expert, unpack_codes, widen
+from densemoe.runtime.nvfp4 import GROUP, LARGEST_E2M1, LARGEST_E4M3, bf16_values, global_scale_of, unpack_codes, widen
 from densemoe.runtime.plan import packed_weight_bytes
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.tune_cases import Shape, route_tokens
@@ -212,11 +212,12 @@ class OpData:
 
     def _rounded(self, x: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
         """bf16 activations as a layer rounds them; of FC1 they and the multiplier go to the device too."""
-        codes, scales, self._a_scale = quantise_expert(bf16_values(x))
+        values = bf16_values(x)
+        self._a_scale = global_scale_of(np.abs(values).max(initial=0))
+        multiplier = np.float32(1) / self._a_scale
         if self.op == "fc1":
-            multiplier = np.array([np.float32(1) / self._a_scale], dtype=np.float32)
-            self.rounded_from = {"x": self._memory.put(x), "x.multiplier": self._memory.put(multiplier)}
-        return reference.decoded_bf16(codes, tile_scales(scales))
+            self.rounded_from = {"x": self._memory.put(x), "x.multiplier": self._memory.put(np.array([multiplier]))}
+        return reference.rounded_bf16(values, multiplier)
 
     def _alpha2(self, routing: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
         ids = np.array(routing, dtype=np.int64)

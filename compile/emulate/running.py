@@ -351,8 +351,7 @@ def _brought(problem: Problem, case: Case, seed: int, arrays: Arrays) -> Callabl
     if problem.x_rounded:
         arrays["x"], values, multiplier = _unrounded(rng, case.m, problem.hidden, problem.x_dtype)
         arrays["x.multiplier"] = np.array([multiplier], np.float32)
-        codes, scales = quantise_rows(values, multiplier)
-        expected = reference.decoded_bf16(pack_codes(codes), tile_scales(scales))
+        expected = reference.rounded_bf16(values, multiplier)
     else:
         expected, tiled, _ = data.activations(rng, case.m, problem.hidden, problem.x_dtype, "normal")
         arrays["x"] = expected

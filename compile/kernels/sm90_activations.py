@@ -16,15 +16,17 @@ behind K.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint32
+from cutlass import Float32, Int32, Int64, Uint8, Uint32
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_epilogue as epilogue
+from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_quantize import GROUP, load_group, scale_of_group
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.problem import X_FORMS
@@ -41,12 +43,9 @@ PARAMETERS: Final = (
 DECODED_FACTOR = 0x43804380  # 2**8, twice, in bf16: what decoded activations lack
 WORDS: Final = GROUP // 2  # of bf16 pairs in a group
 GROUP_BYTES: Final = 4 * WORDS
-GROUPS_A_TILE: Final = 4  # of a K 64 block; columns of one scale tile
 LANES: Final = 32
 #: A CTA for so many groups, while there are SMs: rounding takes some 300 instructions a group, which four warps on one SM issue side by side.
 GROUPS_A_CTA: Final = 4 * LANES
-
-
 #: CTAs that bring activations, one fewer than SMs at most (of a single SM one), as a recipe's expression.
 BRINGING: Final = f"min(ceil_div(M * ceil_div(H, {common.SUPERBLOCK_K}) * {common.SUPERBLOCK_K // GROUP}, {GROUPS_A_CTA}), max(sm_count - 1, 1))"
 
@@ -71,15 +70,16 @@ def bring_activations(x, x_scales, x_multiplier, x_bf16, x_k64, x_form, tokens_t
         x_form: which of ``X_FORMS`` x is.
     """
     pr.griddepcontrol("wait")
+    given = (x, x_scales, x_multiplier, x_bf16, x_k64, tokens_total, hidden, worker, workers, threads, tid)
     for form in cutlass.range_constexpr(len(X_FORMS)):
         if x_form == form:
             if cutlass.const_expr(X_FORMS[form] == "bf16"):
                 if x_multiplier.toint() == 0:
-                    bring("bf16", False, x, x_scales, x_multiplier, x_bf16, x_k64, tokens_total, hidden, worker, workers, threads, tid)
+                    bring("bf16", False, *given)
                 else:
-                    bring("bf16", True, x, x_scales, x_multiplier, x_bf16, x_k64, tokens_total, hidden, worker, workers, threads, tid)
+                    bring("bf16", True, *given)
             else:
-                bring(X_FORMS[form], True, x, x_scales, x_multiplier, x_bf16, x_k64, tokens_total, hidden, worker, workers, threads, tid)
+                bring(X_FORMS[form], X_FORMS[form] != "nvfp4", *given)
 
 
 @cute.jit
@@ -87,7 +87,7 @@ def bring(
     form: cutlass.Constexpr, rounds: cutlass.Constexpr, x, x_scales, x_multiplier, x_bf16, x_k64, tokens_total, hidden, worker, workers,
     threads: cutlass.Constexpr, tid,
 ):  # fmt: skip
-    """``bring_activations`` of one form. ``rounds``: to NVFP4, where it is not of NVFP4 already."""
+    """``bring_activations`` of one form. ``rounds``: to NVFP4."""
     lane = tid % LANES
     ordered = Int32(x_k64.toint() != 0)
     columns = Int32(Uint32(hidden) // GROUP)  # groups of a row that there are
@@ -96,7 +96,7 @@ def bring(
     if ordered != 0:
         target = x_k64.toint()
     multiplier = Float32(1.0)
-    if cutlass.const_expr(rounds and form != "nvfp4"):
+    if cutlass.const_expr(rounds):
         multiplier = common.load_global_f32_if(x_multiplier, Int32(1))
     groups = tokens_total * width
     # a warp's groups are neighbours, neighbouring warps' on different SMs
@@ -111,13 +111,6 @@ def bring(
         at = target + Int64(index) * GROUP_BYTES
         for first in cutlass.range_constexpr(0, WORDS, 4):
             epilogue.store_if("v4.b32", at + first * 4, exists, words[first : first + 4])
-
-
-def check_options(variant: Variant) -> None:
-    """Raises VariantError where a kernel has another option than bringing activations."""
-    unknown = [name for name, value in variant.options if name != BRINGS or value != 1]
-    if unknown:
-        raise VariantError(f"options {unknown} of {variant.key}: this kernel has {BRINGS}: 1")
 
 
 def words_of_group(
@@ -160,3 +153,29 @@ def transposed(words: list[Any], lane: Any) -> list[Any]:
             got = epilogue.shuffle_xor(sent, distance)
             words[low], words[high] = epilogue.select(far, got, words[low]), epilogue.select(far, words[high], got)
     return words
+
+
+# ---- what the host sides of ``prepare`` and ``route`` share
+
+
+def check_options(variant: Variant) -> None:
+    """Raises VariantError where a kernel has another option than bringing activations."""
+    unknown = [name for name, value in variant.options if name != BRINGS or value != 1]
+    if unknown:
+        raise VariantError(f"options {unknown} of {variant.key}: this kernel has {BRINGS}: 1")
+
+
+def example_arguments() -> tuple[Any, ...]:
+    """For ``cute.compile``: a pointer each of POINTERS, the form, H."""
+    return (*(pointer(Uint8, 16) for _ in POINTERS), Int32(0), Int32(128))
+
+
+def example_constants(variant: Variant) -> tuple[str, int, bool]:
+    """For ``cute.compile``: the symbol, bytes of an id, whether activations are brought."""
+    return variant.symbol.removesuffix("_0"), 8 if variant.a_dtype == "i64" else 4, bool(variant.option(BRINGS))
+
+
+def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
+    """What the exported host function is called with in the places of ``example_arguments``."""
+    pointers = [addresses[role] if variant.option(BRINGS) else 0 for role in POINTERS]
+    return [*pointers, names["x_form"], names["H"]]

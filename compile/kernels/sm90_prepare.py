@@ -21,11 +21,10 @@ from cutlass import Float32, Int32, Int64, Uint8, Uint32
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import Expected
+from densemoe.compile.kernels import sm90_activations as activations
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_epilogue as epilogue
 from densemoe.compile.kernels.host import pointer
-from densemoe.compile.kernels.sm90_activations import BRINGING, POINTERS, bring_activations, bringing_ctas, check_options
-from densemoe.compile.kernels.sm90_activations import PARAMETERS as ACTIVATIONS
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.recipe import Parameter, Recipe
 from densemoe.runtime.variant import BRINGS, Variant
@@ -115,7 +114,7 @@ def prepare_kernel(
         if bid < own:
             make_alpha(*given, bid, own, tid, id_bytes)
         else:
-            bring_activations(x, x_scales, x_multiplier, x_bf16, x_k64, x_form, tokens_total, hidden, bid - own, ctas - own, THREADS, tid)
+            activations.bring_activations(x, x_scales, x_multiplier, x_bf16, x_k64, x_form, tokens_total, hidden, bid - own, ctas - own, THREADS, tid)
     else:
         make_alpha(*given, bid, ctas, tid, id_bytes)
 
@@ -218,7 +217,7 @@ def prepare_host(
     prepare_kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
     ctas = (tokens_total + (WARPS - 1)) // WARPS + 1
     if cutlass.const_expr(brings):
-        ctas += bringing_ctas(tokens_total, hidden, sm_count)
+        ctas += activations.bringing_ctas(tokens_total, hidden, sm_count)
     prepare_kernel(
         ids.raw_ptr(),
         router.raw_ptr(),
@@ -249,7 +248,7 @@ def check(variant: Variant) -> None:
         raise VariantError(f"tile {variant.tile_m}x{variant.tile_n} of {variant.key}: this kernel has {WARPS}x{LARGEST_EXPERTS}")
     if (variant.cluster_m, variant.cluster_n) != (1, 1):
         raise VariantError(f"cluster {variant.cluster_m}x{variant.cluster_n} of {variant.key}: this kernel uses none; write 1x1")
-    check_options(variant)
+    activations.check_options(variant)
     if variant.option(BRINGS) and variant.arch != "sm_90a":
         raise VariantError(f"option {BRINGS} of {variant.key}: the GEMMs of {variant.arch} read codes and scales; leave it out")
 
@@ -271,9 +270,9 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("top_k", "u32", "top_k"),
             Parameter("first_expert", "u32", "first_expert"),
             Parameter("elsewhere", "u32", "elsewhere"),
-            *(ACTIVATIONS if brings else ()),
+            *(activations.PARAMETERS if brings else ()),
         ),
-        grid=(f"ceil_div(M, {WARPS}) + 1" + f" + {BRINGING}" * brings, 1, 1),
+        grid=(f"ceil_div(M, {WARPS}) + 1" + f" + {activations.BRINGING}" * brings, 1, 1),
         block=(THREADS, 1, 1),
         dynamic_smem=SHARED_BYTES,
         programmatic_launch=True,
@@ -284,17 +283,15 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
     """The host function and example arguments for ``cute.compile``."""
     pointers = tuple(pointer(Uint8, 4) for _ in range(6))
     words = tuple(Int32(value) for value in (8, 64, 4, 0, 0))
-    activations = (*(pointer(Uint8, 16) for _ in POINTERS), Int32(0), Int32(128), Int32(132))
-    constants = variant.symbol.removesuffix("_0"), 8 if variant.a_dtype == "i64" else 4, bool(variant.option(BRINGS))
-    return prepare_host, (*pointers, *words, *activations, *constants, cuda.CUstream(0))
+    brought = (*activations.example_arguments(), Int32(132))
+    return prepare_host, (*pointers, *words, *brought, *activations.example_constants(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
     """What the exported host function is called with: six pointers and five words, five and three (without the stream)."""
     pointers = [addresses[each.value] for each in recipe(variant).parameters[:6]]
     words = [names[name] for name in ("M", "E", "top_k", "first_expert", "elsewhere")]
-    activations = [addresses[role] if variant.option(BRINGS) else 0 for role in POINTERS]
-    return [*pointers, *words, *activations, *(names[name] for name in ("x_form", "H", "sm_count"))]
+    return [*pointers, *words, *activations.oracle_arguments(variant, names, addresses), names["sm_count"]]
 
 
 def expected(variant: Variant) -> Expected:

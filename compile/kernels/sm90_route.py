@@ -24,11 +24,10 @@ from cutlass import Float32, Int32, Int64, Uint8, Uint32
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import Expected
+from densemoe.compile.kernels import sm90_activations as activations
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_epilogue as epilogue
 from densemoe.compile.kernels.host import pointer
-from densemoe.compile.kernels.sm90_activations import BRINGING, POINTERS, bring_activations, bringing_ctas, check_options
-from densemoe.compile.kernels.sm90_activations import PARAMETERS as ACTIVATIONS
 from densemoe.compile.kernels.sm90_prepare import (
     EXPERTS_A_THREAD,
     FLAG_BYTES,
@@ -140,7 +139,7 @@ def route_kernel(
         )  # fmt: skip
     if cutlass.const_expr(brings):  # noqa: SIM102 - decided while compiling
         if bid > 0:
-            bring_activations(x, x_scales, x_multiplier, x_bf16, x_k64, x_form, tokens_total, hidden, bid - 1, ctas - 1, THREADS, tid)
+            activations.bring_activations(x, x_scales, x_multiplier, x_bf16, x_k64, x_form, tokens_total, hidden, bid - 1, ctas - 1, THREADS, tid)
 
 
 @cute.jit
@@ -321,7 +320,7 @@ def route_host(
 ):
     ctas = Int32(1)
     if cutlass.const_expr(brings):
-        ctas += bringing_ctas(tokens_total, hidden, sm_count)
+        ctas += activations.bringing_ctas(tokens_total, hidden, sm_count)
     route_kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
     route_kernel(
         ids.raw_ptr(),
@@ -355,7 +354,7 @@ def check(variant: Variant) -> None:
         raise VariantError(f"tile {variant.tile_m}x{variant.tile_n} of {variant.key}: this kernel has {WARPS}x{LARGEST_EXPERTS}")
     if (variant.cluster_m, variant.cluster_n) != (1, 1):
         raise VariantError(f"cluster {variant.cluster_m}x{variant.cluster_n} of {variant.key}: this kernel uses none; write 1x1")
-    check_options(variant)
+    activations.check_options(variant)
 
 
 def recipe(variant: Variant) -> Recipe:
@@ -370,10 +369,10 @@ def recipe(variant: Variant) -> Recipe:
             Parameter("first_expert", "u32", "first_expert"),
             Parameter("elsewhere", "u32", "elsewhere"),
             Parameter("group_tile", "u32", "group_tile"),
-            *(ACTIVATIONS if brings else ()),
+            *(activations.PARAMETERS if brings else ()),
             Parameter(PLACES, "pointer", PLACES),
         ),
-        grid=(f"1 + {BRINGING}" if brings else 1, 1, 1),
+        grid=(f"1 + {activations.BRINGING}" if brings else 1, 1, 1),
         block=(THREADS, 1, 1),
         dynamic_smem=SHARED_BYTES,
         programmatic_launch=True,
@@ -384,21 +383,15 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
     """The host function and example arguments for ``cute.compile``."""
     pointers = (*(pointer(Uint8, 4) for _ in range(3)), pointer(Uint8, 16), *(pointer(Uint8, 4) for _ in range(2)))
     words = tuple(Int32(value) for value in (8, 64, 4, 0, 0, 8))
-    activations = (*(pointer(Uint8, 16) for _ in POINTERS), Int32(0), Int32(128), pointer(Uint8, 4), Int32(132))
-    return route_host, (*pointers, *words, *activations, *_constants(variant), cuda.CUstream(0))
-
-
-def _constants(variant: Variant) -> tuple[str, int, bool]:
-    """Symbol, bytes of an id, whether activations are brought."""
-    return variant.symbol.removesuffix("_0"), 8 if variant.a_dtype == "i64" else 4, bool(variant.option(BRINGS))
+    brought = (*activations.example_arguments(), pointer(Uint8, 4), Int32(132))
+    return route_host, (*pointers, *words, *brought, *activations.example_constants(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
     """What the exported host function is called with, without the stream: six pointers and six words, five and two, one and a word."""
     pointers = [addresses[each.value] for each in recipe(variant).parameters[:6]]
     words = [names[name] for name in ("M", "E", "top_k", "first_expert", "elsewhere", "group_tile")]
-    activations = [addresses[role] if variant.option(BRINGS) else 0 for role in POINTERS]
-    return [*pointers, *words, *activations, names["x_form"], names["H"], addresses[PLACES], names["sm_count"]]
+    return [*pointers, *words, *activations.oracle_arguments(variant, names, addresses), addresses[PLACES], names["sm_count"]]
 
 
 def expected(variant: Variant) -> Expected:

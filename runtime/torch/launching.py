@@ -250,6 +250,21 @@ def _guards(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
 Last = dict[int, Shortcut]  # the one used last, by the address of a tensor that stays where it is: the weights
 
 
+@dataclass(frozen=True)
+class _Layers:
+    """What a device's set has for layers.
+
+    Attributes:
+        grouping: the part of the selection's table; None where it has none.
+        grouped: of the grouped kernels op, output dtype, whether FC2 adds in one order and rows of a tile; none where the set cannot sort.
+        decoded: ``Runtime.reads_decoded``.
+    """
+
+    grouping: Mapping[str, Any] | None
+    grouped: frozenset[tuple[str, str, bool, int]]
+    decoded: bool
+
+
 class Runtime:
     """What the ops launch through. One serves a process; tests give their own loader and callables.
 
@@ -290,7 +305,7 @@ class Runtime:
         self._outgrown: list[int] = []
         self._turns: dict[Owner, SimpleQueue[None]] = {}
         self._ones: dict[int, int] = {}
-        self._grouped: dict[int, tuple[Mapping[str, Any] | None, set[tuple[str, str, bool, int]]]] = {}
+        self._of_layers: dict[int, _Layers] = {}
 
     @property
     def loader(self) -> Loader:
@@ -481,24 +496,20 @@ class Runtime:
             first, second: FC1 and FC2 of the other form.
             deterministic: FC2 in one order.
         """
-        grouping, _ = self._gathering(ordinal)
         tiles = [self._tiles(ordinal, each.op, each.c_dtype, deterministic) for each in (first, second)]
-        return group_tile(grouping, tiles[0] & tiles[1], first.m, top_k, first.experts)
+        return group_tile(self._layers(ordinal).grouping, tiles[0] & tiles[1], first.m, top_k, first.experts)
 
     def reads_decoded(self, ordinal: int) -> bool:
         """Whether a layer's GEMMs over all tokens read NVFP4 activations as bf16: where the set has an FC1 that writes what FC2 then reads."""
-        return any(each.variant.option(ROUNDED) for each in self.loader.manifest(ordinal).variants.values())
+        return self._layers(ordinal).decoded
 
     def _tiles(self, ordinal: int, op: str, c_dtype: str, deterministic: bool) -> set[int]:
         """Rows of the tiles that the device's set has grouped kernels of an op for, in a layer of this dtype."""
-        kernels = self._gathering(ordinal)[1]
         wanted = (f"grouped{op}", c_dtype, deterministic and op == "fc2")
-        return {tile for op, written, ordered, tile in kernels if (op, written, ordered) == wanted}
+        return {tile for op, written, ordered, tile in self._layers(ordinal).grouped if (op, written, ordered) == wanted}
 
-    def _gathering(self, ordinal: int) -> tuple[Mapping[str, Any] | None, set[tuple[str, str, bool, int]]]:
-        """The table's ``grouping``, and of the grouped kernels op, output dtype, whether FC2 adds in one order and rows of a tile; none where the
-        set cannot sort."""
-        found = self._grouped.get(ordinal)
+    def _layers(self, ordinal: int) -> _Layers:
+        found = self._of_layers.get(ordinal)
         if found is None:
             variants = [each.variant for each in self.loader.manifest(ordinal).variants.values()]
             routes = any(each.op == "route" for each in variants)
@@ -508,7 +519,8 @@ class Runtime:
                 if each.op in GROUPED_OPS and routes
             }
             table = load_table(self.loader.manifest(ordinal).arch)
-            found = self._grouped[ordinal] = (table.get("grouping"), grouped)
+            decoded = any(each.option(ROUNDED) for each in variants)
+            found = self._of_layers[ordinal] = _Layers(table.get("grouping"), frozenset(grouped), decoded)
         return found
 
 

@@ -10,8 +10,8 @@ from grouped_cases import launch, reads_lists_early_only_where_told, run
 from routes import same_routes
 
 from densemoe.runtime import packing, reference
-from densemoe.runtime.layout import from_k64_order, k64_order, tile_scales
-from densemoe.runtime.nvfp4 import bf16_bits, bf16_values, pack_codes, quantise_rows
+from densemoe.runtime.layout import from_k64_order, k64_order
+from densemoe.runtime.nvfp4 import bf16_bits, bf16_values
 from densemoe.runtime.problem import Problem
 
 # ---- route
@@ -75,8 +75,8 @@ def brought(rng: np.random.Generator, m: int, hidden: int, x_dtype: str, rounded
         values = rng.standard_normal((m, hidden)) * np.exp2(rng.integers(-12, 6, (m, hidden // 16))).repeat(16, axis=1)
         values[0, :16], values[-1, 16:32] = 0, 0
         x = {"bf16": bf16_bits, "f16": lambda each: each.astype(np.float16), "f32": lambda each: each.astype(np.float32)}[x_dtype](values)
-        codes, scales = quantise_rows(bf16_values(x) if x_dtype == "bf16" else x, np.float32(64))
-        return {"x": x, "x.multiplier": np.array([64], np.float32)}, reference.decoded_bf16(pack_codes(codes), tile_scales(scales))
+        multiplier = np.float32(64)
+        return {"x": x, "x.multiplier": np.array([multiplier])}, reference.rounded_bf16(bf16_values(x) if x_dtype == "bf16" else x, multiplier)
     if x_dtype == "bf16":
         x = rng.integers(0, 1 << 16, (m, hidden)).astype(np.uint16)
         return {"x": x}, x

@@ -230,8 +230,7 @@ class SimulatedPlan:
 
     def decoded(self, y: np.ndarray) -> np.ndarray:
         """The bf16 bits of what NVFP4 of ``y`` stands for."""
-        plain, scales = quantise_rows(y, self.array("output_multiplier")[0])
-        return reference.decoded_bf16(pack_codes(plain), tile_scales(scales))
+        return reference.rounded_bf16(y, self.array("output_multiplier")[0])
 
     def bring(self) -> None:
         """Activations as bf16, where ``prepare`` or ``route`` is to bring them."""
@@ -240,9 +239,7 @@ class SimulatedPlan:
             return
         x = self.array("x")
         if problem.x_rounded:
-            values = bf16_values(x) if problem.x_dtype == "bf16" else x
-            codes, scales = quantise_rows(values, self.array("x.multiplier")[0])
-            x = reference.decoded_bf16(pack_codes(codes), tile_scales(scales))
+            x = reference.rounded_bf16(bf16_values(x) if problem.x_dtype == "bf16" else x, self.array("x.multiplier")[0])
         elif problem.x_dtype == "nvfp4":
             x = reference.decoded_bf16(x, self.array("x.scales"))
         self.array(problem.brought)[:] = k64_order(x) if problem.brought == "x.k64" else x
