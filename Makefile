@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# without bytecode, which is written when a module is first imported: most of what comes with torch and the compiler never is
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 STAMP := $(VENV)/.installed
 BUILT := artifacts/built
 # OFF makes a wheel of cubins that artifacts/manifest.lock does not state: for trying, never for a release
@@ -25,16 +27,14 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: name one, as in make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no environment was made: on Debian install python3-venv" >&2; exit 1; }
 
-# torch first and pinned: an unpinned one brings gigabytes of CUDA packages to a machine that only tests
 $(STAMP): pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet scikit-build-core==1.1.2
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(PIP) --upgrade pip scikit-build-core==1.1.2
+	$(PIP) --no-build-isolation --editable '.[dev]'
 	touch $@
 
+# torch is pinned: another brings gigabytes of CUDA packages to a machine that only tests
 $(VENV)/.torch: $(STAMP)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[torch-test]'
+	$(PIP) --no-build-isolation --editable '.[torch-test]' torch==2.13.0
 	touch $@
 
 quickstart: $(STAMP)

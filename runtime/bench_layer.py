@@ -9,7 +9,7 @@ The column of the whole layer is whichever of them the layer op takes at that M 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -23,14 +23,12 @@ from densemoe.runtime.grouping import group_tile
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.select import load_table
-from densemoe.runtime.tune import grouped_tiles
+from densemoe.runtime.tune import grouped_tiles, stated_of_layer
 from densemoe.runtime.tune_cases import Case, Shape, worth_a_tile
 from densemoe.runtime.tune_data import DeviceMemory, OpData
 from densemoe.runtime.variant import GROUPED_OPS, ROUNDED
 
 __all__ = ["LayerBench"]
-
-EARLY: Final = "early_list"  # the setting of kernels that may read lists before the launch before them ends
 
 
 class LayerBench(Bench):
@@ -129,9 +127,7 @@ class LayerBench(Bench):
     def _planned(self, of: ArtifactSet, problem: Problem, addresses: Mapping[str, int]) -> Plan:
         """The selection's variant; FC2 fetches weights before FC1 ends where its kernel can, as the layer op tells it to."""
         key = of.loader.select(problem, self.tuner.device).variant.key
-        has = any(name == EARLY for name, _ in of.entries[key].recipe.settings)
-        early = {EARLY: 1} if has and problem.op.endswith("fc2") and (problem.active_list or problem.group_tile) else None
-        return of.loader.plan(problem, addresses, self.tuner.device, settings=early)
+        return of.loader.plan(problem, addresses, self.tuner.device, settings=stated_of_layer(of.entries[key], problem))
 
     def _add_gathered_layer(
         self, point: Point, of: ArtifactSet, plans: list[Plan], one: OpData, two: OpData, m: int, count: int, gathered: GatheredLayer | None

@@ -24,12 +24,25 @@ from densemoe.runtime.errors import DensemoeError, ProblemError
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.manifest import ManifestVariant
 from densemoe.runtime.plan import Plan
+from densemoe.runtime.problem import Problem
 from densemoe.runtime.rules import can_implement
 from densemoe.runtime.tune_cases import Case, Shape, in_order, worth_a_tile
 from densemoe.runtime.tune_data import OpData, PackedWeights
 from densemoe.runtime.variant import DETERMINISTIC
 
-__all__ = ["DTYPES", "STATED", "Candidate", "Journal", "Measurement", "Tuner", "candidates", "cases_of", "grouped_keys", "grouped_tiles"]
+__all__ = [
+    "DTYPES",
+    "STATED",
+    "Candidate",
+    "Journal",
+    "Measurement",
+    "Tuner",
+    "candidates",
+    "cases_of",
+    "grouped_keys",
+    "grouped_tiles",
+    "stated_of_layer",
+]
 
 SCHEMA: Final = 1
 ROUNDS: Final = 9
@@ -168,6 +181,13 @@ def candidates(entries: Iterable[ManifestVariant], case: Case) -> list[Candidate
     """Every variant that can run the case, with its default settings, by key."""
     problem = case.problem()
     return [Candidate(entry.key) for entry in sorted(entries, key=lambda each: each.key) if can_implement(entry.variant, problem)[0]]
+
+
+def stated_of_layer(entry: ManifestVariant, problem: Problem) -> dict[str, int]:
+    """What a layer states of its launches: FC1 stands between FC2 and what wrote the lists, so that FC2 may fetch weights before FC1 ends."""
+    if not problem.op.endswith("fc2") or not (problem.active_list or problem.group_tile):
+        return {}
+    return {name: 1 for name, _ in entry.recipe.settings if name in STATED}
 
 
 def _with_settings(entry: ManifestVariant) -> list[Candidate]:
@@ -417,7 +437,9 @@ class Tuner:
         addresses = made.bind(case.m)
         failed = Measurement(case, candidate, None, False, 0.0, made.touched_bytes(case.m), len(addresses))
         try:
-            plan = self.loader.plan(made.problem(case.m), addresses[0], self.device, candidate.key, settings=dict(candidate.settings))
+            problem = made.problem(case.m)
+            settings = {**stated_of_layer(self.entries[candidate.key], problem), **dict(candidate.settings)}
+            plan = self.loader.plan(problem, addresses[0], self.device, candidate.key, settings=settings)
         except DensemoeError as error:
             return replace(failed, detail=str(error))
         plans[candidate] = plan

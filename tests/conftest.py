@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -95,6 +96,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=missing))
         if "full" in item.keywords and not config.getoption("--full"):
             item.add_marker(pytest.mark.skip(reason="long: run with --full (make test-full)"))
+    if not config.getoption("--full"):
+        for item in _left_out(items, _sample_seed(config)):
+            item.add_marker(pytest.mark.skip(reason="long: the commit chooses a part of this grid, all of it runs with --full (make test-full)"))
+
+
+def _left_out(items: list[pytest.Item], seed: str) -> list[pytest.Item]:
+    """Cases of tests marked ``sampled(n, group)`` beyond one in n of each (test, group), at least one, which the seed chooses."""
+    grids: dict[tuple[str, Any], list[tuple[str, pytest.Item]]] = {}
+    parts: dict[tuple[str, Any], int] = {}
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is not None and "full" not in item.keywords:
+            grid = item.nodeid.split("[")[0], mark.args[1:]
+            parts[grid] = mark.args[0]
+            grids.setdefault(grid, []).append((hashlib.sha256(f"{seed} {item.nodeid}".encode()).hexdigest(), item))
+    left_out = []
+    for grid, cases in grids.items():
+        kept = -(-len(cases) // parts[grid])
+        left_out += [item for _, item in sorted(cases, key=lambda each: each[0])[kept:]]
+    return left_out
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from densemoe.compile.emulator.clocks import ALL_LANES
+from densemoe.compile.emulator.masks import some
 from densemoe.compile.emulator.memory import RANK_SHIFT, SHARED_WINDOW, GlobalMemory, SharedMemory
 from densemoe.compile.emulator.tile import reduce_elements
 from densemoe.compile.emulator.warps import LANES, Condition, Groups
@@ -33,6 +34,11 @@ _ELEMENTS: dict[str, Any] = {
     "u32": np.uint32, "s32": np.uint32, "b32": np.uint32, "f32": np.uint32,
     "u64": np.uint64, "s64": np.uint64, "b64": np.uint64, "f64": np.uint64, "f16": np.uint16, "bf16": np.uint16,
 }
+
+
+def _of_lanes(value: Any, lanes: int, dtype: Any) -> Any:
+    """A register, which is an int where it is the same in all lanes, as an array of one element a lane."""
+    return np.full(lanes, value, dtype) if isinstance(value, int) else value.astype(dtype, copy=False)
 
 
 class AsyncOperation:
@@ -356,32 +362,51 @@ class Copies:
     def cp_async(self, g: Gang, mask: Any, target: Any, source: Any, size: int, valid: Any) -> None:
         """``cp.async``: `valid` bytes of the source, the rest zero. One operation a warp."""
         self.issued_by = None  # every lane copies for itself
+        operands = ((target, np.int64), (source, np.uint64), (size if valid is None else valid, np.int64))
+        wanted = [_of_lanes(each, g.lanes, dtype) for each, dtype in operands]
         for w in g.active_warps(mask):
             warp = g.warps[w]
-            lanes = [lane for lane in range(w * LANES, w * LANES + LANES) if mask is None or mask[lane]]
-            pieces = []
-            for lane in lanes:
-                to, of = (x if isinstance(x, int) else int(x[lane]) for x in (target, source))
-                n = size if valid is None else valid if isinstance(valid, int) else int(valid[lane])
-                slot, offset = self.window_range(warp, to, size, size)
-                if not 0 <= n <= size or of % size:
-                    raise EmulatorError(f"cp.async of {n} of {size} bytes from address {of:#x}")
-                if n:
-                    self.memory.find(of, n)
-                pieces.append((slot, offset, of, n))
+            own = slice(w * LANES, w * LANES + LANES)
+            to, of, counts = (each[own] if mask is None else each[own][mask[own]] for each in wanted)
+            wrong = (counts < 0) | (counts > size) | (of % np.uint64(size) != 0)
+            if some(wrong):
+                at = int(wrong.argmax())
+                raise EmulatorError(f"cp.async of {int(counts[at])} of {size} bytes from address {int(of[at]):#x}")
+            starts = self._starts(warp, to, size)
+            whole, parts = counts == size, np.flatnonzero((counts > 0) & (counts < size)).tolist()
+            buffers = [each for each, _, _ in self.memory.parts(of[whole], size)] if some(whole) else []
+            buffers += [self.memory.find(int(of[lane]), int(counts[lane])) for lane in parts]
 
-            def action(operation: AsyncOperation, pieces: list[tuple[int, int, int, int]] = pieces) -> None:
-                for slot, offset, of, n in pieces:
-                    data = np.zeros(size, np.uint8)
-                    if n:
-                        data[:n] = self.memory.bytes_at(of, n)
-                        self.check_waited(self.memory.find(of, n), operation.clock, False)
-                    self.write_shared(slot, offset, data, operation)
+            def action(
+                operation: AsyncOperation, starts: Any = starts, of: Any = of, counts: Any = counts, whole: Any = whole,
+                parts: Sequence[int] = parts, buffers: Sequence[Buffer] = buffers,
+            ) -> None:  # fmt: skip
+                data = np.zeros((starts.size, size), np.uint8)
+                if some(whole):
+                    unit = min(size, 8)
+                    data[whole] = self.memory.load(of[whole], unit, size // unit).reshape(-1, size // unit).view(np.uint8)
+                for lane in parts:
+                    data[lane, : counts[lane]] = self.memory.bytes_at(int(of[lane]), int(counts[lane]))
+                for buffer in buffers:
+                    self.check_waited(buffer, operation.clock, False)
+                places = starts // size
+                if self.races is not None:
+                    self.races.async_pieces(operation, places, size)
+                self.shared.data.reshape(-1, size)[places] = data
+                self.shared.written.reshape(-1, size)[places] = 0xFF
 
-            self.moved["cp.async"] += size * len(pieces)
+            self.moved["cp.async"] += size * starts.size
             operation = self.new_operation(g, warp, action, "cp.async", touches=(warp.cta.slot,))
             warp.copies.setdefault(-1, Groups()).open.append(operation)
             self.submit(operation)
+
+    def _starts(self, warp: Warp, addresses: Any, size: int) -> Any:
+        """Index in all windows of each of several shared addresses of `size` bytes, checked as `window_range`."""
+        low, high = int(addresses.min()), int(addresses.max())
+        if self.clustered or low < self.shared.start or high + size > self.shared.end or some(addresses % size != 0):
+            places = [self.window_range(warp, each, size, size) for each in addresses.tolist()]
+            return np.array([slot * self.shared.stride + offset for slot, offset in places], np.int64)
+        return addresses + warp.cta.slot * self.shared.stride
 
     def cp_commit(self, g: Gang, mask: Any) -> None:
         """``cp.async.commit_group``; groups are kept by warp."""

@@ -171,8 +171,28 @@ def bfi(a: Any, b: Any, position: Any, length: Any, bits: int) -> Lanes:
     return ((moved & moved_mask) | (b & ~moved_mask & full)).astype(CONTAINERS[bits])
 
 
+#: ``immLut`` of what compilers write most, of A = 0xF0, B = 0xCC, C = 0xAA
+_LOP3: dict[int, Callable[[Lanes, Lanes, Lanes], Lanes]] = {
+    0xF0 & 0xCC: lambda a, b, c: a & b,
+    0xF0 | 0xCC: lambda a, b, c: a | b,
+    0xF0 ^ 0xCC: lambda a, b, c: a ^ b,
+    0xF0 & 0xCC & 0xAA: lambda a, b, c: a & b & c,
+    (0xF0 & 0xCC) | 0xAA: lambda a, b, c: a & b | c,
+    (0xF0 | 0xCC) & 0xAA: lambda a, b, c: (a | b) & c,
+    0xF0 | (0xCC & 0xAA): lambda a, b, c: a | b & c,
+    0xF0 & (0xCC | 0xAA): lambda a, b, c: a & (b | c),
+    (0xF0 & 0xCC) ^ 0xAA: lambda a, b, c: a & b ^ c,
+    0xCA: lambda a, b, c: a & b | ~a & c,
+    0xE4: lambda a, b, c: a & c | b & ~c,
+}
+
+
 def lop3(a: Any, b: Any, c: Any, table: int) -> Lanes:
-    a, b, c = np.broadcast_arrays(*(np.asarray(x, u4) for x in (a, b, c)))
+    a, b, c = (np.asarray(x, u4) for x in (a, b, c))
+    usual = _LOP3.get(table)
+    if usual is not None and (a.ndim or b.ndim):
+        return usual(a, b, c)
+    a, b, c = np.broadcast_arrays(a, b, c)
     result = np.zeros(a.shape, u4)
     for i in range(8):
         if table >> i & 1:
@@ -182,6 +202,16 @@ def lop3(a: Any, b: Any, c: Any, table: int) -> Lanes:
 
 def prmt(a: Any, b: Any, selector: Any) -> Lanes:
     """Byte permute, default mode."""
+    lanes = max(np.size(a), np.size(b))
+    if isinstance(selector, int) and lanes > 1:  # bytes picked by columns: all lanes have the same
+        both = np.empty((lanes, 2), np.dtype("<u4"))
+        both[:, 0], both[:, 1] = a, b
+        nibbles = [selector >> 4 * i & 0xF for i in range(4)]
+        picked = both.view(u1).take([nibble & 7 for nibble in nibbles], axis=1)
+        for i, nibble in enumerate(nibbles):
+            if nibble & 8:
+                picked[:, i] = np.where(picked[:, i] & 0x80, u1(0xFF), u1(0))
+        return picked.view("<u4").reshape(-1)
     a, b, s = np.broadcast_arrays(*(np.asarray(x, u4) for x in (a, b, selector)))
     both = a.astype(u8) | b.astype(u8) << u8(32)
     result = np.zeros(a.shape, u4)

@@ -381,6 +381,18 @@ class Races:
         if write and whole and plain and not some(self.guarded_pages[page:end]):
             self.spans.put(page, end, clock.unit, clock.tick)
 
+    def async_pieces(self, operation: AsyncOperation, places: Any, nbytes: int) -> None:
+        """An asynchronous operation writes pieces of 4, 8 or 16 bytes of shared memory, at element numbers `places` of that size."""
+        words = nbytes // GRANULE
+        of_pieces = places * words // PAGE
+        pages = np.unique(of_pieces)
+        for page in pages.tolist():
+            self._dissolve(page, page + 1)
+        self._refuse_guarded(places, of_pieces, words)
+        where = places if words == 1 else (places[:, None] * words + np.arange(words)).reshape(-1)
+        plain = words == 4 and not some(self.generic_pages[pages])
+        self._async(operation, where, places * words if plain else where, True)
+
     def async_operand(self, operation: AsyncOperation, operand: Operand) -> None:
         """An asynchronous operation reads an operand in shared memory."""
         marks, clock, pages = self.shared, operation.clock, operand.pages

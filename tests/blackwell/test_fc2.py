@@ -23,6 +23,7 @@ WIDE = "fc2.sm100f.t128x256.c1x1.nvfp4-f32"
 PAIR = "fc2.sm100f.t256x128.c2x1.nvfp4-f32"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("key", BF16)
 @pytest.mark.parametrize(("splits", "schedule"), [(1, "eager"), (2, "random:5"), (4, "lazy")])
 def test_exact_data_is_exact_with_ragged_m_and_h(key: str, splits: int, schedule: str) -> None:

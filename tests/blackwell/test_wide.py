@@ -20,6 +20,7 @@ from densemoe.runtime.rules import can_implement
 SHIPPED = [each.variant for each in matrix.load().profile("full") if each.variant.arch == "sm_100f" and each.variant.op in ("fc1", "fc2")]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("schedule", ["eager", "random:1"])
 @pytest.mark.parametrize("shape", ["t256x128.c2x2", "t256x256.c2x4", "t256x128.c4x1", "t256x256.c4x2", "t256x128.c4x4"])
 def test_fc1_in_legal_clusters_that_are_not_shipped(shape: str, schedule: str) -> None:
@@ -27,6 +28,7 @@ def test_fc1_in_legal_clusters_that_are_not_shipped(shape: str, schedule: str) -
     emulated.fc1(key, 300, 3, 320, 128, kind="exact", post=True, zeros=0.2, sm_count=16, schedule=schedule).check()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("schedule", ["eager", "random:1"])
 @pytest.mark.parametrize("shape", ["t256x64.c2x1", "t256x128.c2x2", "t256x256.c2x1", "t256x256.c4x1", "t256x64.c4x4"])
 def test_fc2_in_legal_tiles_and_clusters_that_are_not_shipped(shape: str, schedule: str) -> None:

@@ -68,6 +68,7 @@ def test_shared_and_tensor_memory_hold_what_the_tile_needs(variant: Variant) -> 
     assert 148 * config.stages * config.weight_stage_bytes > 7.7e12 * 1e-6
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("variant", GEOMETRIES.values(), ids=ids)
 def test_the_compiled_kernel_passes_its_audit(variant: Variant) -> None:
     module = module_of(variant)

@@ -18,13 +18,13 @@ PLANNED = matrix.load().profile("full")
 
 def _case(planned: matrix.Planned) -> object:
     """On Blackwell an output dtype changes nothing that a recipe says but the c pointer's role, nor does it in grouped kernels: one dtype a tile, the
-    others with --full. Of FC2 in one order one tile for each number of resident CTAs, which its recipe follows."""
+    others with --full. Of FC2 in one order one tile for each number of resident CTAs, which its recipe follows. A commit runs a third of each kernel's."""
     variant = planned.variant
     first_output = {"fc1": "nvfp4", "fc2": "bf16", "groupedfc1": "nvfp4", "groupedfc2": "bf16"}.get(variant.op, variant.c_dtype)
     usual = (variant.arch == "sm_90a" and variant.op not in GROUPED_OPS) or variant.c_dtype == first_output
     if variant.option(DETERMINISTIC):
         usual &= variant.a_dtype == "bf16" and (variant.tile_m, variant.tile_n) in ((8, 64), (16, 64), (16, 256), (32, 256), (48, 256), (96, 256))
-    return pytest.param(planned, id=variant.key, marks=() if usual else pytest.mark.full)
+    return pytest.param(planned, id=variant.key, marks=pytest.mark.sampled(3, planned.kernel) if usual else pytest.mark.full)
 
 
 @pytest.mark.parametrize("planned", [_case(each) for each in PLANNED])

@@ -37,6 +37,7 @@ def grid(key: str, m: int, hidden: int, sm_count: int) -> tuple[int, int]:
     return adding, evaluate(recipe.grid[0], names) - adding
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("schedule", ["eager", "lazy", "random:3", "pct:3:7"])
 @pytest.mark.parametrize("key", KEYS)
 def test_ctas_behind_all_others_convert_every_piece(key: str, schedule: str) -> None:

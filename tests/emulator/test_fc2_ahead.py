@@ -56,6 +56,7 @@ def run(
     return bounds.compare_fc2(outputs, exact, problem, exact=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("tile", [8, 16, 32])
 @pytest.mark.parametrize("a_dtype", ["bf16", "nvfp4"])
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ def test_weights_are_read_before_the_launch_before_ends_only_where_the_lists_are
     reads_lists_early_only_where_told(f"{op}.sm90a.t8x64.c1x1.bf16-f32", (10, 3, 2, 256, 64, "exact"), early_list)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("m", "experts", "top_k", "hidden", "intermediate", "sm_count"), [
     (1, 3, 2, 512, 64, 132),  # four row blocks a group, a warp a block
     (9, 2, 1, 192, 320, 2),  # three row blocks, which no larger group divides; three K blocks, cut anywhere

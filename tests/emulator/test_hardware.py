@@ -160,6 +160,7 @@ def wrong_maps(rows: Sequence[Any]) -> list[str]:
 # ---- hardware
 
 
+@pytest.mark.sampled(2)
 def test_exact_outputs_are_those_of_hardware_bit_for_bit(compiled: Any, exact_key: str) -> None:
     assert not wrong_digests(compiled, EVIDENCE, exact_key)
 

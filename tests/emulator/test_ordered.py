@@ -55,6 +55,7 @@ def test_the_other_form_does_not() -> None:
     assert not all(np.array_equal(each.view(np.uint32), first.view(np.uint32)) for each in others)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("schedule", ["eager", "lazy", "random:3"])
 @pytest.mark.parametrize("key", KEYS)
 def test_exact_data_is_exact(key: str, schedule: str) -> None:
@@ -63,6 +64,7 @@ def test_exact_data_is_exact(key: str, schedule: str) -> None:
     assert comparison.passed, comparison.detail
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("m", "experts", "top_k", "hidden", "intermediate", "sm_count"), [
     (1, 3, 2, 512, 64, 132),  # a block a worker
     (9, 2, 1, 192, 320, 2),  # one expert a token; three row blocks, which no larger group divides

@@ -13,6 +13,7 @@ from densemoe.runtime import bounds
 KEY = "fc1.sm90a.t8x64.c1x1.bf16-f32"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("m", "experts", "hidden", "intermediate", "sm_count"), [
     (1, 1, 8192, 64, 132),  # 8 CTAs share a unit: more slots than one batch of loads
     (5, 3, 2176, 96 * 2, 132),  # spans begin and end anywhere inside of a unit of 17 blocks
@@ -29,6 +30,7 @@ def test_units_in_one_or_many_spans(key: str, m: int, experts: int, hidden: int,
     assert report.bytes["bulk global to shared"] == blocks * 4608
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("m", "experts", "hidden", "intermediate", "sm_count"), [
     (1, 40, 64, 320, 132),  # one unit of 120 blocks: 15 CTAs share it
     (9, 3, 128, 64, 132),  # three blocks a unit: warps without one

@@ -22,6 +22,7 @@ def ids_of(counts: list[int]) -> Any:
     return np.random.default_rng(1).permutation(ids)[:, None]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("op", ["groupedfc1", "groupedfc2"])
 def test_exact_data_is_exact(op: str, tile: int) -> None:
@@ -34,6 +35,7 @@ def test_exact_data_is_exact(op: str, tile: int) -> None:
     assert report.products["mma.sync" if tile == 16 else "wgmma"] > 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("op", "c_dtype"), [("groupedfc1", "nvfp4"), ("groupedfc2", "f16")])
 def test_general_data_lies_within_the_bounds(op: str, c_dtype: str, tile: int) -> None:
@@ -42,6 +44,7 @@ def test_general_data_lies_within_the_bounds(op: str, c_dtype: str, tile: int) -
     assert comparison.passed, comparison.detail
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("schedule", ["lazy", "random:1", "random:2", "pct:3:4"])
 @pytest.mark.parametrize("tile", [16, 128])
 @pytest.mark.parametrize(("op", "c_dtype"), [("groupedfc1", "bf16"), ("groupedfc2", "f32")])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -151,6 +152,14 @@ class SimulatedDriver:
         self.graphs -= 1
 
 
+@lru_cache(maxsize=64)  # every launch of a rotation reads the same bytes again
+def _weights(op: str, packed: bytes, experts: int, hidden: int, intermediate: int) -> reference.Weights:
+    """What packed weights stand for."""
+    unpack = packing.unpack_fc1 if op == "fc1" else packing.unpack_fc2
+    codes, scales = unpack(np.frombuffer(packed, np.uint8), experts, hidden, intermediate)
+    return reference.Weights(op, codes, tile_scales(scales.reshape(-1, scales.shape[-1])), experts)
+
+
 class SimulatedPlan:
     """Reads what the addresses hold, computes the contract, writes the outputs, spends time."""
 
@@ -191,9 +200,8 @@ class SimulatedPlan:
             return
         op = problem.op.removeprefix("grouped")
         size = packing.packed_bytes(op, problem.experts, problem.hidden, problem.intermediate)
-        unpack = packing.unpack_fc1 if op == "fc1" else packing.unpack_fc2
-        codes, scales = unpack(loader.driver.at(self.tensors["b"])[:size], problem.experts, problem.hidden, problem.intermediate)
-        weights = reference.Weights(op, codes, tile_scales(scales.reshape(-1, scales.shape[-1])), problem.experts)
+        packed = loader.driver.at(self.tensors["b"])[:size].tobytes()
+        weights = _weights(op, packed, problem.experts, problem.hidden, problem.intermediate)
         if problem.a_dtype == "bf16":
             stored = from_k64_order(self.array("a.k64"), problem.k) if problem.a_in_k64_order else self.array("a")
             a = bf16_values(stored).astype(np.float64)

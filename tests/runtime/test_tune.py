@@ -144,6 +144,22 @@ def test_settings_are_tried_for_the_fastest_variants() -> None:
     assert len(measured) == 3 + 3
 
 
+@pytest.mark.parametrize(("op", "active", "stated"), [("fc1", True, {}), ("fc2", True, {"early_list": 1}), ("fc2", False, {})])
+def test_fc2_is_measured_as_layers_launch_it(op: str, active: bool, stated: dict[str, int]) -> None:
+    """Behind FC1, when the list was complete long before: it may fetch weights while FC1 ends. The list of FC1 is made by the launch before it."""
+    seen = []
+
+    def time_of(key: str, settings: Mapping[str, int], problem: Problem) -> float:
+        seen.append(dict(settings))
+        return by_tile(key, {}, problem)
+
+    loader = SimulatedLoader(dict.fromkeys(BF16, (("early_list", (0, 1)),)), time_of)
+    (measured,) = list(Tuner(loader).cases([Case(op, SHAPE, 8, "bf16", "bf16", active)]))  # type: ignore[arg-type]
+    assert [each.candidate.settings for each in measured if each.sample] == [()] * 3
+    assert seen
+    assert all(each == stated for each in seen)
+
+
 def groups(tokens: tuple[int, ...] = (8, 16)) -> dict:
     return cases_of([SHAPE], tokens, [False], DTYPES)
 
