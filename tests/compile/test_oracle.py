@@ -18,7 +18,7 @@ PLANNED = matrix.load().profile("full")
 
 def _case(planned: matrix.Planned) -> object:
     """On Blackwell an output dtype changes nothing that a recipe says but the c pointer's role, nor does it in grouped kernels: one dtype a tile, the
-    others with --full. Of FC2 in one order one tile for each number of resident CTAs, which its recipe follows. A commit runs a third of each kernel's."""
+    others with --full. Of FC2 in one order one tile for each number of resident CTAs, which its recipe follows. A commit runs a third."""
     variant = planned.variant
     first_output = {"fc1": "nvfp4", "fc2": "bf16", "groupedfc1": "nvfp4", "groupedfc2": "bf16"}.get(variant.op, variant.c_dtype)
     usual = (variant.arch == "sm_90a" and variant.op not in GROUPED_OPS) or variant.c_dtype == first_output
