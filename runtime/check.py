@@ -32,7 +32,7 @@ from densemoe.runtime.lock import Lock
 from densemoe.runtime.manifest import Manifest
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.select import Choice, load_table, select
-from densemoe.runtime.variant import ARCHITECTURES, OPS, Variant, architecture
+from densemoe.runtime.variant import ARCHITECTURES, OPS, Variant, arch_of_key, architecture
 
 __all__ = [
     "INVALID",
@@ -146,7 +146,7 @@ def profile(name: str, driver: int | None = None) -> Device:
         fields = parse_document(read_file(path.resolve(), _LARGEST_PROFILE), str(path), SCHEMA, _LARGEST_PROFILE)
         pair = fields.get("compute_capability", list, _is_capability, "two integers from 0 to 99")
         stated = fields.get("driver", int, lambda v: v >= _FIRST_MAJOR, "a CUDA version as cuDriverGetVersion counts, as in 13000")
-        return Device(fields.get("name", str), (pair[0], pair[1]), driver or stated, f"profile {path.stem}")
+        return Device(fields.get("name", str), (pair[0], pair[1]), stated if driver is None else driver, f"profile {path.stem}")
     except ArtifactError as error:
         raise ProblemError(f"device profile: {error}") from None
 
@@ -198,7 +198,7 @@ def _released(device: Device, kind: str = "") -> list[str]:
     """Architectures that serve a device and that the lock has cubins of, of one ``kind`` where it is given; without a lock, all that serve it."""
     serving = [each for each in ARCHITECTURES.values() if device.capability in each.capabilities and kind in ("", each.kind)]
     try:
-        locked = {Variant.parse(key).arch for key in Lock.read().cubins}
+        locked = {arch_of_key(key) for key in Lock.read().cubins}
     except ArtifactError:
         return [each.name for each in serving]
     return [each.name for each in serving if each.name in locked]
@@ -282,8 +282,9 @@ def _bytes(manifest: Manifest) -> list[Finding]:
     if other:
         reason = f"{len(other)} cubins are not those of manifest.lock, {other[0]} among them: a build of changed sources or another toolchain"
         found.append(Finding(NOT_OPTIMAL, reason, "run `densemoe lock` where the change is meant, else install the released wheel"))
-    missing = [key for key in lock.cubins if Variant.parse(key).arch == manifest.arch and key not in manifest.variants]
+    locked = [key for key in lock.cubins if arch_of_key(key) == manifest.arch]
+    missing = [key for key in locked if key not in manifest.variants]
     if missing:
-        reason = f"{len(missing)} of {len(lock.cubins)} locked variants are not installed, {missing[0]} among them"
+        reason = f"{len(missing)} of {len(locked)} locked variants of {manifest.arch} are not installed, {missing[0]} among them"
         found.append(Finding(NOT_OPTIMAL, reason, "build or install the full profile"))
     return found

@@ -85,7 +85,8 @@ class ArtifactSet:
                 raise _no_artifacts(root, said) from None
             root = str(self.addons[0].root)
             data = read_file(os.path.join(root, INDEX_NAME), LARGEST_INDEX)
-        self._prefix = os.path.join(root, "")
+        # once and for all: manifests and cubins are read later, when the process may stand elsewhere
+        self._prefix = os.path.join(os.path.abspath(root), "")
         self.index = Index.from_bytes(data, f"{self._prefix}{INDEX_NAME}")
         self._manifests: dict[str, Manifest] = {}
         self._lock = threading.Lock()
@@ -279,15 +280,20 @@ class Loader:
             if loaded is None:
                 loaded = self._load(manifest, key, device)
                 self._kernels[key] = loaded
+            elif loaded.entry.arch != manifest.arch:
+                raise self._absent(manifest, key)
             if (key, device) not in self._prepared:
                 self.driver.prepare(loaded.handle, device, loaded.entry.dynamic_smem, loaded.entry.smem_carveout)
                 self._prepared.add((key, device))
             return loaded
 
+    def _absent(self, manifest: Manifest, key: str) -> SelectionError:
+        return SelectionError(f"{key} is not in the {manifest.arch} set of {self.artifacts.root}: `densemoe list` shows what is")
+
     def _load(self, manifest: Manifest, key: str, device: int) -> LoadedKernel:
         entry = manifest.variants.get(key)
         if entry is None:
-            raise SelectionError(f"{key} is not in the {manifest.arch} set of {self.artifacts.root}: `densemoe list` shows what is")
+            raise self._absent(manifest, key)
         image = self.artifacts.image(entry)
         library = self.driver.load(image, file=entry.file, arch=entry.arch, ordinal=device)
         handle = self.driver.kernel(library, entry.symbol)

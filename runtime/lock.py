@@ -16,7 +16,7 @@ from densemoe.runtime.canonical import canonical, read_file
 from densemoe.runtime.errors import ManifestError, VariantError
 from densemoe.runtime.fields import Fields, parse_document
 from densemoe.runtime.manifest import LARGEST_CUBIN, LARGEST_MANIFEST
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import arch_of_key
 
 __all__ = ["LOCK_NAME", "SCHEMA", "Lock", "LockedCubin", "LockedWheel", "default_lock"]
 
@@ -148,7 +148,7 @@ def _wheel(name: str, fields: Fields) -> LockedWheel:
 
 def _cubin(key: str, fields: Fields) -> LockedCubin:
     try:
-        Variant.parse(key)
+        arch_of_key(key)  # a variant that left densemoe stays in the lock until that is renewed
     except VariantError as error:
         raise ManifestError(f"{fields.path}: {error}") from None
     values: dict[str, Any] = {name: fields.get(name, str) for name in ("kernel", "text", "ptx")}

@@ -376,8 +376,11 @@ class Plan:
         by the same list, since their columns are unwritten (contract section 5).
 
         Raises:
-            PlanError: it may not.
+            PlanError: it may not, or one of them is closed.
         """
+        for each in (self, second):
+            if each._closed:
+                raise PlanError(f"the Plan of {each.key} is closed: make a new one")
         pairs = {"a": "c", "a.codes": "c.codes", "a.scales": "c.scales"}
         sources = {into: outof for into, outof in pairs.items() if into in second._tensors}
         if (self.problem.op, second.problem.op) != ("fc1", "fc2"):
@@ -393,12 +396,13 @@ class Plan:
             raise PlanError(f"{self.key} and {second.key} skip by different lists of active experts: give both the same memory")
 
     def close(self) -> None:
-        """Frees the workspaces. The caller makes sure that no launch still runs."""
+        """Frees the workspaces and lets go of the tensors' owners. The caller makes sure that no launch still runs."""
         if self._closed:
             return
         self._closed = True
         self._launch = self._launch_closed
         self._prepared = None
+        self._tensors = {}
         while self._owned:
             self._driver.free(self._owned.pop())
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from densemoe.runtime.arguments import positive
 from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.fields import plain
 
@@ -157,11 +158,11 @@ def _add_torch_commands(add: Add) -> None:
         "densemoe numerics --experts 8 --hidden 512 --intermediate 512",
         "densemoe.runtime.torch.cli:numerics",
     )
-    numerics.add_argument("--experts", type=int, default=8)
-    numerics.add_argument("--top-k", type=int, default=2)
-    numerics.add_argument("--hidden", type=int, default=512)
-    numerics.add_argument("--intermediate", type=int, default=512)
-    numerics.add_argument("--m", type=int, nargs="+", default=[1, 8, 64], help="tokens (default: 1 8 64)")
+    numerics.add_argument("--experts", type=positive, default=8)
+    numerics.add_argument("--top-k", type=positive, default=2)
+    numerics.add_argument("--hidden", type=positive, default=512)
+    numerics.add_argument("--intermediate", type=positive, default=512)
+    numerics.add_argument("--m", type=positive, nargs="+", default=[1, 8, 64], help="tokens (default: 1 8 64)")
     numerics.add_argument("--device", default="cpu", help="cpu (the exact reference) or cuda (the kernels)")
     numerics.add_argument("--json", action="store_true", help="print JSON")
 
@@ -184,9 +185,9 @@ def check(args: argparse.Namespace) -> int:
     """``densemoe check``; exit codes as ``densemoe.runtime.check`` says."""
     from densemoe.runtime import check as checking
 
-    if args.driver and not args.device_profile:
+    if args.driver is not None and not args.device_profile:
         raise ProblemError("--driver belongs to --device-profile: this machine's own driver is asked where none is given")
-    driver = checking.parse_version(args.driver) if args.driver else None
+    driver = checking.parse_version(args.driver) if args.driver is not None else None
     devices = [checking.profile(name, driver) for name in args.device_profile] or checking.here()
     verdicts = [checking.check_device(device, args.artifacts) for device in devices]
     if args.json:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from densemoe.runtime.errors import ProblemError
 
-__all__ = ["METHODS", "route"]
+__all__ = ["METHODS", "refusal", "route"]
 
 METHODS: Final = ("Default", "Renormalize", "RenormalizeNaive", "Llama4Renormalize", "DeepSeekV3", "MiniMaxM2")
 _BIASED: Final = ("DeepSeekV3", "MiniMaxM2")
@@ -60,6 +60,21 @@ def _in_best_groups(scores: Floats, groups: int, best: int) -> Floats:
     return np.where(np.repeat(chosen, experts // groups, axis=1), scores, np.float32(-np.inf)).astype(np.float32)
 
 
+def refusal(method: str, experts: int, top_k: int, groups: int = 1, best_groups: int = 1, scaling: float = 1.0, biased: bool = False) -> str:
+    """Why a router cannot be of this kind, or nothing; ``biased``: something is added to its scores for the choice."""
+    if method not in METHODS:
+        return f"routing method {method!r}: use one of {', '.join(METHODS)}"
+    if not 1 <= top_k <= experts:
+        return f"top_k={top_k} of {experts} experts: use 1 to E"
+    if biased and method not in _BIASED:
+        return f"a bias for {method}: only {' or '.join(_BIASED)} adds one"
+    if method != "DeepSeekV3" and (groups, best_groups, scaling) != (1, 1, 1.0):
+        return f"groups={groups}, best_groups={best_groups}, scaling={scaling} for {method}: only DeepSeekV3 has them"
+    if groups < 1 or experts % groups or not 1 <= best_groups <= groups or top_k > best_groups * (experts // groups):
+        return f"{groups} groups, the best {best_groups}, of {experts} experts for top_k={top_k}: groups divide E and hold top_k"
+    return ""
+
+
 def route(
     method: str,
     logits: npt.NDArray[Any],
@@ -86,17 +101,14 @@ def route(
         ProblemError: an unknown method, or sizes that do not fit.
     """
     scores = np.asarray(logits, dtype=np.float32)
-    if method not in METHODS:
-        raise ProblemError(f"routing method {method!r}: use one of {', '.join(METHODS)}")
-    if scores.ndim != 2 or not 1 <= top_k <= scores.shape[1]:
-        raise ProblemError(f"top_k={top_k} of logits {list(scores.shape)}: use [M, E] and 1 to E")
-    if bias is not None and (method not in _BIASED or np.shape(bias) != (scores.shape[1],)):
-        raise ProblemError(f"bias {list(np.shape(bias))} for {method}: use [E] with {' or '.join(_BIASED)}")
+    if scores.ndim != 2:
+        raise ProblemError(f"logits {list(scores.shape)}: use [M, E]")
     experts = scores.shape[1]
-    if method != "DeepSeekV3" and (groups, best_groups, scaling) != (1, 1, 1.0):
-        raise ProblemError(f"groups={groups}, best_groups={best_groups}, scaling={scaling} for {method}: only DeepSeekV3 has them")
-    if groups < 1 or experts % groups or not 1 <= best_groups <= groups or top_k > best_groups * (experts // groups):
-        raise ProblemError(f"{groups} groups, the best {best_groups}, of {experts} experts for top_k={top_k}: groups divide E and hold top_k")
+    reason = refusal(method, experts, top_k, groups, best_groups, scaling, bias is not None)
+    if reason:
+        raise ProblemError(reason)
+    if bias is not None and np.shape(bias) != (experts,):
+        raise ProblemError(f"bias {list(np.shape(bias))}: use [E], {[experts]}")
     if method == "Renormalize":
         ids = _largest(scores, top_k)
         return ids, _softmax(_at(scores, ids))

@@ -36,6 +36,7 @@ __all__ = [
     "ROUNDED",
     "Architecture",
     "Variant",
+    "arch_of_key",
     "architecture",
     "symbol_of",
 ]
@@ -133,6 +134,26 @@ _NOT_IN_SYMBOLS = re.compile(r"[^a-z0-9]+")  # compiled once here, not in a cold
 _KEY_OPTION = re.compile(r"\.([a-z]+)([1-9][0-9]*)?")
 
 
+def _matched(key: str) -> re.Match[str]:
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise VariantError(
+            f"variant key {key!r} does not parse: write <op>.<arch>.t<M>x<N>.c<M>x<N>.<a>-<c>[.<option>…], for example "
+            "fc1.sm90a.t8x64.c1x1.bf16-nvfp4"
+        )
+    return match
+
+
+def arch_of_key(key: str) -> str:
+    """The architecture that a key names. Its variant may be one that another version of densemoe had, and this one would refuse.
+
+    Raises:
+        VariantError: ``key`` does not follow the grammar.
+    """
+    name = _matched(key)["arch"]
+    return _BY_KEY[name].name if name in _BY_KEY else name
+
+
 def symbol_of(key: str) -> str:
     """The kernel symbol that belongs to a variant key."""
     return "densemoe_" + _NOT_IN_SYMBOLS.sub("_", key) + "_0"
@@ -225,12 +246,7 @@ class Variant:
         Raises:
             VariantError: ``key`` does not follow the grammar, or names something unknown.
         """
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise VariantError(
-                f"variant key {key!r} does not parse: write <op>.<arch>.t<M>x<N>.c<M>x<N>.<a>-<c>[.<option>…], for example "
-                "fc1.sm90a.t8x64.c1x1.bf16-nvfp4"
-            )
+        match = _matched(key)
         options = tuple((name, int(value or 1)) for name, value in _KEY_OPTION.findall(match["options"]))
         variant = cls(
             op=match["op"],

@@ -25,7 +25,7 @@ import torch
 from densemoe.runtime import packing
 from densemoe.runtime.errors import CheckpointError, ProblemError
 from densemoe.runtime.nvfp4 import GROUP, bf16_values
-from densemoe.runtime.torch.safetensors_file import Checkpoint, create
+from densemoe.runtime.torch.safetensors_file import Checkpoint, writing
 from densemoe.runtime.torch.weights import MoEWeights, Projection, WeightStore, quantize_projection
 
 __all__ = ["FORMAT", "Layer", "convert", "find_layers", "load_layer", "load_packed", "packed_layers", "read_projection"]
@@ -62,7 +62,7 @@ def find_layers(checkpoint: Checkpoint) -> list[Layer]:
     """The MoE layers of a checkpoint, in the order of their numbers.
 
     Raises:
-        CheckpointError: expert numbers with gaps.
+        CheckpointError: expert numbers with gaps, or a projection that is no matrix.
     """
     experts: dict[tuple[str, str], set[int]] = {}
     for name in checkpoint:
@@ -77,6 +77,8 @@ def find_layers(checkpoint: Checkpoint) -> list[Layer]:
         base = f"{prefix}.0.{gate}."
         packed = "weight_packed" if base + "weight_packed" in checkpoint else "weight"
         stored = checkpoint.stored(base + packed)
+        if len(stored.shape) != 2:
+            raise CheckpointError(f"{checkpoint.path}: {base}{packed} has shape {list(stored.shape)}: two dimensions belong there")
         rows, columns = stored.shape
         layers.append(Layer(prefix, names, len(numbers), columns * (1 if stored.dtype in _UNQUANTISED else 2), rows))
     return sorted(layers, key=lambda each: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each.prefix)])
@@ -89,11 +91,18 @@ def read_projection(checkpoint: Checkpoint, layer: Layer, expert: int, projectio
         rows, columns: in weights; columns in whole groups of 64.
 
     Raises:
-        CheckpointError: a tensor is missing, or of another dtype.
+        CheckpointError: a tensor is missing, or of another dtype or shape than the layer's first expert says.
     """
+    whole = (layer.hidden, layer.intermediate) if projection == "down" else (layer.intermediate, layer.hidden)
 
     def name(suffix: str) -> str:
         return layer.name(expert, projection, suffix)
+
+    def array(suffix: str, divisor: int) -> Array:
+        wanted, found = (whole[0], whole[1] // divisor), checkpoint.stored(name(suffix)).shape
+        if found != wanted:
+            raise CheckpointError(f"{checkpoint.path}: {name(suffix)} has shape {list(found)}: {list(wanted)} belongs there, by expert 0")
+        return checkpoint.array(name(suffix))
 
     bytes_, groups = slice(columns.start // 2, columns.stop // 2), slice(columns.start // GROUP, columns.stop // GROUP)
 
@@ -102,7 +111,7 @@ def read_projection(checkpoint: Checkpoint, layer: Layer, expert: int, projectio
             found = checkpoint.stored(name(part)).dtype
             if found != dtype:
                 raise CheckpointError(f"{checkpoint.path}: {name(part)} is {found}: NVFP4 has {dtype} there")
-        return checkpoint.array(name(suffix))[rows, bytes_], checkpoint.array(name("weight_scale"))[rows, groups]
+        return array(suffix, 2)[rows, bytes_], array("weight_scale", GROUP)[rows, groups]
 
     def optional(suffix: str, invert: bool) -> np.float32 | None:
         if name(suffix) not in checkpoint:
@@ -118,8 +127,8 @@ def read_projection(checkpoint: Checkpoint, layer: Layer, expert: int, projectio
         return Projection(codes, scales, checkpoint.scalar(name("weight_scale_2")), optional("input_scale", False))
     if stored.dtype not in _UNQUANTISED:
         raise CheckpointError(f"{checkpoint.path}: {name('weight')} is {stored.dtype}: use NVFP4 (U8), or {', '.join(_UNQUANTISED)}")
-    whole = checkpoint.array(name("weight"))[rows, columns]
-    return quantize_projection(bf16_values(whole) if stored.dtype == "BF16" else whole)
+    part = array("weight", 1)[rows, columns]
+    return quantize_projection(bf16_values(part) if stored.dtype == "BF16" else part)
 
 
 def _inverted(checkpoint: Checkpoint, name: str) -> np.float32:
@@ -197,10 +206,11 @@ def convert(
     experts: Sequence[int] | None = None,
     report: Callable[[str], None] = lambda text: None,
 ) -> list[Layer]:
-    """Writes one rank's experts of every MoE layer as a packed checkpoint; nothing else of the model is copied. Memory: one expert.
+    """Writes one rank's experts of every MoE layer as a packed checkpoint; nothing else of the model is copied. Memory: one expert. The target gets
+    the file when it is whole: what stood there stays until then, and after an error.
 
     Raises:
-        CheckpointError, ProblemError: as ``load_layer``, or there is no MoE layer.
+        CheckpointError, ProblemError: as ``load_layer``; there is no MoE layer; or the target is read, or cannot be written.
     """
     checkpoint = Checkpoint(source)
     layers = find_layers(checkpoint)
@@ -221,21 +231,24 @@ def convert(
         tensors[f"{layer.prefix}.w1_scale"] = tensors[f"{layer.prefix}.w2_scale"] = ("F32", (count,))
         tensors[f"{layer.prefix}.activation_scales"] = ("F32", (2,))
         tensors[f"{layer.prefix}.shape"] = ("I64", (3,))
-    written = create(target, tensors, {"format": FORMAT, "layout": layout, "tp_rank": str(tp_rank), "tp_size": str(tp_size)})
-    for layer in layers:
-        own, chosen, shape = shapes[layer.prefix]
-        store = WeightStore(*shape, layout, out=(written[f"{layer.prefix}.w1"], written[f"{layer.prefix}.w2"]))
-        fill(store, checkpoint, layer, chosen, own)
-        done = store.finish()
-        written[f"{layer.prefix}.w1_scale"][:] = done.w1_scale.numpy()
-        written[f"{layer.prefix}.w2_scale"][:] = done.w2_scale.numpy()
-        written[f"{layer.prefix}.activation_scales"][:] = [np.nan if each is None else each for each in (done.input_scale, done.between_scale)]
-        written[f"{layer.prefix}.shape"][:] = shape
-        for name in ("w1", "w2", "w1_scale", "w2_scale", "activation_scales", "shape"):
-            array = written.pop(f"{layer.prefix}.{name}")
-            assert isinstance(array, np.memmap)
-            array.flush()
-        report(f"{layer.prefix}: E {shape[0]}, H {shape[1]}, I {shape[2]}, {done.w1.numel() + done.w2.numel()} bytes")
+    inputs = {each.path for each in checkpoint.tensors.values()}
+    if os.path.exists(target) and any(os.path.samefile(target, each) for each in inputs):
+        raise CheckpointError(f"{target} is read: name another file to write")
+    with writing(target, tensors, {"format": FORMAT, "layout": layout, "tp_rank": str(tp_rank), "tp_size": str(tp_size)}) as written:
+        for layer in layers:
+            own, chosen, shape = shapes[layer.prefix]
+            store = WeightStore(*shape, layout, out=(written[f"{layer.prefix}.w1"], written[f"{layer.prefix}.w2"]))
+            fill(store, checkpoint, layer, chosen, own)
+            done = store.finish()
+            written[f"{layer.prefix}.w1_scale"][:] = done.w1_scale.numpy()
+            written[f"{layer.prefix}.w2_scale"][:] = done.w2_scale.numpy()
+            written[f"{layer.prefix}.activation_scales"][:] = [np.nan if each is None else each for each in (done.input_scale, done.between_scale)]
+            written[f"{layer.prefix}.shape"][:] = shape
+            for name in ("w1", "w2", "w1_scale", "w2_scale", "activation_scales", "shape"):
+                array = written.pop(f"{layer.prefix}.{name}")
+                assert isinstance(array, np.memmap)
+                array.flush()
+            report(f"{layer.prefix}: E {shape[0]}, H {shape[1]}, I {shape[2]}, {done.w1.numel() + done.w2.numel()} bytes")
     return layers
 
 

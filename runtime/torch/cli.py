@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from typing import Any
 
+from densemoe.runtime.errors import DriverUnavailable, ProblemError
 from densemoe.runtime.packing import INTERCHANGE_LAYOUT, LAYOUT
 
 __all__ = ["convert", "numerics"]
@@ -28,11 +30,27 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _device(name: str) -> Any:
+    """The torch device of that name: a CPU, or a CUDA device that is there."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ProblemError(f"--device {name!r}: use cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise DriverUnavailable(f"--device {name}: torch sees {count} CUDA devices here; use cpu")
+    return device
+
+
 def numerics(args: argparse.Namespace) -> int:
     """Prints the error of a layer against the unquantised one, by form and number of tokens; 0."""
     from densemoe.runtime.torch.numerics import report
 
-    rows = report(args.experts, args.top_k, args.hidden, args.intermediate, tokens=args.m, device=args.device)
+    rows = report(args.experts, args.top_k, args.hidden, args.intermediate, tokens=args.m, device=_device(args.device))
     if args.json:
         print(json.dumps([row.__dict__ for row in rows], indent=2, sort_keys=True))
         return 0

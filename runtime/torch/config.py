@@ -10,7 +10,7 @@ from typing import Final
 from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.packing import INTERCHANGE_LAYOUT, LAYOUT
 from densemoe.runtime.problem import LARGEST_TOP_K, Problem
-from densemoe.runtime.routing import METHODS
+from densemoe.runtime.routing import METHODS, refusal
 from densemoe.runtime.rules import TCGEN05_K_TILE
 
 __all__ = ["FUSED_ALPHA", "MoEConfig", "can_implement", "fused_by_default"]
@@ -143,7 +143,7 @@ def _reason(c: MoEConfig) -> str:
             return f"{'I' if name == 'tp' else 'E'} = {whole} is not a multiple of {name}_size={size}"
     if not 1 <= c.top_k <= min(c.experts, LARGEST_TOP_K):
         return f"top_k={c.top_k} of {c.experts} experts: use 1 to {min(c.experts, LARGEST_TOP_K)}"
-    return _shape_reason(c)
+    return refusal(c.routing, c.experts, c.top_k, c.groups, c.best_groups, c.scaling) or _shape_reason(c)
 
 
 def _shape_reason(c: MoEConfig) -> str:

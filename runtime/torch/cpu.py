@@ -70,7 +70,7 @@ def activation_values(a: Tensor, a_scales: Tensor | None) -> Tensor:
 
 def _quantise(x: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
     """Codes ``[M, K/2]`` and tiled scales of float32-exact ``x``."""
-    codes, scales = nvfp4.quantise_rows(x.float().numpy(), np.float32(multiplier.item()))
+    codes, scales = nvfp4.quantise_rows(x.detach().float().numpy(), np.float32(multiplier.item()))
     return torch.from_numpy(nvfp4.pack_codes(codes)), torch.from_numpy(tile_scales(scales))
 
 
@@ -83,7 +83,7 @@ def quantize_nvfp4(x: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
 def _convert(y: Tensor, c_dtype: str) -> Tensor:
     """float32 values converted once; fp8 saturates (contract section 3, step 6)."""
     if c_dtype in ("e4m3", "e5m2"):
-        return torch.from_numpy(nvfp4.convert(y.numpy(), c_dtype)).view(C_DTYPES[c_dtype])
+        return torch.from_numpy(nvfp4.convert(y.detach().numpy(), c_dtype)).view(C_DTYPES[c_dtype])
     return y.to(C_DTYPES[c_dtype])
 
 
@@ -161,7 +161,7 @@ def moe(
     experts = first.experts
     alpha2 = torch.from_numpy(
         reference.build_alpha(
-            ids.numpy() - first_expert, router.numpy(), w2_alpha.numpy(), experts=experts, elsewhere_allowed=elsewhere
+            ids.numpy() - first_expert, router.detach().numpy(), w2_alpha.detach().numpy(), experts=experts, elsewhere_allowed=elsewhere
         )
     )
     if x_scales is None and input_multiplier is not None:

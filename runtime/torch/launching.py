@@ -418,8 +418,8 @@ class Runtime:
 
     def _drop(self) -> None:
         self._forget_shortcuts()
-        for key, entry in heapq.nsmallest(max(1, KEPT_ENTRIES // 64), self.entries.items(), key=lambda each: each[1].used):
-            entry.close()
+        # not closed: another thread may hold one and be about to launch it, and its Plans own no memory
+        for key, _ in heapq.nsmallest(max(1, KEPT_ENTRIES // 64), self.entries.items(), key=lambda each: each[1].used):
             del self.entries[key]
 
     def plans(self, launches: Sequence[Launch], addresses: Sequence[Mapping[str, int]], owner: Owner) -> tuple[Plan, ...]:

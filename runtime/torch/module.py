@@ -9,14 +9,16 @@ Its weights are buffers, filled by ``load`` once or again: what they point to do
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 
 from densemoe.runtime.errors import ProblemError
 from densemoe.runtime.layout import padded_rows
+from densemoe.runtime.routing import refusal
 from densemoe.runtime.torch import ops
 from densemoe.runtime.torch.config import MoEConfig, can_implement
 from densemoe.runtime.torch.routing import route
@@ -28,7 +30,8 @@ Tensor = Any
 _log = logging.getLogger("densemoe")
 
 _DTYPES: Final = {"bf16": torch.bfloat16, "f16": torch.float16}
-_BUFFERS: Final = ("w1", "w2", "w1_alpha", "w2_alpha", "input_multiplier", "output_multiplier", "alpha_max")
+_SCALES: Final = ("w1_alpha", "w2_alpha", "input_multiplier", "output_multiplier", "alpha_max")
+_BUFFERS: Final = ("w1", "w2", *_SCALES)
 
 
 def tile_scales(scales: Tensor) -> Tensor:
@@ -51,8 +54,22 @@ def untile_scales(scales: Tensor, rows: int) -> Tensor:
     return scales.reshape(-1, columns // 4, 32, 4, 4).permute(0, 3, 2, 1, 4).reshape(-1, columns)[:rows].contiguous()
 
 
+@dataclass(frozen=True)
+class _Given:
+    """Global scales that weights came with, float32 ``[E]`` on the CPU, and those of their activations."""
+
+    w1_scale: Tensor
+    w2_scale: Tensor
+    input_scale: float | None
+    between_scale: float | None
+
+
+def _kept(scale: Tensor) -> Tensor:
+    return scale.detach().to("cpu", copy=True)
+
+
 class DenseGemmMoE(torch.nn.Module):  # type: ignore[misc]
-    """A MoE layer on one rank.
+    """A MoE layer on one rank. It moves with its model (``to``, ``cuda``); ``half`` and ``to(dtype)`` leave its weights and scales as they are.
 
     Args:
         config: what the layer is.
@@ -62,7 +79,7 @@ class DenseGemmMoE(torch.nn.Module):  # type: ignore[misc]
         group: the process group of the sum over ranks; the default one where absent.
 
     Raises:
-        ProblemError: the layer is not supported (``can_implement`` says why), or weights that are not its own.
+        ProblemError: the layer is not supported (``can_implement`` says why), a bias that its routing does not add, or weights that are not its own.
     """
 
     def __init__(
@@ -78,10 +95,15 @@ class DenseGemmMoE(torch.nn.Module):  # type: ignore[misc]
         accepted, reason = can_implement(config)
         if not accepted:
             raise ProblemError(f"densemoe cannot run this layer: {reason}")
+        if bias is not None and tuple(bias.shape) != (config.experts,):
+            raise ProblemError(f"bias {list(bias.shape)}: use [E], {[config.experts]}, of all ranks")
+        wrong = refusal(config.routing, config.experts, config.top_k, config.groups, config.best_groups, config.scaling, bias is not None)
+        if wrong:
+            raise ProblemError(wrong)
         self.config = config
         self.shared_experts = shared_experts
         self._group = group
-        self._weights: MoEWeights | None = None
+        self._given: _Given | None = None
         for name in _BUFFERS:
             self.register_buffer(name, None, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
@@ -99,30 +121,44 @@ class DenseGemmMoE(torch.nn.Module):  # type: ignore[misc]
         found = (weights.layout, weights.experts, weights.hidden, weights.intermediate)
         if found != expected:
             raise ProblemError(f"weights are (layout, E, H, I) {found}: this rank's layer is {expected}")
-        values = self._scales(weights)
-        for name, value in {"w1": weights.w1, "w2": weights.w2, **values}.items():
+        given = _Given(_kept(weights.w1_scale), _kept(weights.w2_scale), weights.input_scale, weights.between_scale)
+        self._put({"w1": weights.w1, "w2": weights.w2, **self._scales(given, weights.w1.device)})
+        self._given = given
+
+    def _put(self, values: Mapping[str, Tensor | None]) -> None:
+        """Buffers: in place where the old one has the same size, wherever that lies."""
+        for name, value in values.items():
             old = getattr(self, name)
-            if old is None or value is None or old.device != value.device:
+            if old is None or value is None or old.device.type == "meta" or (old.shape, old.dtype) != (value.shape, value.dtype):
                 setattr(self, name, value)
             elif old.data_ptr() != value.data_ptr():
                 old.copy_(value)
-        self._weights = replace(weights, w1=self.w1, w2=self.w2)
 
-    def _scales(self, weights: MoEWeights) -> dict[str, Tensor | None]:
-        c, device = self.config, weights.w1.device
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DenseGemmMoE:
+        """As every module, but for the scales and the router's bias, which stay float32 when a model is converted to another dtype."""
+        before = {name: self._buffers[name] for name in (*_SCALES, "bias")}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def _scales(self, given: _Given, device: Any) -> dict[str, Tensor | None]:
+        c = self.config
 
         def one(value: float) -> Tensor:
             return torch.tensor([value], dtype=torch.float32, device=device)
 
-        w1_alpha, w2_alpha = weights.w1_scale.clone(), weights.w2_scale.clone()
+        w1_alpha, w2_alpha = given.w1_scale.to(device, copy=True), given.w2_scale.to(device, copy=True)
         multipliers: dict[str, Tensor | None] = {"input_multiplier": None, "output_multiplier": None, "alpha_max": None}
         for name, form, scale, alpha in (
-            ("input_multiplier", c.activations, weights.input_scale, w1_alpha),
-            ("output_multiplier", c.between, weights.between_scale, w2_alpha),
+            ("input_multiplier", c.activations, given.input_scale, w1_alpha),
+            ("output_multiplier", c.between, given.between_scale, w2_alpha),
         ):
             if form != "nvfp4":
                 continue
-            if scale is None or not scale > 0:
+            if scale is None or not 0 < scale < math.inf:
                 which = "activations" if name == "input_multiplier" else "between"
                 raise ProblemError(f"{which}='nvfp4' needs the checkpoint's input scales, {scale} is there: calibrate, or use {which}='bf16'")
             multipliers[name] = 1 / one(scale)
@@ -138,22 +174,26 @@ class DenseGemmMoE(torch.nn.Module):  # type: ignore[misc]
         """Replaces the expert in ``slot`` of this rank, in place: for load balancing by swapped experts. The caller makes sure that nothing runs.
 
         Raises:
-            ProblemError: no weights yet. CheckpointError: parts that do not fit.
+            ProblemError: no weights yet, or no such slot. CheckpointError: parts that do not fit. Nothing is written then.
         """
-        if self._weights is None:
+        c = self.config
+        if self._given is None:
             raise ProblemError("update_expert before load: load the layer's weights first")
-        old, w = self._weights, self._weights
-        store = WeightStore(1, w.hidden, w.intermediate, w.layout, w.w1.device)
-        if w.layout != self.config.layout or "superblock" not in w.layout:
-            raise ProblemError(f"update_expert with {w.layout}: an expert does not lie in one piece there; load the layer again")
+        if "superblock" not in c.layout:
+            raise ProblemError(f"update_expert with {c.layout}: an expert does not lie in one piece there; load the layer again")
+        if not 0 <= slot < c.rank_experts:
+            raise ProblemError(f"update_expert of slot {slot}: use 0 to {c.rank_experts - 1}, the slots of this rank")
+        store = WeightStore(1, c.hidden, c.rank_intermediate, c.layout, self.w1.device)
         store.put(0, gate=gate, up=up, down=down)
         new = store.finish()
+        given = replace(self._given, w1_scale=self._given.w1_scale.clone(), w2_scale=self._given.w2_scale.clone())
+        given.w1_scale[slot], given.w2_scale[slot] = new.w1_scale[0].cpu(), new.w2_scale[0].cpu()
+        scales = self._scales(given, self.w1.device)
         for name in ("w1", "w2"):
-            stride = getattr(old, name).numel() // w.experts
+            stride = getattr(self, name).numel() // c.rank_experts
             getattr(self, name)[slot * stride : (slot + 1) * stride].copy_(getattr(new, name))
-        for name in ("w1_scale", "w2_scale"):
-            getattr(old, name)[slot] = getattr(new, name)[0]
-        self.load(old)
+        self._put(scales)
+        self._given = given
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(ids int32, weights float32), each ``[M, k]``, of router logits ``[M, E]`` by the layer's method."""
@@ -185,6 +225,8 @@ class DenseGemmMoE(torch.nn.Module):  # type: ignore[misc]
         if (router_logits is None) == (ids is None) or (ids is None) != (weights is None):
             raise ProblemError("give router_logits, or ids and weights")
         if router_logits is not None:
+            if router_logits.shape[-1] != c.experts:
+                raise ProblemError(f"router_logits {list(router_logits.shape)}: use [M, E] with E = {c.experts}, of all ranks")
             ids, weights = self.route(router_logits.reshape(-1, router_logits.shape[-1]))
         assert ids is not None
         assert weights is not None

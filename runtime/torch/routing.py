@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from densemoe.runtime.errors import ProblemError
-from densemoe.runtime.routing import METHODS
+from densemoe.runtime.routing import METHODS, refusal
 
 __all__ = ["METHODS", "route"]
 
@@ -53,17 +53,13 @@ def route(
     Raises:
         ProblemError: an unknown method, or sizes that do not fit.
     """
-    if method not in METHODS:
-        raise ProblemError(f"routing method {method!r}: use one of {', '.join(METHODS)}")
-    if logits.dim() != 2 or not 1 <= top_k <= logits.shape[1]:
-        raise ProblemError(f"top_k={top_k} of logits {list(logits.shape)}: use [M, E] and 1 to E")
-    if bias is not None and (method not in ("DeepSeekV3", "MiniMaxM2") or tuple(bias.shape) != (logits.shape[1],)):
-        raise ProblemError(f"bias {list(bias.shape)} for {method}: use [E] with DeepSeekV3 or MiniMaxM2")
-    if method != "DeepSeekV3" and (groups, best_groups, scaling) != (1, 1, 1.0):
-        raise ProblemError(f"groups={groups}, best_groups={best_groups}, scaling={scaling} for {method}: only DeepSeekV3 has them")
-    experts = int(logits.shape[1])
-    if groups < 1 or experts % groups or not 1 <= best_groups <= groups or top_k > best_groups * (experts // groups):
-        raise ProblemError(f"{groups} groups, the best {best_groups}, of {experts} experts for top_k={top_k}: groups divide E and hold top_k")
+    if logits.dim() != 2:
+        raise ProblemError(f"logits {list(logits.shape)}: use [M, E]")
+    reason = refusal(method, int(logits.shape[1]), top_k, groups, best_groups, scaling, bias is not None)
+    if reason:
+        raise ProblemError(reason)
+    if bias is not None and tuple(bias.shape) != (logits.shape[1],):
+        raise ProblemError(f"bias {list(bias.shape)}: use [E], {[int(logits.shape[1])]}")
     scores = logits.float()
     if method in ("Renormalize", "Llama4Renormalize"):
         ids = _largest(scores, top_k)

@@ -6,9 +6,13 @@ uint8 and uint16 bit patterns. Nothing but numpy is needed. Format: https://gith
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +22,7 @@ import numpy.typing as npt
 
 from densemoe.runtime.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Stored", "create"]
+__all__ = ["Checkpoint", "Stored", "writing"]
 
 Array = npt.NDArray[Any]
 
@@ -56,6 +60,26 @@ class Stored:
     end: int
 
 
+def _stored(path: Path, start: int, each: Any) -> Stored:
+    """One tensor of a header whose data begin at ``start``; TypeError or ValueError for what is none."""
+    dtype, shape, offsets = each["dtype"], each["shape"], each["data_offsets"]
+    if type(dtype) is not str or any(type(size) is not int or size < 0 for size in (*shape, *offsets)):
+        raise TypeError(f"dtype {dtype!r}, shape {shape!r}, data_offsets {offsets!r}")
+    begin, end = offsets
+    return Stored(path, dtype, tuple(shape), start + begin, start + end)
+
+
+def _files_of(index: Path) -> list[str]:
+    """Names of the files that an index lists."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+            raise ValueError("weight_map names files outside of the folder")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: it cannot be read ({error!r}): download it again") from None
+    return names
+
+
 def _read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -65,15 +89,14 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         try:
             document = json.loads(file.read(length))
             metadata = document.pop("__metadata__", {})
-            stored = {
-                name: Stored(path, each["dtype"], tuple(each["shape"]), *(8 + length + int(at) for at in each["data_offsets"]))
-                for name, each in document.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not isinstance(metadata, dict):
+                raise TypeError(f"__metadata__ {metadata!r}")
+            stored = {name: _stored(path, 8 + length, each) for name, each in document.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: its header cannot be read ({error!r}): download it again") from None
     for name, each in stored.items():
         known = _NUMPY.get(each.dtype)
-        wanted = np.dtype(known).itemsize * int(np.prod(each.shape, dtype=np.int64)) if known else each.end - each.begin
+        wanted = np.dtype(known).itemsize * math.prod(each.shape) if known else each.end - each.begin
         if not 8 + length <= each.begin <= each.end <= size or each.end - each.begin != wanted:
             raise CheckpointError(f"{path}: tensor {name!r} of {each.dtype} {list(each.shape)} does not lie inside the file: download it again")
     return stored, metadata
@@ -95,7 +118,7 @@ class Checkpoint:
         if given.is_dir():
             index = given / INDEX
             if index.is_file():
-                files = [given / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+                files = [given / name for name in _files_of(index)]
             else:
                 files = sorted(given.glob("*.safetensors"))
         else:
@@ -154,12 +177,20 @@ class Checkpoint:
         return np.float32(self.array(name).reshape(-1)[0])
 
 
-def create(path: str | os.PathLike[str], tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> dict[str, Array]:
-    """Makes a file of the right size and maps its tensors for writing: what is written there is in the file, never twice in memory.
+@contextmanager
+def writing(
+    path: str | os.PathLike[str], tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> Iterator[dict[str, Array]]:
+    """Maps the tensors of a new file for writing: what is written there is in the file, never twice in memory. ``path`` gets the file once the block
+    ends; where it raises, what stood there stays.
 
     Args:
         tensors: name → (dtype as the format spells it, shape), in the order of the data.
+
+    Raises:
+        CheckpointError: the file cannot be made there, or the disk is full.
     """
+    target = Path(path)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -168,11 +199,38 @@ def create(path: str | os.PathLike[str], tensors: Mapping[str, tuple[str, tuple[
     text = json.dumps(header, separators=(",", ":")).encode()
     start = -(-(8 + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
     text += b" " * (start - 8 - len(text))
-    with Path(path).open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(start + end)
-    result: dict[str, Array] = {}
-    for name, (dtype, shape) in tensors.items():
-        begin = start + header[name]["data_offsets"][0]
-        result[name] = np.memmap(path, dtype=_NUMPY[dtype], mode="r+", offset=begin, shape=shape)
-    return result
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder: name a file")
+        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from None
+    try:
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                _reserve(file.fileno(), start + end)
+        except OSError as error:
+            raise CheckpointError(f"{target} cannot be written: {error.strerror or error}; {start + end} bytes are needed") from None
+        arrays: dict[str, Array] = {}
+        for name, (dtype, shape) in tensors.items():
+            begin = start + header[name]["data_offsets"][0]
+            arrays[name] = np.memmap(partial, dtype=_NUMPY[dtype], mode="r+", offset=begin, shape=shape)
+        yield arrays
+        for each in arrays.values():
+            assert isinstance(each, np.memmap)
+            each.flush()
+        os.chmod(partial, 0o644)
+        os.replace(partial, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(partial)
+        raise
+
+
+def _reserve(handle: int, size: int) -> None:
+    """Makes a file as long as that, with its space: a mapped page that finds none on the disk would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+    else:
+        os.truncate(handle, size)

@@ -133,6 +133,8 @@ class WeightStore:
         for what, array, shape in (("codes", given.codes, (rows, k // 2)), ("scales", given.scales, (rows, k // GROUP))):
             if array.shape != shape or array.dtype != np.uint8:
                 raise CheckpointError(f"expert {expert}, {name}: {what} are {array.dtype} {list(array.shape)}: use uint8 {list(shape)}")
+        if given.scales.max(initial=0) >= packing.FIRST_REFUSED_SCALE:
+            raise CheckpointError(f"expert {expert}, {name}: a weight scale is NaN or negative: the checkpoint is damaged, or has no e4m3")
         scale = given.global_scale
         if not np.isfinite(scale) or scale <= 0:
             raise CheckpointError(f"expert {expert}, {name}: global scale {scale}: a positive finite number belongs there")
@@ -181,8 +183,6 @@ class WeightStore:
             else:
                 slot.copy_(torch.from_numpy(packing.pack_expert(op, codes, scales)))
             return
-        if scales.max(initial=0) >= packing.FIRST_REFUSED_SCALE:
-            raise CheckpointError(f"{op}, expert {expert}: a weight scale is NaN or negative: the checkpoint is damaged")
         all_codes, all_scales = self._interchange(op)
         offsets, target = self._places(op, expert, all_codes)
         target.copy_(torch.from_numpy(np.ascontiguousarray(codes)))

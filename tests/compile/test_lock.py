@@ -14,7 +14,7 @@ import pytest
 
 from densemoe.compile import build, environment, locking, matrix, reproduction
 from densemoe.runtime import cli
-from densemoe.runtime.errors import ManifestError, ToolchainError
+from densemoe.runtime.errors import ManifestError, ToolchainError, VariantError
 from densemoe.runtime.lock import Lock, LockedWheel
 from densemoe.runtime.manifest import Index, IndexEntry, Manifest
 from densemoe.runtime.variant import Variant
@@ -133,6 +133,18 @@ def test_new_and_vanished_variants_are_named(lock: Lock, artifacts: Path) -> Non
     gone = locking.compare(lock, smaller, "full", artifacts)
     assert len(gone) == len(lock.cubins) - len(plan.profile("quick"))
     assert all("left the matrix" in each.cause for each in gone)
+
+
+@pytest.mark.parametrize("left", ["groupedfc1.sm90a.t8x64.c1x1.nvfp4-nvfp4", "fc9.sm80.t8x64.c1x1.bf16-bf16.fast2"])
+def test_a_lock_that_names_what_densemoe_no_longer_has_is_read_and_renewed(lock: Lock, artifacts: Path, left: str) -> None:
+    """Keys that this version would refuse, of another version's variants: the difference is said, and the lock that is made is without them."""
+    with pytest.raises(VariantError):
+        Variant.parse(left)
+    plan = matrix.load()
+    older = Lock.from_bytes(dataclasses.replace(lock, cubins={**lock.cubins, left: next(iter(lock.cubins.values()))}).to_bytes(), "lock")
+    smaller = dataclasses.replace(plan, profiles={"full": plan.profile("quick")})
+    assert [each.what for each in locking.compare(older, smaller, "full", artifacts) if each.key == left] == ["only the lock names it"]
+    assert left not in locking.make(plan, "quick", artifacts, older.wheels).cubins
 
 
 def test_another_toolchain_is_refused_before_anything_compiles(lock: Lock) -> None:

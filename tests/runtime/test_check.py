@@ -148,7 +148,7 @@ def test_devices_of_this_machine(artifacts: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_quick_set_runs_but_not_optimally(artifacts: Path) -> None:
     verdict = check.check_device(check.profile("h200"), artifacts)
     assert verdict.state == check.NOT_OPTIMAL
-    assert any("locked variants are not installed" in reason for reason in states(verdict))
+    assert any("locked variants of sm_90a are not installed" in reason for reason in states(verdict))
     assert all(each.remedy for each in verdict.findings)
 
 
@@ -172,6 +172,10 @@ def test_exit_codes(artifacts: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main([*common, "--device-profile", "h200", "--device-profile", "b200"]) == 1
     assert cli.main([*common, "--device-profile", "h900"]) == 2
     assert cli.main([*common, "--driver", "12.8"]) == 2
+    capsys.readouterr()
+    assert cli.main([*common, "--device-profile", "h200", "--driver", "0"]) == 1
+    assert "the driver supports CUDA 0.0" in capsys.readouterr().out
+    assert cli.main([*common, "--device-profile", "h200", "--driver", ""]) == 2
     capsys.readouterr()
     cli.main([*common, "--device-profile", "h200", "--driver", "12.8", "--json"])
     (document,) = json.loads(capsys.readouterr().out)

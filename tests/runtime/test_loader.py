@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -11,9 +12,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from exporter import Exporter
 from fake_driver import FakeDriver
 
 from densemoe.runtime import cli
@@ -238,6 +241,37 @@ class ThreadedDriver(FakeDriver):
     def allocate(self, nbytes: int) -> int:
         with self.lock:
             return super().allocate(nbytes)
+
+
+def test_a_relative_root_stays_where_it_was(artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Manifests and cubins are read when they are needed, by then a daemon may have changed its folder."""
+    monkeypatch.chdir(artifacts.parent)
+    loader, _ = open_with(Path(artifacts.name))
+    monkeypatch.chdir(tmp_path)
+    assert loader.kernel(FC1, 0).entry.key == FC1
+    assert loader.artifacts.root == artifacts
+
+
+def test_a_kernel_that_another_device_has_is_refused_all_the_same(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, driver = open_with(artifacts, capabilities=((9, 0), (10, 0)))
+    sets = [loader.manifest(0), SimpleNamespace(arch="sm_100f", variants={})]
+    monkeypatch.setattr(loader, "manifest", lambda device: sets[device])
+    loader.preload([FC1], 0)
+    with pytest.raises(SelectionError, match="is not in the sm_100f set"):
+        loader.preload([FC1], 1)
+    assert [ordinal for _, ordinal, _, _ in driver.prepared] == [0]
+
+
+def test_a_closed_plan_keeps_nobody_s_memory(artifacts: Path) -> None:
+    loader, driver = open_with(artifacts)
+    lent = Exporter(shape=(PROBLEM.m, PROBLEM.hidden), strides=(PROBLEM.hidden, 1))
+    plan = loader.plan(PROBLEM, {**tensors(driver), "a": lent}, 0)
+    assert lent.released == 0
+    plan.close()
+    gc.collect()
+    assert lent.released == 1
+    with pytest.raises(PlanError, match="is closed"):
+        plan.feeds(plan)
 
 
 def test_threads_and_devices_share_a_loader(artifacts: Path) -> None:

@@ -217,6 +217,25 @@ def test_tensorrt_llm_s_fc1_and_fc2(fp4: bool, post: bool) -> None:
     read2 = reference.Weights("fc2", b2, b2_sf, EXPERTS)
     exact2 = reference.fc2(reference.activation_values(got["c.codes"], c_sf), read2, alpha2.double(), EXPERTS, INTERMEDIATE)
     assert bounds.compare_fc2({"c": out}, exact2, Problem("fc2", TOKENS, EXPERTS, HIDDEN, INTERMEDIATE, "nvfp4", "bf16")).passed
+    # some of the experts, at the same addresses, are other weights
+    half = EXPERTS // 2
+    own = (b.view(torch.uint8)[:half], a_sf, b_sf[: half * 2 * INTERMEDIATE], alpha[:half], None, multiplier)
+    some, _ = tensorrt_llm.cute_dsl_nvfp4_dense_gemm_swiglu_blackwell(
+        a, *own, expert_count=half, weight_per_expert=2 * INTERMEDIATE, output_dtype=torch.bfloat16
+    )
+    assert bounds.compare_fc1(
+        {"c": some},
+        reference.fc1(values, read, alpha.double(), range(half)),
+        Problem("fc1", TOKENS, half, HIDDEN, INTERMEDIATE, "nvfp4", "bf16"),
+    ).passed
+    with pytest.raises(ProblemError, match="1024 scale bytes belong to a"):
+        tensorrt_llm.cute_dsl_nvfp4_dense_gemm_swiglu_blackwell(
+            a, own[0], a_sf[:64], *own[2:], expert_count=half, weight_per_expert=2 * INTERMEDIATE, output_dtype=torch.bfloat16
+        )
+    with pytest.raises(ProblemError, match="scale bytes belong to b of"):
+        tensorrt_llm.cute_dsl_nvfp4_dense_gemm_fc2_blackwell(
+            c, b2, c_sf, b2_sf[:64], alpha2, expert_count=EXPERTS, weight_per_expert=INTERMEDIATE
+        )
     with pytest.raises(ProblemError, match="NVFP4 has 16"):
         tensorrt_llm.cute_dsl_nvfp4_dense_gemm_fc2_blackwell(
             c, b2, c_sf, b2_sf, alpha2, expert_count=EXPERTS, weight_per_expert=INTERMEDIATE, scaling_vector_size=32

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import json
+import os
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -222,6 +226,19 @@ def test_projections_may_arrive_in_any_order_and_again(layout: str) -> None:
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
+@pytest.mark.parametrize("layout", [packing.LAYOUT, packing.INTERCHANGE_LAYOUT])
+def test_a_refused_expert_writes_nothing(layout: str) -> None:
+    first, second = ({each: quantize_projection(random_weight(0, e, each).float().numpy()) for each in PROJECTIONS} for e in (0, 1))
+    store = WeightStore(1, 64, 128, layout)
+    store.put(0, **first)
+    before = [each.clone() for each in store._packed]
+    scales = second["down"].scales.copy()
+    scales[3, 2] = 0x7F
+    with pytest.raises(CheckpointError, match="expert 0, down: a weight scale is NaN or negative"):
+        store.put(0, **{**second, "down": dataclasses.replace(second["down"], scales=scales)})
+    assert all(torch.equal(*pair) for pair in zip(store._packed, before, strict=True))
+
+
 def test_a_rank_s_part_is_that_part_of_the_whole(tmp_path: Path) -> None:
     folder, _ = write(tmp_path, modelopt)
     checkpoint = Checkpoint(folder)
@@ -290,13 +307,21 @@ def test_loading_holds_one_expert_beside_the_packed_weights(tmp_path: Path) -> N
         assert peak <= expert_bytes + stage < experts * expert_bytes
 
 
+def changed(suffix: str, change: Any) -> Any:
+    """What replaces a file's tensors of that name."""
+    return lambda t: t.update({name: change(each) for name, each in t.items() if name.endswith(suffix)})
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda t: t.pop(next(n for n in t if n.endswith("1.up_proj.weight_scale_2"))), "has no tensor"),
         (lambda t: t.update({n: v.view(torch.uint8) for n, v in t.items() if n.endswith("0.gate_proj.weight_scale")}), "F8_E4M3"),
         (lambda t: t.update({n: v * float("nan") for n, v in t.items() if n.endswith("scale_2")}), "positive finite"),
-        (lambda t: t.update({n: v[:64].contiguous() for n, v in t.items() if n.endswith("2.up_proj.weight")}), r"use uint8 \[128, 32\]"),
+        (changed("2.up_proj.weight", lambda v: v[:64].contiguous()), r"2\.up_proj\.weight has shape \[64, 32\]: \[128, 32\]"),
+        (changed("1.up_proj.weight", lambda v: v.repeat(2, 1)), r"1\.up_proj\.weight has shape \[256, 32\]"),
+        (changed("1.down_proj.weight_scale", lambda v: v.repeat(1, 2)), r"\[64, 16\]: \[64, 8\] belongs"),
+        (changed("0.gate_proj.weight", lambda v: v.reshape(-1)), "two dimensions belong there"),
         (lambda t: [t.pop(n) for n in list(t) if ".experts.1." in n], "a file is missing"),
     ],
 )
@@ -328,9 +353,64 @@ def test_a_file_that_is_cut_or_foreign_is_refused(tmp_path: Path) -> None:
         Checkpoint(tmp_path / "nowhere")
 
 
-def test_the_command_converts_for_each_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import json
+@pytest.mark.parametrize(
+    ("name", "value"), [("shape", ["x"]), ("dtype", ["F"]), ("shape", [2**40, 2**40]), ("shape", [-1]), ("data_offsets", [0]), ("data_offsets", "ab")]
+)
+def test_a_header_of_anything_else_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    header = {"t": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4], name: value}}
+    text = json.dumps(header).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(CheckpointError, match="download it again"):
+        Checkpoint(tmp_path / "a.safetensors")
 
+
+@pytest.mark.parametrize("text", ["{broken", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 4}}', '{"weight_map": {"a": "../b.safetensors"}}'])
+def test_an_index_of_anything_else_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"cannot be read .*: download it again"):
+        Checkpoint(tmp_path)
+
+
+def test_what_stood_at_the_target_stays_until_the_new_file_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "from").mkdir()
+    folder, _ = write(tmp_path / "from", modelopt)
+    target = tmp_path / "packed.safetensors"
+    reading.convert(folder, target)
+    before = target.read_bytes()
+    broken = load_file(folder / "model-1.safetensors")
+    del broken[next(name for name in broken if name.endswith("2.down_proj.weight_scale"))]
+    save_file(broken, folder / "model-1.safetensors")
+    with pytest.raises(CheckpointError, match="has no tensor"):
+        reading.convert(folder, target)
+
+    def full(handle: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device; [0-9]+ bytes are needed"):
+        reading.convert(folder, target)
+    assert target.read_bytes() == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["from", "packed.safetensors"]
+
+
+def test_a_target_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "from").mkdir()
+    folder, _ = write(tmp_path / "from", modelopt)
+    source = folder / "model-0.safetensors"
+    before = source.read_bytes()
+    (tmp_path / "link").symlink_to(source)
+    for target, said in (
+        (source, "is read: name another"),
+        (tmp_path / "link", "is read: name another"),
+        (folder, "it is a folder"),
+        (tmp_path / "nowhere" / "x", "No such file"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            reading.convert(folder, target)
+    assert source.read_bytes() == before
+
+
+def test_the_command_converts_for_each_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from densemoe.runtime import cli
 
     (tmp_path / "from").mkdir()
@@ -341,6 +421,12 @@ def test_the_command_converts_for_each_rank(tmp_path: Path, capsys: pytest.Captu
     assert reading.load_packed(Checkpoint(target), PREFIX.format(1)).intermediate == 64
     assert cli.main(["convert", str(tmp_path / "nothing"), str(target)]) == 2
     assert "no safetensors files" in capsys.readouterr().err
+    for option, value, code in (("--device", "foo", 2), ("--device", "cuda:99", 3), ("--top-k", "9", 2)):
+        assert cli.main(["numerics", option, value]) == code
+    for option in ("--m", "--experts", "--hidden"):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["numerics", option, "0"])
+    capsys.readouterr()
     assert cli.main(["numerics", "--experts", "2", "--hidden", "64", "--intermediate", "64", "--m", "1", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["form"] for row in rows] == ["bf16", "nvfp4 between", "nvfp4", "nvfp4 fused alpha"]

@@ -250,11 +250,17 @@ def test_old_entries_are_dropped_but_not_those_in_use(fake: Fake, monkeypatch: p
     used, one = arguments(1), torch.ones(1)
     device.moe(*used)
     (kept,) = fake.runtime.entries.values()
+    held = []  # as by a thread that has found an entry and not launched it yet
     for m in range(1, 6):
         device.moe(*used)
         device.quantize_nvfp4(torch.zeros(m, HIDDEN, dtype=torch.bfloat16), one)
+        held += [each for each in fake.runtime.entries.values() if each not in held]
     assert len(fake.runtime.entries) == 3
     assert kept in fake.runtime.entries.values()
+    assert len(held) == 6
+    for entry in held:
+        for plan in entry.plans:
+            plan.launch(fake.stream)
     fake.launches()
     device.moe(*used)
     assert len(fake.launches()) == 3

@@ -147,6 +147,69 @@ def test_new_weights_go_where_the_old_ones_lie_and_a_slot_can_be_replaced() -> N
     assert torch.equal(layer(x, logits), DenseGemmMoE(CONFIG, stores[1].finish())(x, logits))
 
 
+def moved(layer: DenseGemmMoE) -> DenseGemmMoE:
+    """As ``to(device)`` does it: every buffer is another tensor."""
+    return layer._apply(lambda each: each.clone())
+
+
+def test_a_layer_that_was_moved_takes_new_weights_where_it_is() -> None:
+    x, logits = tokens()
+    store, parts = WeightStore(8, 128, 128), {}
+    for expert in range(8):
+        parts[expert] = {each: quantize_projection(ATOMS.projection(each, expert)) for each in ("gate", "up", "down")}
+        store.put(expert, **parts[expert])
+    weights = store.finish()
+    layer = moved(DenseGemmMoE(CONFIG, weights))
+    address, given = layer.w1.data_ptr(), [each.clone() for each in (weights.w1, weights.w2, weights.w1_scale, weights.w2_scale)]
+    layer.update_expert(5, **parts[2])
+    assert layer.w1.data_ptr() == address
+    store.put(5, **parts[2])  # the caller's own weights are only now others
+    assert all(torch.equal(*pair) for pair in zip((weights.w1_scale, weights.w2_scale), given[2:], strict=True))
+    assert torch.equal(layer(x, logits), DenseGemmMoE(CONFIG, store.finish())(x, logits))
+    layer.load(weights_of())
+    assert layer.w1.data_ptr() == address
+    for slot in (-1, 8):
+        with pytest.raises(ProblemError, match="use 0 to 7"):
+            layer.update_expert(slot, **parts[2])
+
+
+@pytest.mark.parametrize("convert", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
+def test_a_model_s_dtype_leaves_scales_and_weights_as_they_are(convert: Any) -> None:
+    x, logits = tokens()
+    config = MoEConfig(8, 3, 128, 128, between="nvfp4", routing="MiniMaxM2")
+    layer = DenseGemmMoE(config, weights_of(between_scale=16 / 2688), bias=torch.linspace(-1, 1, 8))
+    before = layer(x, logits)
+    layer.shared_experts = torch.nn.Linear(2, 2)
+    convert(layer)
+    assert layer.shared_experts.weight.dtype != torch.float32
+    layer.shared_experts = None
+    assert {each.dtype for name, each in layer.named_buffers() if name not in ("w1", "w2")} == {torch.float32}
+    assert torch.equal(layer(x, logits), before)
+
+
+def test_a_gradient_through_the_router_is_no_error_on_a_cpu() -> None:
+    x, logits = tokens()
+    layer = DenseGemmMoE(CONFIG, weights_of())
+    wanted = layer(x, logits)
+    assert torch.equal(layer(x, logits.requires_grad_()).detach(), wanted)
+    codes, _ = ops.quantize_nvfp4(x.clone().requires_grad_(), torch.ones(1))
+    assert torch.equal(codes, ops.quantize_nvfp4(x, torch.ones(1))[0])
+
+
+def test_logits_of_another_number_of_experts_are_refused() -> None:
+    x, _ = tokens()
+    layer = DenseGemmMoE(dataclasses.replace(CONFIG, experts=16, ep_size=2), weights_of())
+    for experts in (8, 32):
+        with pytest.raises(ProblemError, match="use \\[M, E\\] with E = 16"):
+            layer(x, torch.zeros(6, experts))
+
+
+@pytest.mark.parametrize(("bias", "said"), [(torch.zeros(8), "only DeepSeekV3 or MiniMaxM2 adds one"), (torch.zeros(4), r"bias \[4\]: use \[E\]")])
+def test_a_bias_that_the_routing_does_not_add_is_refused_at_construction(bias: torch.Tensor, said: str) -> None:
+    with pytest.raises(ProblemError, match=said):
+        DenseGemmMoE(CONFIG, weights_of(), bias=bias)
+
+
 def test_the_environment_asks_for_the_fused_form_once_and_an_argument_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(value: str | None) -> bool:
         fused_by_default.cache_clear()
@@ -221,6 +284,10 @@ REFUSED = [
     ({"top_k": 9}, "use 1 to 8"),
     ({"dtype": "f32"}, "bf16, f16"),
     ({"routing": "Sinkhorn"}, "use one of Default"),
+    ({"routing": "DeepSeekV3", "groups": 3}, "groups divide E"),
+    ({"routing": "DeepSeekV3", "groups": 4, "best_groups": 1}, "hold top_k"),
+    ({"groups": 2}, "only DeepSeekV3 has them"),
+    ({"scaling": 2.5}, "only DeepSeekV3 has them"),
     ({"hidden": 100}, "multiple of 64"),
     ({"layout": packing.INTERCHANGE_LAYOUT}, "nvfp4 in both places"),
     ({"layout": packing.INTERCHANGE_LAYOUT, "activations": "nvfp4", "between": "nvfp4", "intermediate": 512, "tp_size": 4}, "I = 128 on this rank"),

@@ -32,7 +32,7 @@ __all__ = [
 Tensor = Any
 _FP4: Final = torch.float4_e2m1fn_x2
 _OUTPUTS: Final = {_FP4: "nvfp4", torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-_packed: dict[tuple[str, int, int], tuple[Tensor, str, tuple[Tensor, Tensor]]] = {}
+_packed: dict[tuple[Any, ...], tuple[Tensor, str, tuple[Tensor, Tensor]]] = {}
 
 
 def forget() -> None:
@@ -51,7 +51,7 @@ def _layout(device: Any) -> str:
 
 
 def _pack(op: str, b: Tensor, b_sf: Tensor, experts: int) -> tuple[Tensor, str]:
-    key = (op, b.data_ptr(), b_sf.data_ptr())
+    key = (op, experts, *((each.data_ptr(), tuple(each.shape), each.stride()) for each in (b, b_sf)))
     if key not in _packed:
         layout = _layout(b.device)
         codes, scales = (_plain(each).cpu().numpy() for each in (b, b_sf))
@@ -69,6 +69,14 @@ def _check(scaling_vector_size: int, output_dtype: Any, allowed: tuple[Any, ...]
     if output_dtype not in allowed:
         raise ProblemError(f"output_dtype={output_dtype}: use one of {', '.join(map(str, allowed))}")
     return _OUTPUTS[output_dtype]
+
+
+def _tiled(name: str, scales: Tensor, rows: int, k: int) -> Tensor:
+    """Scales of ``rows`` rows of ``k`` values, as bytes in tiles of 128 rows."""
+    shape = (padded_rows(rows), k // GROUP)
+    if scales.numel() != shape[0] * shape[1]:
+        raise ProblemError(f"{name}_sf {list(scales.shape)}: {shape[0] * shape[1]} scale bytes belong to {name} of {rows} rows, in tiles of 128")
+    return _plain(scales).reshape(shape)
 
 
 def cute_dsl_nvfp4_dense_gemm_swiglu_blackwell(
@@ -96,7 +104,7 @@ def cute_dsl_nvfp4_dense_gemm_swiglu_blackwell(
         raise ProblemError(f"b {list(b.shape)} with {expert_count} experts of {weight_per_expert} rows, H = {hidden}: the sizes do not agree")
     codes, scales = _plain(b).reshape(expert_count, weight_per_expert, hidden // 2), _plain(b_sf).reshape(rows, hidden // GROUP)
     packed, layout = _pack("fc1", codes, scales, expert_count)
-    a_scales = _plain(a_sf).reshape(padded_rows(int(a.shape[0])), hidden // GROUP)
+    a_scales = _tiled("a", a_sf, int(a.shape[0]), hidden)
     multiplier = norm_const if c_dtype == "nvfp4" else None
     c, c_sf = ops.fc1_swiglu(_plain(a), packed, alpha, weight_per_expert // 2, layout, c_dtype, multiplier, a_scales, alpha_post)
     return (c.view(_FP4) if c_dtype == "nvfp4" else c), c_sf
@@ -126,9 +134,9 @@ def cute_dsl_nvfp4_dense_gemm_fc2_blackwell(
     k, hidden = expert_count * weight_per_expert, int(b.shape[0])
     if int(a.shape[1]) * 2 != k or int(b.shape[1]) * 2 != k:
         raise ProblemError(f"a {list(a.shape)}, b {list(b.shape)}: K = E·I = {k} belongs to both")
-    scales = _plain(b_sf).reshape(padded_rows(hidden), k // GROUP)
+    scales = _tiled("b", b_sf, hidden, k)
+    a_scales = _tiled("a", a_sf, int(a.shape[0]), k)
     packed, layout = _pack("fc2", _plain(b), scales, expert_count)
-    a_scales = _plain(a_sf).reshape(padded_rows(int(a.shape[0])), k // GROUP)
     return ops.fc2(_plain(a), packed, alpha_scale.contiguous(), expert_count, hidden, layout, c_dtype, a_scales)
 
 
