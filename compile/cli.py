@@ -79,7 +79,11 @@ def build(args: argparse.Namespace) -> int:
         differing = len(differences)
         for each in differences:
             print(f"NOT AS LOCKED {each}", file=sys.stderr)
-        print(f"{differing} of {len(result.built) + len(result.reused)} cubins are not as locked", file=sys.stderr)
+        of = len(result.built) + len(result.reused)
+        if differing:
+            print(f"{differing} of {of} cubins are not as locked", file=sys.stderr)
+        elif not args.json:
+            print(f"  all {of} cubins are the locked ones, byte for byte")
     return 1 if result.failures or differing else 0
 
 

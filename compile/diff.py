@@ -222,7 +222,7 @@ def _print(found: Comparison) -> None:
         if not rules["added"] and not rules["removed"]:
             say(f"~ selection {arch}: the order of its rules")
     counts = f"{len(found.added)} added, {len(found.removed)} removed, {len(found.changed)} changed, {found.equal} equal"
-    print(f"{counts}; selection of {len(found.selection)} architectures changed", file=sys.stderr)
+    print(f"{counts}; selection of {len(found.selection)} architectures changed")
 
 
 def _short(value: Any) -> str:

@@ -72,7 +72,7 @@ def report_differences(differences: list[locking.Difference], as_json: bool) -> 
     else:
         for each in differences:
             print(each)
-        print(f"{len(differences)} variants are not as locked" if differences else "every cubin is the locked one, byte for byte", file=sys.stderr)
+        print(f"{len(differences)} variants are not as locked" if differences else "every cubin is the locked one, byte for byte")
     return 1 if differences else 0
 
 

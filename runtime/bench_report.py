@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -132,9 +132,9 @@ def markdown(document: Mapping[str, Any]) -> str:
             lines.append(f"| {row['what']} | {value} | {row.get('bar', '')} |")
         return "\n".join(lines) + "\n"
     names = columns(document)
-    for op, rows in _by(document["rows"], lambda row: row["op"]).items():
-        form = "active experts" if rows[0].get("active") else "dense over all experts"
-        lines += [f"## {op}, {rows[0]['a_dtype']} to {rows[0]['c_dtype']}, {form}: microseconds, weights cold", ""]
+    for (op, a_dtype, c_dtype, active), rows in _by(document["rows"], _part).items():
+        form = "active experts" if active else "dense over all experts"
+        lines += [f"## {op}, {a_dtype} to {c_dtype}, {form}: microseconds, weights cold", ""]
         judged = [name for name in (OURS, CHOSEN, WHOLE) if any(name in row["us"] for row in rows)] or [OURS]
         ratios = [f"T_{bound} / T{'' if name == OURS else f' {name}'}" for name in judged for bound in ("read", "roofline")]
         lines += [f"| shape | M | {' | '.join([*names, *ratios])} |", f"| --- | --: |{' --: |' * (len(names) + len(ratios))}"]
@@ -163,6 +163,23 @@ def _chosen(row: Mapping[str, Any]) -> str:
     return next((name for name in (WHOLE, CHOSEN) if name in row["us"]), OURS)
 
 
+def _part(row: Mapping[str, Any]) -> tuple[str, str, str, bool]:
+    """What a table or a plot is of: op, dtypes, and whether it has a list of active experts."""
+    return row["op"], row["a_dtype"], row["c_dtype"], bool(row.get("active"))
+
+
+def _names(parts: Collection[tuple[str, str, str, bool]]) -> dict[tuple[str, str, str, bool], str]:
+    """A short name of each part: its op, and whatever tells it from others of that op."""
+    found = {}
+    for part in parts:
+        others = [each for each in parts if each[0] == part[0]]
+        words = [part[0], *(str(part[at]) for at in (1, 2) if len({each[at] for each in others}) > 1)]
+        if len({each[3] for each in others}) > 1:
+            words.append("active" if part[3] else "dense")
+        found[part] = "-".join(words)
+    return found
+
+
 def _by(rows: Sequence[Mapping[str, Any]], key: Any) -> dict[Any, list[Mapping[str, Any]]]:
     found: dict[Any, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -181,7 +198,9 @@ def plots(document: Mapping[str, Any], folder: Path) -> list[Path]:
     from matplotlib import pyplot
 
     written = []
-    for op, rows in _by(document["rows"], lambda row: row["op"]).items():
+    parts = _by(document["rows"], _part)
+    names = _names(parts)
+    for part, rows in parts.items():
         shapes = _by(rows, lambda row: row["shape"]["name"])
         wide = min(_COLUMNS, len(shapes))
         high = -(-len(shapes) // wide)
@@ -199,17 +218,17 @@ def plots(document: Mapping[str, Any], folder: Path) -> list[Path]:
         axes.flat[0].legend(fontsize="x-small")
         for panel in list(axes.flat)[len(shapes) :]:
             panel.set_visible(False)
-        written.append(_save(figure, folder / f"{slug(document)}-{op}.svg", pyplot))
+        written.append(_save(figure, folder / f"{slug(document)}-{names[part]}.svg", pyplot))
         figure, panel = pyplot.subplots(figsize=(_PANEL[0] * 1.6, _PANEL[1] * 1.4))
         for name, own in shapes.items():
             points = [(row["m"], share) for row in own if (share := _roof(row, _chosen(row))) is not None]
             if points:
                 panel.plot(*zip(*points, strict=True), marker=".", label=name)
-        panel.set(title=f"{op}: share of the roofline", xscale="log", xlabel="M (tokens)", ylabel="T_roofline / T", ylim=(0, 1.05))
+        panel.set(title=f"{names[part]}: share of the roofline", xscale="log", xlabel="M (tokens)", ylabel="T_roofline / T", ylim=(0, 1.05))
         panel.grid(True, which="both", alpha=0.25)
         if panel.lines:
             panel.legend(fontsize="x-small")
-        written.append(_save(figure, folder / f"{slug(document)}-{op}-roofline.svg", pyplot))
+        written.append(_save(figure, folder / f"{slug(document)}-{names[part]}-roofline.svg", pyplot))
     return written
 
 

@@ -197,7 +197,7 @@ def _wanted(problem: Problem, size: int, table: Mapping[str, Any]) -> Iterator[_
     for position, rule in enumerate(table["rules"]):
         if rule["op"] != problem.op or not rule.get("hidden_from", 0) <= problem.hidden <= rule.get("hidden_to", LARGEST_DIMENSION):
             continue
-        if rule["m_from"] <= size <= rule["m_to"]:
+        if rule["m_from"] <= size <= rule["m_to"] and rule.get("a_dtype", problem.a_dtype) == problem.a_dtype:
             source = f"rule {position}"
             yield _Wanted(source, rule["tile"], rule["cluster"], None, rule["reason"], rule["provenance"], rule.get("settings", {}))
 

@@ -316,7 +316,11 @@ def test_bench_puts_everything_side_by_side(command: Run, what: str, tmp_path: P
     assert "| shape | M | densemoe |" in text
     assert "Humming" in text.split("| --- |")[0].splitlines()[-1]
     names = {path.name for path in (tmp_path / "out").glob("*.svg")}
-    assert names == {f"{what}-simulated-{op}{kind}.svg" for op in (("fc1", "fc2") if what == "ops" else ("layer",)) for kind in ("", "-roofline")}
+    drawn = [f"{op}-{form}" for op in (("fc1", "fc2") if what == "ops" else ("layer",)) for form in ("active", "dense")]
+    assert names == {f"{what}-simulated-{each}{kind}.svg" for each in drawn for kind in ("", "-roofline")}
+    heads = [line.split(":")[0].split(", ") for line in text.splitlines() if line.startswith("## ")]
+    forms = {"active": "active experts", "dense": "dense over all experts"}
+    assert sorted(heads) == sorted([f"## {op}", "bf16 to bf16", forms[form]] for op, form in (each.split("-") for each in drawn))
 
 
 @pytest.mark.parametrize("what", ["ops", "layer"])

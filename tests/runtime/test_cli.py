@@ -111,7 +111,7 @@ def test_explain_names_every_variant_once_with_a_reason(run: Run, artifacts: Pat
     document = json.loads(out)
     assert code == 0
     assert document["key"] == FC1
-    assert (document["bucket"], document["provenance"]) == (8, "modelled")
+    assert (document["bucket"], document["provenance"]) == (8, "measured")
     assert sorted([FC1, *(each["key"] for each in document["rejected"])]) == QUICK
     assert all(each["reason"] for each in document["rejected"])
     code, out, _ = run("explain", "fc1", *SHAPE, "--artifacts", artifacts)
