@@ -39,11 +39,22 @@ def test_every_page_that_is_mentioned_exists() -> None:
     assert missing == []
 
 
+def anchors(text: str) -> set[str]:
+    """Of a Markdown page's headings, as GitHub makes them: lower case, hyphens for spaces, no punctuation."""
+    plain = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    heads = re.findall(r"^#+ (.+)$", plain, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
 def test_every_relative_link_leads_somewhere() -> None:
     broken = []
-    for page in [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    for page in [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-            if not re.match(r"[a-z]+:", target) and target.split("#")[0] and not (page.parent / target.split("#")[0]).exists():
+            if re.match(r"[a-z]+:", target):
+                continue
+            name, _, anchor = target.partition("#")
+            file = page.parent / name if name else page
+            if not file.exists() or (anchor and anchor not in anchors(file.read_text())):
                 broken.append(f"{page.name}: {target}")
     assert broken == []
 
