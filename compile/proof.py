@@ -60,8 +60,12 @@ def device_of(driver: Driver, ordinal: int) -> roofline.Device:
     )
 
 
-def run_grids(results: Path) -> bool:
-    """Runs the GPU tests in a process of their own.
+def run_grids(results: Path, device: int = 0, artifacts: str | None = None) -> bool:
+    """Runs the GPU tests in a process of their own, which sees one device.
+
+    Args:
+        device: ordinal of the device, as this process counts them.
+        artifacts: root whose kernels are run; what a process finds by itself where absent.
 
     Raises:
         ArtifactNotFound: this is no checkout.
@@ -69,7 +73,10 @@ def run_grids(results: Path) -> bool:
     if not _TESTS.exists():
         raise ArtifactNotFound(f"{_TESTS} is missing: run the proof from a checkout of the repository (make blackwell-proof), not from a wheel")
     command = [sys.executable, "-m", "pytest", str(_TESTS), "-q", "-rs"]
-    environment = {**os.environ, RESULTS_VARIABLE: str(results.resolve())}
+    visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+    environment = {**os.environ, RESULTS_VARIABLE: str(results.resolve()), "CUDA_VISIBLE_DEVICES": visible[device] if visible else str(device)}
+    if artifacts is not None:
+        environment["DENSEMOE_ARTIFACTS"] = str(Path(artifacts).resolve())
     return subprocess.run(command, cwd=_TESTS.parent.parent.parent, env=environment, check=False).returncode == 0
 
 
@@ -178,7 +185,11 @@ def proof(args: argparse.Namespace) -> int:
     tuner = Tuner(Loader(args.artifacts), args.device, say=lambda line: print(line, file=sys.stderr, flush=True))
     groups = cases_of(parse_shapes(args.models or MODELS), TOKENS, (True, False), DTYPES)
     sensors = Sensors(tuner.driver, args.device).read
-    record = prove(tuner, folder, groups, tune_cli.provenance_of(tuner), budget=args.budget, sensors=sensors)
+
+    def grids(results: Path) -> bool:
+        return run_grids(results, args.device, args.artifacts)
+
+    record = prove(tuner, folder, groups, tune_cli.provenance_of(tuner), grids, budget=args.budget, sensors=sensors)
     document = record.to_json()
     write_atomically(out, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
     if args.json:

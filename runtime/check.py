@@ -256,6 +256,11 @@ def _selection(device: Device, manifest: Manifest) -> list[Finding]:
                     refused.setdefault(f"{a_dtype}-{c_dtype}", str(error))
         for dtype, reason in refused.items():
             found.append(Finding(NOT_OPTIMAL, f"{op} {dtype} is refused at some M: {reason}", "build or install the full profile, or name a variant"))
+        elsewhere = [each.device for each in choices if each.provenance == "measured" and each.device not in ("", device.name)]
+        if elsewhere:
+            where = ", ".join(sorted(set(elsewhere)))
+            reason = f"{len(elsewhere)} of {len(choices)} choices of the {op} kernel were measured on {where}; on {device.name} another may be faster"
+            found.append(Finding(NOT_OPTIMAL, reason, f"results are right; `densemoe tune` on {device.name} chooses by its own times"))
         modelled = sum(each.provenance == "modelled" for each in choices)
         if modelled:
             reason = f"{modelled} of {len(choices)} choices of the {op} kernel are modelled, not measured (tried M = {TOKENS[0]} to {TOKENS[-1]})"

@@ -58,6 +58,7 @@ class Choice:
         provenance: ``measured`` or ``modelled``, or ``forced`` by the caller.
         rejected: every other variant with its reason.
         settings: run-time switches of its kernel that the rule names; the kernel's defaults otherwise.
+        device: on which a rule says that it was measured; empty where it does not.
     """
 
     variant: Variant
@@ -66,6 +67,7 @@ class Choice:
     provenance: str
     rejected: tuple[Rejected, ...]
     settings: Mapping[str, int] = field(default_factory=dict)
+    device: str = ""
 
 
 @cache
@@ -144,7 +146,7 @@ def select(problem: Problem, variants: Iterable[Variant], table: Mapping[str, An
         reason, provenance = f"{wanted.source}: {wanted.reason}", wanted.provenance
         if problem.deterministic and problem.op in GROUPED_OPS:
             reason, provenance = f"{reason}, of the form that adds in any order", "modelled"
-        return Choice(chosen[0], size, reason, provenance, (*others, *rejected), wanted.settings)
+        return Choice(chosen[0], size, reason, provenance, (*others, *rejected), wanted.settings, wanted.device)
     raise SelectionError(f"the selection table has no rule for {problem.op} at M = {problem.m}: name one of {', '.join(e.key for e in runnable)}")
 
 
@@ -165,6 +167,7 @@ class _Wanted:
     reason: str
     provenance: str
     settings: Mapping[str, int]
+    device: str = ""
 
     @property
     def text(self) -> str:
@@ -199,7 +202,8 @@ def _wanted(problem: Problem, size: int, table: Mapping[str, Any]) -> Iterator[_
             continue
         if rule["m_from"] <= size <= rule["m_to"] and rule.get("a_dtype", problem.a_dtype) == problem.a_dtype:
             source = f"rule {position}"
-            yield _Wanted(source, rule["tile"], rule["cluster"], None, rule["reason"], rule["provenance"], rule.get("settings", {}))
+            settings, device = rule.get("settings", {}), rule.get("device", "")
+            yield _Wanted(source, rule["tile"], rule["cluster"], None, rule["reason"], rule["provenance"], settings, device)
 
 
 def _of_row(row: Sequence[Any], key: Sequence[Any], size: int) -> _Wanted:

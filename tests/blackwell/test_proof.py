@@ -218,6 +218,28 @@ def test_a_wrong_kernel_is_in_the_record_and_not_merged(tmp_path: Path) -> None:
         proof_record.merge(broken, json.loads(roofline_table.TABLE.read_text()), Lock.read())
 
 
+@pytest.mark.parametrize(("visible", "device", "seen"), [(None, 0, "0"), (None, 3, "3"), ("5,7", 1, "7"), ("", 2, "2")])
+def test_grids_run_on_the_device_and_the_root_that_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, device: int, seen: str
+) -> None:
+    runs = []
+
+    def run(command: list[str], *, cwd: Path, env: dict[str, str], check: bool) -> Any:
+        runs.append(env)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(proof.subprocess, "run", run)
+    monkeypatch.delenv("DENSEMOE_ARTIFACTS", raising=False)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert proof.run_grids(tmp_path / "results", device, str(tmp_path))
+    assert proof.run_grids(tmp_path / "results", device)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in runs] == [seen, seen]
+    assert [each.get("DENSEMOE_ARTIFACTS") for each in runs] == [str(tmp_path), None]
+
+
 def test_results_of_grids_are_counted_by_case() -> None:
     lines = [
         result(["fc1-grid", 1, 256, 8, 512, True, "one"]),

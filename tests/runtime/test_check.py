@@ -93,6 +93,19 @@ def test_choices_that_were_measured_on_another_device_are_not_optimal(released: 
     assert "measured on NVIDIA H200; on NVIDIA H100 80GB HBM3 another may be faster" in finding.reason
 
 
+def test_rules_that_say_where_they_were_measured_are_judged_each(released: dict[str, Any], artifacts: Path) -> None:
+    """As the tables that ship have it: the device stands in the rule."""
+    del released["provenance"]
+    for rule in released["rules"]:
+        rule["device"] = "NVIDIA H200"
+    assert check.check_device(check.profile("h200"), artifacts).state == check.VALID
+    verdict = check.check_device(check.profile("h100"), artifacts)
+    assert verdict.state == check.NOT_OPTIMAL
+    assert [each.reason.split(" choices of ")[1] for each in verdict.findings] == [
+        f"the {op} kernel were measured on NVIDIA H200; on NVIDIA H100 80GB HBM3 another may be faster" for op in ("fc1", "fc2")
+    ]
+
+
 def test_a_family_set_is_the_best_where_no_exact_one_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
     """A remedy that nobody can follow is none: sm_100a is named only where the lock has cubins of it."""
     manifest: Any = types.SimpleNamespace(arch="sm_100f")
