@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# without bytecode, which is written when a module is first imported: most of what comes with torch and the compiler never is
-PIP := $(BIN)/python -m pip install --quiet --no-compile
+# with bytecode: where PYTHONDONTWRITEBYTECODE is set, every process would translate the compiler's modules again
+PIP := $(BIN)/python -m pip install --quiet --compile
 STAMP := $(VENV)/.installed
 BUILT := artifacts/built
 # OFF makes a wheel of cubins that artifacts/manifest.lock does not state: for trying, never for a release
