@@ -29,7 +29,7 @@ from densemoe.runtime.loader import Loader
 from densemoe.runtime.manifest import ManifestVariant
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.select import Choice, load_table
-from densemoe.runtime.tune import STATED, Tuner, grouped_keys, grouped_tiles
+from densemoe.runtime.tune import Tuner, grouped_keys, grouped_tiles, stated
 from densemoe.runtime.tune_cases import PEAK_FLOPS, Case, Shape, flops, roofline, worth_a_tile
 from densemoe.runtime.tune_data import OpData, PackedWeights
 
@@ -299,7 +299,7 @@ class ArtifactSet:
 
     def stated(self, key: str) -> dict[str, int]:
         """What is true of the launches of ``ops``: no list that they read comes from the launch before."""
-        return {name: 1 for name, _ in self.entries[key].recipe.settings if name in STATED}
+        return stated(self.entries[key])
 
 
 def check_layouts(name: str, ours: Mapping[str, ManifestVariant], theirs: Mapping[str, ManifestVariant]) -> None:

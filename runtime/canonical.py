@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ import densemoe.artifacts
 from densemoe.runtime.errors import ArtifactNotFound, ManifestError
 from densemoe.runtime.proof import Proof
 
-__all__ = ["Lines", "canonical", "installed_file", "parse_line", "read_file", "split_lines", "write_atomically"]
+__all__ = ["Lines", "canonical", "installed_file", "parse_line", "read_file", "replacing", "split_lines", "write_atomically"]
 
 
 def canonical(document: Mapping[str, Any]) -> bytes:
@@ -175,26 +175,37 @@ def parse_line(text: memoryview, path: str) -> Any:
 _DECODE: Final = json.JSONDecoder().raw_decode
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes ``data`` to ``path`` so that a reader, or a machine that loses power, sees the old bytes or the new ones, never a part.
+@contextmanager
+def replacing(path: Path) -> Iterator[tuple[int, str]]:
+    """The handle, which the caller closes, and the name of a new file beside ``path``, which takes its place when the block ends; where that raises
+    the old file stays and the new one goes.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written; the old file stays.
+        OSError: the folder cannot be written.
     """
     import tempfile  # not needed to load a kernel
 
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield handle, name
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(name)
         raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes ``data`` to ``path`` so that a reader, or a machine that loses power, sees the old bytes or the new ones, never a part.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; the old file stays.
+    """
+    with replacing(path) as (handle, _), os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_file(path: str | os.PathLike[str], largest: int, size: int | None = None) -> bytes:

@@ -237,10 +237,11 @@ def _selection(device: Device, manifest: Manifest) -> list[Finding]:
     except DensemoeError as error:
         return [Finding(INVALID, str(error), "install densemoe again")]
     found = []
+    remedy = f"results are right; `densemoe tune` on {device.name} chooses by its own times"
     measured_on = table.get("provenance", {}).get("device", device.name)
     if measured_on != device.name:
         reason = f"the {manifest.arch} choices were measured on {measured_on}; on {device.name} another may be faster"
-        found.append(Finding(NOT_OPTIMAL, reason, f"results are right; `densemoe tune` on {device.name} chooses by its own times"))
+        found.append(Finding(NOT_OPTIMAL, reason, remedy))
     for op in OPS:
         dtypes = sorted({(each.a_dtype, each.c_dtype) for each in variants if each.op == op})
         if not dtypes:
@@ -260,11 +261,11 @@ def _selection(device: Device, manifest: Manifest) -> list[Finding]:
         if elsewhere:
             where = ", ".join(sorted(set(elsewhere)))
             reason = f"{len(elsewhere)} of {len(choices)} choices of the {op} kernel were measured on {where}; on {device.name} another may be faster"
-            found.append(Finding(NOT_OPTIMAL, reason, f"results are right; `densemoe tune` on {device.name} chooses by its own times"))
+            found.append(Finding(NOT_OPTIMAL, reason, remedy))
         modelled = sum(each.provenance == "modelled" for each in choices)
         if modelled:
             reason = f"{modelled} of {len(choices)} choices of the {op} kernel are modelled, not measured (tried M = {TOKENS[0]} to {TOKENS[-1]})"
-            found.append(Finding(NOT_OPTIMAL, reason, f"results are right; `densemoe tune` on {device.name} chooses by its own times"))
+            found.append(Finding(NOT_OPTIMAL, reason, remedy))
     return found
 
 

@@ -296,7 +296,10 @@ class Plan:
         """M = 0."""
 
     def _launch_closed(self, stream: int) -> None:
-        raise PlanError(f"the Plan of {self.key} is closed: make a new one")
+        raise self._gone()
+
+    def _gone(self) -> PlanError:
+        return PlanError(f"the Plan of {self.key} is closed: make a new one")
 
     def update(self, role: str, value: Any) -> None:
         """Points ``role`` to other memory of the same shape; launches that follow use it. Kernels with tensor maps have them encoded again.
@@ -306,7 +309,7 @@ class Plan:
             ProblemError: no such tensor, or it is not what the contract says.
         """
         if self._closed:
-            raise PlanError(f"the Plan of {self.key} is closed: make a new one")
+            raise self._gone()
         self._driver.check_process()
         if role not in self._tensors:
             raise ProblemError(f"tensor {role!r} is not part of this problem: use one of {', '.join(sorted(self._tensors))}")
@@ -340,7 +343,7 @@ class Plan:
             PlanError: the Plan is closed.
         """
         if self._closed:
-            raise PlanError(f"the Plan of {self.key} is closed: make a new one")
+            raise self._gone()
         moved = {role: address for role, address in addresses.items() if self._addresses.get(role) != address}
         if "b" in moved:
             moved.update({role: moved["b"] + offset for role, offset in weight_parts(self.entry.layout, self.problem).items()})
@@ -380,7 +383,7 @@ class Plan:
         """
         for each in (self, second):
             if each._closed:
-                raise PlanError(f"the Plan of {each.key} is closed: make a new one")
+                raise each._gone()
         pairs = {"a": "c", "a.codes": "c.codes", "a.scales": "c.scales"}
         sources = {into: outof for into, outof in pairs.items() if into in second._tensors}
         if (self.problem.op, second.problem.op) != ("fc1", "fc2"):

@@ -14,6 +14,7 @@ A group's score is the sum of its two largest. Equal scores go to the smaller ex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from densemoe.runtime.errors import ProblemError
 
-__all__ = ["METHODS", "refusal", "route"]
+__all__ = ["METHODS", "check", "refusal", "route"]
 
 METHODS: Final = ("Default", "Renormalize", "RenormalizeNaive", "Llama4Renormalize", "DeepSeekV3", "MiniMaxM2")
 _BIASED: Final = ("DeepSeekV3", "MiniMaxM2")
@@ -75,6 +76,19 @@ def refusal(method: str, experts: int, top_k: int, groups: int = 1, best_groups:
     return ""
 
 
+def check(
+    method: str, logits: Sequence[int], top_k: int, bias: Sequence[int] | None, groups: int = 1, best_groups: int = 1, scaling: float = 1.0
+) -> None:
+    """Raises ProblemError where ``route`` cannot be asked so; ``logits`` and ``bias`` by their shapes."""
+    if len(logits) != 2:
+        raise ProblemError(f"logits {list(logits)}: use [M, E]")
+    reason = refusal(method, logits[1], top_k, groups, best_groups, scaling, bias is not None)
+    if reason:
+        raise ProblemError(reason)
+    if bias is not None and tuple(bias) != (logits[1],):
+        raise ProblemError(f"bias {list(bias)}: use [E], {[logits[1]]}")
+
+
 def route(
     method: str,
     logits: npt.NDArray[Any],
@@ -101,14 +115,7 @@ def route(
         ProblemError: an unknown method, or sizes that do not fit.
     """
     scores = np.asarray(logits, dtype=np.float32)
-    if scores.ndim != 2:
-        raise ProblemError(f"logits {list(scores.shape)}: use [M, E]")
-    experts = scores.shape[1]
-    reason = refusal(method, experts, top_k, groups, best_groups, scaling, bias is not None)
-    if reason:
-        raise ProblemError(reason)
-    if bias is not None and np.shape(bias) != (experts,):
-        raise ProblemError(f"bias {list(np.shape(bias))}: use [E], {[experts]}")
+    check(method, scores.shape, top_k, None if bias is None else np.shape(bias), groups, best_groups, scaling)
     if method == "Renormalize":
         ids = _largest(scores, top_k)
         return ids, _softmax(_at(scores, ids))

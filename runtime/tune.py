@@ -32,7 +32,6 @@ from densemoe.runtime.variant import DETERMINISTIC
 
 __all__ = [
     "DTYPES",
-    "STATED",
     "Candidate",
     "Journal",
     "Measurement",
@@ -41,6 +40,7 @@ __all__ = [
     "cases_of",
     "grouped_keys",
     "grouped_tiles",
+    "stated",
     "stated_of_layer",
 ]
 
@@ -183,11 +183,16 @@ def candidates(entries: Iterable[ManifestVariant], case: Case) -> list[Candidate
     return [Candidate(entry.key) for entry in sorted(entries, key=lambda each: each.key) if can_implement(entry.variant, problem)[0]]
 
 
+def stated(entry: ManifestVariant) -> dict[str, int]:
+    """What is said of launches whose lists were complete before the launch before them began."""
+    return {name: 1 for name, _ in entry.recipe.settings if name in STATED}
+
+
 def stated_of_layer(entry: ManifestVariant, problem: Problem) -> dict[str, int]:
     """What a layer states of its launches: FC1 stands between FC2 and what wrote the lists, so that FC2 may fetch weights before FC1 ends."""
     if not problem.op.endswith("fc2") or not (problem.active_list or problem.group_tile):
         return {}
-    return {name: 1 for name, _ in entry.recipe.settings if name in STATED}
+    return stated(entry)
 
 
 def _with_settings(entry: ManifestVariant) -> list[Candidate]:

@@ -95,11 +95,12 @@ class DenseGemmMoE(torch.nn.Module):  # type: ignore[misc]
         accepted, reason = can_implement(config)
         if not accepted:
             raise ProblemError(f"densemoe cannot run this layer: {reason}")
-        if bias is not None and tuple(bias.shape) != (config.experts,):
-            raise ProblemError(f"bias {list(bias.shape)}: use [E], {[config.experts]}, of all ranks")
-        wrong = refusal(config.routing, config.experts, config.top_k, config.groups, config.best_groups, config.scaling, bias is not None)
-        if wrong:
-            raise ProblemError(wrong)
+        if bias is not None:
+            if tuple(bias.shape) != (config.experts,):
+                raise ProblemError(f"bias {list(bias.shape)}: use [E], {[config.experts]}, of all ranks")
+            wrong = refusal(config.routing, config.experts, config.top_k, config.groups, config.best_groups, config.scaling, biased=True)
+            if wrong:
+                raise ProblemError(wrong)
         self.config = config
         self.shared_experts = shared_experts
         self._group = group

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from densemoe.runtime.errors import ProblemError
-from densemoe.runtime.routing import METHODS, refusal
+from densemoe.runtime.routing import METHODS, check
 
 __all__ = ["METHODS", "route"]
 
@@ -53,13 +52,7 @@ def route(
     Raises:
         ProblemError: an unknown method, or sizes that do not fit.
     """
-    if logits.dim() != 2:
-        raise ProblemError(f"logits {list(logits.shape)}: use [M, E]")
-    reason = refusal(method, int(logits.shape[1]), top_k, groups, best_groups, scaling, bias is not None)
-    if reason:
-        raise ProblemError(reason)
-    if bias is not None and tuple(bias.shape) != (logits.shape[1],):
-        raise ProblemError(f"bias {list(bias.shape)}: use [E], {[int(logits.shape[1])]}")
+    check(method, tuple(logits.shape), top_k, None if bias is None else tuple(bias.shape), groups, best_groups, scaling)
     scores = logits.float()
     if method in ("Renormalize", "Llama4Renormalize"):
         ids = _largest(scores, top_k)

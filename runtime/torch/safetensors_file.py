@@ -6,13 +6,11 @@ uint8 and uint16 bit patterns. Nothing but numpy is needed. Format: https://gith
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from densemoe.runtime.canonical import replacing
 from densemoe.runtime.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Stored", "writing"]
@@ -199,14 +198,11 @@ def writing(
     text = json.dumps(header, separators=(",", ":")).encode()
     start = -(-(8 + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
     text += b" " * (start - 8 - len(text))
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder: name a file")
-        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from None
-    try:
+    if target.is_dir():
+        raise CheckpointError(f"{target} cannot be written: it is a folder: name a file")
+    with ExitStack() as stack:
         try:
+            handle, partial = stack.enter_context(replacing(target))
             with os.fdopen(handle, "wb") as file:
                 file.write(len(text).to_bytes(8, "little") + text)
                 _reserve(file.fileno(), start + end)
@@ -220,12 +216,6 @@ def writing(
         for each in arrays.values():
             assert isinstance(each, np.memmap)
             each.flush()
-        os.chmod(partial, 0o644)
-        os.replace(partial, target)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(partial)
-        raise
 
 
 def _reserve(handle: int, size: int) -> None:
