@@ -44,7 +44,7 @@ class GatheredData:
         self._memory = DeviceMemory(made.driver)
         self._routed = DeviceMemory(made.driver)
         self._routes: dict[int, reference.Routes] = {}
-        self._bound: tuple[int, dict[tuple[int, bool], list[dict[str, int]]]] = (0, {})
+        self._bound: tuple[int, dict[tuple[int, bool, bool], list[dict[str, int]]]] = (0, {})
         shape, pairs = made.shape, made.largest_m * made.shape.top_k
         self._a: dict[str, npt.NDArray[Any]] = {}
         try:
@@ -64,12 +64,13 @@ class GatheredData:
             self.close()
             raise
 
-    def problem(self, m: int, tile: int, deterministic: bool = False) -> Problem:
-        """The Problem at ``m`` tokens, over tiles of up to ``tile`` rows; of FC2 in one order where ``deterministic``."""
+    def problem(self, m: int, tile: int, deterministic: bool = False, routes: bool = False) -> Problem:
+        """The Problem at ``m`` tokens, over tiles of up to ``tile`` rows; of FC2 in one order where ``deterministic``; of the router's choice itself
+        where it ``routes``."""
         made, shape = self.made, self.made.shape
         return Problem(
             self.op, m, shape.experts, shape.hidden, shape.intermediate, "bf16", made.c_dtype,
-            top_k=shape.top_k, group_tile=tile, deterministic=deterministic and self.op == "groupedfc2",
+            top_k=shape.top_k, group_tile=tile, deterministic=deterministic and self.op == "groupedfc2", routes=routes, id_dtype="i32" * routes,
         )  # fmt: skip
 
     def _written(self, m: int, tile: int) -> dict[str, TensorSpec]:
@@ -86,24 +87,25 @@ class GatheredData:
         return TiledData(self, tile)
 
     def bind(
-        self, m: int, tile: int, count: int = 0, routed: Mapping[str, int] | None = None, deterministic: bool = False
+        self, m: int, tile: int, count: int = 0, routed: Mapping[str, int] | None = None, deterministic: bool = False, routes: bool = False
     ) -> list[dict[str, int]]:
         """Addresses by role of each rotation; valid until another M is bound.
 
         Args:
             count: rotations; as many as this op needs to read cold weights where 0.
             routed: addresses of what ``route`` writes on the device, in place of the host's; with ``a`` or ``a.k64`` where it brings activations.
+                Where the op ``routes``, the router's choice of every rotation but its ids.
         """
         made, shape = self.made, self.made.shape
         if self._bound[0] != m:
             self._routed.close()
             self._bound, self._routes = (m, {}), {}
-        if (tile, deterministic) in self._bound[1]:
-            return self._bound[1][tile, deterministic]
-        bound = self._bound[1].setdefault((tile, deterministic), [])
+        if (tile, deterministic, routes) in self._bound[1]:
+            return self._bound[1][tile, deterministic, routes]
+        bound = self._bound[1].setdefault((tile, deterministic, routes), [])
         listed = made.bind(m)[0]  # scales of M rows of activations
         shared = {**self._inputs, **self._outputs, **{role: listed[role] for role in ("output_multiplier",) if role in listed}}
-        problem = self.problem(m, tile, deterministic)
+        problem = self.problem(m, tile, deterministic, routes)
         roles = problem.tensors()
         shared = {role: pointer for role, pointer in shared.items() if role in roles}  # activations are there in more than one form
         for rotation in range(count or made.rotation_count(m)):
@@ -233,8 +235,10 @@ class GatheredLayer:
             self.close()
             raise
 
-    def problems(self, m: int, tile: int, deterministic: bool = False) -> tuple[Problem, Problem, Problem]:
-        """``route``, grouped FC1, grouped FC2; FC2 in one order where ``deterministic``."""
+    def problems(self, m: int, tile: int, deterministic: bool = False, routes: bool = False) -> tuple[Problem, ...]:
+        """``route``, grouped FC1, grouped FC2; FC2 in one order where ``deterministic``; without ``route`` where FC1 and FC2 route themselves."""
+        if routes:
+            return self._fc1.problem(m, tile, routes=True), self._fc2.problem(m, tile, routes=True)
         shape, first = self._one.shape, self._fc1.problem(m, tile)
         x_dtype = "bf16" if first.a_in_k64_order or self._one.decoded else ""
         route = Problem(
@@ -243,13 +247,14 @@ class GatheredLayer:
         )  # fmt: skip
         return route, first, self._fc2.problem(m, tile, deterministic)
 
-    def bind(
-        self, m: int, tile: int, count: int, deterministic: bool = False
-    ) -> tuple[list[dict[str, int]], list[dict[str, int]], list[dict[str, int]]]:
-        """Addresses by role of ``count`` rotations of each launch; valid until another M is bound."""
+    def bind(self, m: int, tile: int, count: int, deterministic: bool = False, routes: bool = False) -> tuple[list[dict[str, int]], ...]:
+        """Addresses by role of ``count`` rotations of each launch of ``problems``; valid until another M is bound."""
         if self._ids[0] != m:
             self._ids_memory.close()
             self._ids = m, [self._ids_memory.put(np.array(self._one.routing(m, index), np.int32)) for index in range(count)]
+        if routes:
+            bound = [each.bind(m, tile, count, self._given, routes=True) for each in (self._fc1, self._fc2)]
+            return tuple([{**own, "ids": ids} for own, ids in zip(each, self._ids[1], strict=True)] for each in bound)
         route, first, _ = self.problems(m, tile, deterministic)
         brought = {"a.k64" if first.a_in_k64_order else "a": self._brought} if route.x_dtype else {}
         fc1 = self._fc1.bind(m, tile, count, {**self._routed, **brought})
@@ -267,8 +272,11 @@ class GatheredLayer:
         self._fc1.poison(m, tile)
         self._fc2.poison(m, tile)
 
-    def check(self, m: int, tile: int) -> tuple[bool, str]:
-        """Whether rotation 0's tiles and rows are the reference's, and FC1 and FC2 within their bounds; and what was wrong."""
+    def check(self, m: int, tile: int, routes: bool = False) -> tuple[bool, str]:
+        """Whether rotation 0's tiles and rows are the reference's, where ``route`` made them, and FC1 and FC2 within their bounds; and what was
+        wrong."""
+        if routes:
+            return self._gemms_passed(m, tile)
         wanted = self._fc2.routes(m, tile, 0)
         specs = self.problems(m, tile)[0].tensors()
         got = {
@@ -285,6 +293,9 @@ class GatheredLayer:
         )
         if not same:
             return False, f"route over tiles of {tile}: its tiles, rows or scales are not the reference's"
+        return self._gemms_passed(m, tile)
+
+    def _gemms_passed(self, m: int, tile: int) -> tuple[bool, str]:
         report = bounds.combine([self._fc1.check(m, tile), self._fc2.check(m, tile)])
         return report.passed, "" if report.passed else report.text
 

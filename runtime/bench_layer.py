@@ -22,6 +22,7 @@ from densemoe.runtime.errors import SelectionError
 from densemoe.runtime.grouping import group_tile
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.problem import Problem
+from densemoe.runtime.rules import LARGEST_ROUTED
 from densemoe.runtime.select import load_table
 from densemoe.runtime.tune import grouped_tiles, stated_of_layer
 from densemoe.runtime.tune_cases import Case, Shape, worth_a_tile
@@ -124,6 +125,12 @@ class LayerBench(Bench):
             return set()
         return grouped_tiles(of.entries.values(), {"groupedfc1": dtypes[1], "groupedfc2": dtypes[2]}, deterministic)
 
+    def _routing_tiles(self, of: ArtifactSet, one: OpData, dtypes: Sequence[str], m: int) -> set[int]:
+        """Rows of the tiles of grouped ops that route themselves at ``m`` tokens, in a layer of these dtypes."""
+        if one.decoded or m * one.shape.top_k > LARGEST_ROUTED:
+            return set()
+        return grouped_tiles(of.entries.values(), {"groupedfc1": dtypes[1], "groupedfc2": dtypes[2]}, routes=True)
+
     def _planned(self, of: ArtifactSet, problem: Problem, addresses: Mapping[str, int]) -> Plan:
         """The selection's variant; FC2 fetches weights before FC1 ends where its kernel can, as the layer op tells it to."""
         key = of.loader.select(problem, self.tuner.device).variant.key
@@ -145,13 +152,16 @@ class LayerBench(Bench):
         tiles, ordered = self._tiles(of, dtypes), self._tiles(of, dtypes, True)
         wanted = group_tile(load_table(self.arch).get("grouping"), tiles, m, shape.top_k, shape.experts)
         found = []
-        forms = [(tile, False) for tile in sorted(tiles) if tile == wanted or worth_a_tile(shape, m, tile)]
-        for tile, deterministic in (*forms, *((each, True) for each in ordered & {wanted})):
-            own = gathered.bind(m, tile, count, deterministic)
+        forms = [(tile, False, False) for tile in sorted(tiles) if tile == wanted or worth_a_tile(shape, m, tile)]
+        forms += [(tile, False, True) for tile in sorted(self._routing_tiles(of, one, dtypes, m)) if worth_a_tile(shape, m, tile)]
+        for tile, deterministic, routes in (*forms, *((each, True, False) for each in ordered & {wanted})):
+            own = gathered.bind(m, tile, count, deterministic, routes)
             steps: list[Plan] = []
-            name = f"{of.name}{WHOLE}, {ORDERED}" if deterministic else f"{of.name}{GATHERED} t{tile} with route"
+            name = f"{of.name}{GATHERED} t{tile} {'in two launches' if routes else 'with route'}"
+            if deterministic:
+                name = f"{of.name}{WHOLE}, {ORDERED}"
             try:
-                for problem, each in zip(gathered.problems(m, tile, deterministic), own, strict=True):
+                for problem, each in zip(gathered.problems(m, tile, deterministic, routes), own, strict=True):
                     steps.append(self._planned(of, problem, each[0]))
             except SelectionError as error:
                 if not of.name:
@@ -164,14 +174,14 @@ class LayerBench(Bench):
             for plan in steps:
                 plan.launch(tuner.timer.stream)
             tuner.driver.synchronize()
-            passed, detail = gathered.check(m, tile)
+            passed, detail = gathered.check(m, tile, routes)
             if not passed:
                 found.append(f"{name}: {detail}")
                 point.missing[name] = "it disagrees with the reference"
                 continue
             launches = [tuner._launches(plan, each) for plan, each in zip(steps, own, strict=True)]
-            point.columns[name] = (_alternate(launches), 3)
-            if tile == wanted and not deterministic and not of.name:
+            point.columns[name] = (_alternate(launches), len(launches))
+            if tile == wanted and not deterministic and not routes and not of.name:
                 point.same[WHOLE] = name
         return found
 

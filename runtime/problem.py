@@ -101,14 +101,17 @@ class Problem:
         active_list: only listed experts are computed (contract section 5): the tensor ``active_experts`` holds their count and ids.
         top_k: ``prepare``, ``route`` and the grouped ops: experts of a token, 1 to 32. Of FC1 and FC2 with a list of active experts, where it is
             known: at most ``M·k`` are then listed, and FC1 of sm_90a has no CTAs for more; else 0.
-        first_expert: ``prepare`` and ``route``: id of this rank's first expert.
-        elsewhere: ``prepare`` and ``route``: ids outside this rank's experts belong to other ranks; else such an id makes its token NaN.
+        first_expert: ``prepare``, ``route`` and what ``routes``: id of this rank's first expert.
+        elsewhere: ``prepare``, ``route`` and what ``routes``: ids outside this rank's experts belong to other ranks; else such an id makes its token NaN.
         group_tile: ``route`` and the grouped ops: most rows of a tile; the kernels' tile_m.
         x_dtype: ``prepare`` and ``route``: one of ``X_FORMS``: the activations that it brings as bf16, with ``hidden`` columns; "": none, and H is 0.
         x_rounded: ``prepare`` and ``route``: it rounds them to NVFP4 (contract section 2); f16 and f32 always.
         rounded: ``fc1``: its output is NVFP4, written as the bf16 values that codes and scales stand for. Grouped FC1 always writes NVFP4 so.
         deterministic: ``groupedfc2`` adds a token's experts in the order of its choice, so that a launch gives the same bits every time, and
             ``route`` tells it where they stand (``places``). The other ops do so always.
+        routes: the grouped ops are given the router's choice, ``ids`` and for FC2 ``router`` and ``w2_alpha``, and sort it themselves, as ``route``
+            would; of 32 pairs at most.
+        id_dtype: of these ids, ``i32`` or ``i64``; else "".
 
     Raises:
         ProblemError: a value that the contract's section 8 refuses.
@@ -132,6 +135,8 @@ class Problem:
     x_rounded: bool = False
     rounded: bool = False
     deterministic: bool = False
+    routes: bool = False
+    id_dtype: str = ""
 
     def __post_init__(self) -> None:
         if self.op not in ALL_OPS:
@@ -179,6 +184,13 @@ class Problem:
             raise ProblemError(f"rounded=True for {self.op} with c_dtype={self.c_dtype!r}: only FC1 with NVFP4 output has a choice")
         if self.deterministic and self.op not in _IN_ANY_ORDER:
             raise ProblemError(f"deterministic=True for {self.op}: {' and '.join(_IN_ANY_ORDER)} have a choice; the others always give the same bits")
+        if self.routes and (self.op not in GROUPED_OPS or self.deterministic or self.a_in_k64_order):
+            raise ProblemError(
+                f"routes=True for {self.op} over tiles of {self.group_tile} rows: the grouped ops of tiles below {K64_ORDER_FROM} rows sort the"
+                " router's choice themselves, where they may add in any order"
+            )
+        if self.id_dtype not in (A_DTYPES_OF["route"] if self.routes else ("",)):
+            raise ProblemError(f"id_dtype={self.id_dtype!r} with routes={self.routes}: {' or '.join(A_DTYPES_OF['route'])} exactly where the op routes")
         if self.c_in_k64_order and self.c_dtype not in _BETWEEN:
             raise ProblemError(
                 f"c_dtype={self.c_dtype!r} for {self.op} over tiles of {self.group_tile} rows: use {' or '.join(_BETWEEN)}, what FC2 reads"
@@ -256,8 +268,14 @@ class Problem:
             specs.append(TensorSpec(role, self.a_dtype, (self.a_rows, width), OTHER_ALIGNMENT))
         if self.op in GROUPED_OPS:
             routed = {spec.role: replace(spec, output=False) for spec in self._routed_tensors()}
-            specs += [routed["tiles"], routed["places" if self.deterministic else "rows"]]
-            specs.append(TensorSpec("alpha", "f32", (self.experts,), 4) if self.op == "groupedfc1" else routed["row_alpha"])
+            if self.routes:
+                specs += self._choice_tensors(self.id_dtype)[: None if self.op == "groupedfc2" else 1]
+            else:
+                specs += [routed["tiles"], routed["places" if self.deterministic else "rows"]]
+            if self.op == "groupedfc1":
+                specs.append(TensorSpec("alpha", "f32", (self.experts,), 4))
+            elif not self.routes:
+                specs.append(routed["row_alpha"])
         elif self.op == "fc1":
             specs.append(TensorSpec("alpha", "f32", (self.experts,), 4))
             if self.alpha_post:
@@ -310,15 +328,19 @@ class Problem:
         multiplier = (TensorSpec("x.multiplier", "f32", (1,), 4),) if self.x_rounded else ()
         return TensorSpec("x", self.x_dtype, (self.m, self.hidden), OTHER_ALIGNMENT), *multiplier, made
 
-    def _router_tensors(self) -> tuple[TensorSpec, ...]:
-        """``ids`` and ``router`` ``[M, k]``, ``w2_alpha`` ``[E]``; of ``prepare`` ``alpha_divisor`` ``[1]`` (1, or the fused form's alpha_max),
-        ``alpha`` ``[M, E]`` and the list of active experts."""
+    def _choice_tensors(self, id_dtype: str) -> tuple[TensorSpec, ...]:
+        """The router's choice, and the experts' scales in FC2."""
         shape = (self.m, self.top_k)
-        given = (
-            TensorSpec("ids", self.a_dtype, shape, ELEMENT_BITS[self.a_dtype] // 8),
+        return (
+            TensorSpec("ids", id_dtype, shape, ELEMENT_BITS[id_dtype] // 8),
             TensorSpec("router", "f32", shape, 4),
             TensorSpec("w2_alpha", "f32", (self.experts,), 4),
         )
+
+    def _router_tensors(self) -> tuple[TensorSpec, ...]:
+        """``ids`` and ``router`` ``[M, k]``, ``w2_alpha`` ``[E]``; of ``prepare`` ``alpha_divisor`` ``[1]`` (1, or the fused form's alpha_max),
+        ``alpha`` ``[M, E]`` and the list of active experts."""
+        given = self._choice_tensors(self.a_dtype)
         if self.op == "route":
             return (*given, *self._routed_tensors(), *self._brought_tensors())
         return (
@@ -349,5 +371,6 @@ class Problem:
             "first_expert": self.first_expert,
             "elsewhere": int(self.elsewhere),
             "group_tile": self.group_tile,
+            "id_bytes": ELEMENT_BITS[self.id_dtype] // 8 if self.id_dtype else 0,
             "x_form": X_FORMS.index(self.x_dtype) if self.x_dtype else 0,
         }

@@ -9,7 +9,7 @@ from typing import Final
 
 from densemoe.runtime.errors import VariantError
 from densemoe.runtime.problem import GROUP, Problem, k64_width
-from densemoe.runtime.variant import BRINGS, DETERMINISTIC, GROUPED_OPS, OPS, ROUNDED, Variant
+from densemoe.runtime.variant import BRINGS, DETERMINISTIC, GROUPED_OPS, OPS, ROUNDED, ROUTES, Variant
 
 __all__ = ["can_implement", "check_legal"]
 
@@ -19,6 +19,7 @@ TCGEN05_K_TILE: Final = 256
 PAIR_TILE_M: Final = 256  # a tile of 256 tokens is a pair of CTAs
 SMALLEST_FC1_TILE_N: Final = 128  # whole pairs of 64 up and 64 gate rows
 K64_ORDER_ROWS: Final = 256  # weight rows of the kernels that read activations in K 64 order
+LARGEST_ROUTED: Final = 32  # pairs that a warp of grouped FC1 or FC2 sorts itself
 LARGEST_WORD: Final = 2**31 - 1  # kernels count tiles in 32-bit words
 
 
@@ -75,6 +76,10 @@ def _reason(variant: Variant, problem: Problem) -> str:
             return f"its tiles have {variant.tile_m} rows, those of the problem {problem.group_tile}"
         if problem.a_in_k64_order and variant.tile_n != K64_ORDER_ROWS:
             return f"activations of tiles of {problem.group_tile} rows come in K 64 order, which kernels of {K64_ORDER_ROWS} weight rows read"
+        if bool(variant.option(ROUTES)) != problem.routes:
+            return "it reads what `route` sorted, the problem has the router's choice" if problem.routes else "it sorts the router's choice itself"
+        if problem.routes and problem.m * problem.top_k > LARGEST_ROUTED:
+            return f"{problem.m * problem.top_k} pairs: it sorts up to {LARGEST_ROUTED} itself"
         steps = problem.m * problem.top_k * -(-max(problem.hidden, problem.intermediate) // 64)
         return f"{steps} steps: it counts them in 32 bits; split M" if steps > LARGEST_WORD else ""
     if problem.op in ("prepare", "route") and bool(variant.option(BRINGS)) != bool(problem.x_dtype):

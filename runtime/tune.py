@@ -28,7 +28,7 @@ from densemoe.runtime.problem import Problem
 from densemoe.runtime.rules import can_implement
 from densemoe.runtime.tune_cases import Case, Shape, in_order, worth_a_tile
 from densemoe.runtime.tune_data import OpData, PackedWeights
-from densemoe.runtime.variant import DETERMINISTIC
+from densemoe.runtime.variant import DETERMINISTIC, ROUTES
 
 __all__ = [
     "DTYPES",
@@ -237,22 +237,28 @@ def cases_of(
     return found
 
 
-def grouped_keys(entries: Iterable[ManifestVariant], op: str, c_dtype: str, deterministic: bool = False) -> list[tuple[int, str]]:
-    """(rows of a tile, key) of a grouped op's variants that write a dtype, ascending. Of FC2 those that add in any order, or in one."""
-    wanted = (op, c_dtype, deterministic and op == "groupedfc2")
+def grouped_keys(
+    entries: Iterable[ManifestVariant], op: str, c_dtype: str, deterministic: bool = False, routes: bool = False
+) -> list[tuple[int, str]]:
+    """(rows of a tile, key) of a grouped op's variants that write a dtype, ascending. Of FC2 those that add in any order, or in one; those that
+    ``route`` goes before, or that sort the router's choice themselves."""
+    wanted = (op, c_dtype, deterministic and op == "groupedfc2", routes)
     variants = [each.variant for each in entries]
-    own = [each for each in variants if (each.op, each.c_dtype, bool(each.option(DETERMINISTIC))) == wanted]
+    own = [each for each in variants if (each.op, each.c_dtype, bool(each.option(DETERMINISTIC)), bool(each.option(ROUTES))) == wanted]
     return sorted((each.tile_m, each.key) for each in own)
 
 
-def grouped_tiles(entries: Collection[ManifestVariant], c_dtypes: Mapping[str, str], deterministic: bool = False) -> set[int]:
+def grouped_tiles(
+    entries: Collection[ManifestVariant], c_dtypes: Mapping[str, str], deterministic: bool = False, routes: bool = False
+) -> set[int]:
     """Rows of the tiles that every one of a layer's grouped ops has a variant for.
 
     Args:
         c_dtypes: output dtype of each op.
         deterministic: FC2 in one order.
+        routes: of those that sort the router's choice themselves.
     """
-    keys = (grouped_keys(entries, op, c_dtype, deterministic) for op, c_dtype in c_dtypes.items())
+    keys = (grouped_keys(entries, op, c_dtype, deterministic, routes) for op, c_dtype in c_dtypes.items())
     return set.intersection(*({tile for tile, _ in each} for each in keys))
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "GROUPED_OPS",
     "OPS",
     "ROUNDED",
+    "ROUTES",
     "Architecture",
     "Variant",
     "arch_of_key",
@@ -50,6 +51,8 @@ DETERMINISTIC: Final = "deterministic"
 ROUNDED: Final = "rounded"
 #: The option of ``prepare`` and ``route`` that bring activations as bf16 besides.
 BRINGS: Final = "brings"
+#: The option of the grouped ops that sort the router's choice themselves, of few pairs, so that a layer needs no ``route``.
+ROUTES: Final = "routes"
 #: What a layer does besides: alpha and the list of active experts from the router's choice; that choice sorted by expert; NVFP4 activations. They
 #: read no packed weights.
 AUXILIARY_OPS: Final = ("prepare", "route", "quantize")

@@ -20,7 +20,7 @@ from densemoe.runtime.errors import ProblemError, VariantError
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import Recipe
 from densemoe.runtime.rules import can_implement
-from densemoe.runtime.variant import BRINGS, DETERMINISTIC, ROUNDED, Variant
+from densemoe.runtime.variant import BRINGS, DETERMINISTIC, ROUNDED, ROUTES, Variant
 
 __all__ = ["AXES", "SCHEDULES", "Case", "all_pairs", "axes_of", "cases_of", "covering", "digest", "grid", "pairs_of", "schedule_of"]
 
@@ -59,6 +59,24 @@ AXES: Final[dict[str, dict[str, tuple[int, ...]]]] = {
         "brought": (1, 2, 3, 4, 5),
         "deterministic": (0, 1),
     },
+    "groupedfc1.routes": {
+        "experts": (1, 4, 32, 256),
+        "intermediate": (128, 256, 1408),
+        "m": (1, 2, 4, 16, 32),
+        "hidden": (256, 512, 2048),
+        "top_k": (1, 2, 8),
+        "elsewhere": (0, 1),
+        "wide_ids": (0, 1),
+    },
+    "groupedfc2.routes": {
+        "experts": (1, 4, 32, 256),
+        "intermediate": (256, 512),
+        "m": (1, 2, 4, 16, 32),
+        "hidden": (256, 512, 2048),
+        "top_k": (1, 2, 8),
+        "elsewhere": (0, 1),
+        "wide_ids": (0, 1),
+    },
     "quantize": {"m": (1, 8, 127, 256), "hidden": (64, 256, 512, 2048)},
 }
 SCHEDULES: Final = ("eager", "lazy", "random", "pct")
@@ -91,6 +109,7 @@ _NAMES: Final = {
     "elsewhere": "elsewhere",
     "x": "brought",
     "places": "deterministic",
+    "wide": "wide_ids",
     "sms": "sm_count",
     "launches": "launches",
 }
@@ -103,10 +122,11 @@ class Case:
     Attributes:
         kind: of the data, ``runtime.data``.
         active_list: half of the experts are listed, the others must not matter.
-        zeros: some alphas are exactly 0 (``prepare`` and ``route``: some ids are nobody's).
+        zeros: some alphas are exactly 0 (``prepare``, ``route`` and what ``routes``: some ids are nobody's).
         group_tile: ``route``: most rows of a tile; the grouped GEMMs have their tile_m.
         brought: ``prepare`` and ``route``: which of BROUGHT they bring as bf16.
         deterministic: ``route``: it says where each pair's row stands; grouped FC2 has a variant for it.
+        wide_ids: what ``routes`` is given ids of 64 bits.
         sm_count: multiprocessors of the emulated device.
         launches: on the same workspaces; the last one's output counts.
         settings: (name, value) of the recipe's run-time settings that are not at their default.
@@ -126,6 +146,7 @@ class Case:
     elsewhere: int = 0
     brought: int = 0
     deterministic: int = 0
+    wide_ids: int = 0
     sm_count: int = _SM_COUNTS[0]
     launches: int = 1
     settings: tuple[tuple[str, int], ...] = ()
@@ -187,6 +208,8 @@ class Case:
             x_rounded=x_rounded,
             rounded=bool(variant.option(ROUNDED)),
             deterministic=bool(self.deterministic or variant.option(DETERMINISTIC)),
+            routes=bool(variant.option(ROUTES)),
+            id_dtype=("i32", "i64")[self.wide_ids] if variant.option(ROUTES) else "",
         )
 
 
@@ -232,7 +255,7 @@ def _cost(name: str, tile_m: int) -> Callable[[Values], float]:
 
 def axes_of(variant: Variant) -> str:
     """The name of a variant's axes in AXES."""
-    return f"{variant.op}.{BRINGS}" if variant.option(BRINGS) else variant.op
+    return next((f"{variant.op}.{name}" for name in (BRINGS, ROUTES) if variant.option(name)), variant.op)
 
 
 def grid(op: str) -> list[Case]:
@@ -261,6 +284,14 @@ def _off_grid(variant: Variant) -> list[Case]:
     if variant.op not in _GEMMS:
         return []
     ragged_m = variant.tile_m + 5
+    if variant.option(ROUTES):
+        bad = [Case(6, 5, 64, 64, "normal", zeros=1, top_k=2)]  # ids that nobody has
+        return [
+            Case(ragged_m, 3, 320, 192, "exact", top_k=2),
+            Case(4, 40, 64, 64, "normal", zeros=1, top_k=8, elsewhere=1),
+            Case(3, 4, 64, 64, "exact", zeros=1, top_k=1, elsewhere=1, wide_ids=1),
+            *(bad if variant.op == "groupedfc2" else ()),
+        ]
     if variant.op in _ROUTED:
         return [Case(ragged_m, 3, 320, 192, "exact", top_k=2), Case(5, 7, 64, 64, "normal", top_k=3)]
     tcgen05 = variant.arch.startswith("sm_10")
@@ -300,7 +331,7 @@ def _with_options(variant: Variant, recipe: Recipe, cases: Sequence[Case]) -> li
             options: dict[str, Any] = {}
             if variant.op in _GEMMS:
                 options.update(kind=kinds[i], launches=launches[i] if case.m * case.experts <= _TWICE else 1)
-            if variant.op in ("prepare", "route"):
+            if variant.op in ("prepare", "route") or case.elsewhere:
                 options["zeros"] = zeros[i]
             if variant.op == "route":
                 options["group_tile"] = group_tiles[i]

@@ -293,12 +293,20 @@ def _grouped(problem: Problem, layout: str, case: Case, seed: int) -> tuple[Arra
     made, packed = _weights(op, layout, case.experts, case.hidden, case.intermediate, case.kind, seed)
     rng, read = _rng(case, seed), reference.Weights(op, made.codes, made.scales, case.experts)
     arrays, a, a_scale = _activations(problem, case.kind, rng)
-    ids = rng.integers(0, case.experts, (case.m, case.top_k))
+    first, shape = problem.first_expert, (case.m, case.top_k)
+    ids = rng.integers(first, first + case.experts, shape)
+    if case.zeros:
+        ids = _with_strangers(rng, ids, first, case.experts)
     router = np.exp2(rng.integers(-1, 1, ids.shape)).astype(np.float32)  # powers of two: rule 1 holds after them
     w2_alpha = np.exp2(rng.integers(0, 2, case.experts)).astype(np.float32)
-    routes = reference.route(ids, router, w2_alpha, group_tile=problem.group_tile)
+    routes = reference.route(ids, router, w2_alpha, group_tile=problem.group_tile, first_expert=first, elsewhere=problem.elsewhere)
     used = len(routes.rows)
-    arrays.update(packed, **routes.given(problem))
+    arrays.update(packed)
+    if problem.routes:
+        choice = {"ids": ids.astype(_NUMPY[problem.id_dtype]), "router": router, "w2_alpha": w2_alpha}
+        arrays.update({role: array for role, array in choice.items() if role in problem.tensors()})
+    else:
+        arrays.update(routes.given(problem))
     exactly = case.kind == "exact"
     if op == "fc2":
         exact2 = reference.grouped_fc2(a[:used], read, routes.row_alpha.astype(np.float64), routes, case.m)
@@ -332,14 +340,22 @@ def _routing(problem: Problem, case: Case, seed: int) -> tuple[Arrays, npt.NDArr
     first, experts, shape = problem.first_expert, case.experts, (case.m, case.top_k)
     ids = rng.integers(first, first + experts, shape)
     if case.zeros:
-        outside = rng.random(shape) < ZERO_SHARE
-        ids[outside] = rng.choice(np.array([-1, first - 1, first + experts, first + experts + 1000]), int(outside.sum()))
+        ids = _with_strangers(rng, ids, first, experts)
     arrays: Arrays = {
         "ids": ids.astype(_NUMPY[problem.a_dtype]),
         "router": rng.random(shape, np.float32),
         "w2_alpha": rng.random(experts, np.float32),
     }
     return arrays, ids
+
+
+def _with_strangers(rng: np.random.Generator, ids: npt.NDArray[Any], first: int, experts: int) -> npt.NDArray[Any]:
+    """``ids``, of which some are not this rank's."""
+    outside = rng.random(ids.shape) < ZERO_SHARE
+    strangers = rng.choice(np.array([-1, first - 1, first + experts, first + experts + 1000]), int(outside.sum()))
+    found = ids.copy()
+    found[outside] = strangers
+    return found
 
 
 def _brought(problem: Problem, case: Case, seed: int, arrays: Arrays) -> Callable[[Arrays], list[_Compared]]:

@@ -27,7 +27,7 @@ from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import Expected
 from densemoe.runtime.errors import VariantError
-from densemoe.runtime.variant import DETERMINISTIC, ROUNDED, Variant
+from densemoe.runtime.variant import DETERMINISTIC, ROUNDED, ROUTES, Variant
 
 WEIGHT_LAYOUT = "sm90a-superblock/2"
 SUPERBLOCK_ROWS = 64
@@ -73,6 +73,7 @@ class Config:
         resident_ctas: CTAs meant to be resident on one SM.
         ordered: grouped FC2 adds in one order.
         rounded: FC1 writes NVFP4 output as the bf16 values that codes and scales stand for.
+        routes: a grouped kernel sorts the router's choice itself (``sm90_lists``).
     """
 
     tile_m: int
@@ -82,6 +83,7 @@ class Config:
     resident_ctas: int
     ordered: bool = False
     rounded: bool = False
+    routes: bool = False
 
     @property
     def token_blocks(self) -> int:
@@ -107,8 +109,8 @@ class Config:
 def config_of(variant: Variant, resident_ctas: Mapping[int, int], prefetch_up_to: int) -> Config:
     """The compile-time parameters of ``variant``, given a kernel's residency by tile_m and the largest tile_m that prefetches activations."""
     tile_m = variant.tile_m
-    ordered, rounded = (bool(variant.option(name)) for name in (DETERMINISTIC, ROUNDED))
-    return Config(tile_m, variant.a_dtype == "nvfp4", variant.c_dtype, tile_m <= prefetch_up_to, resident_ctas[tile_m], ordered, rounded)
+    options = (bool(variant.option(name)) for name in (DETERMINISTIC, ROUNDED, ROUTES))
+    return Config(tile_m, variant.a_dtype == "nvfp4", variant.c_dtype, tile_m <= prefetch_up_to, resident_ctas[tile_m], *options)
 
 
 def check_tile(variant: Variant, tiles_m: Collection[int] = TILES_M, tile_n: int = SUPERBLOCK_ROWS, options: Collection[str] = ()) -> None:

@@ -31,6 +31,7 @@ from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import Expected
 from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels import sm90_lists as lists
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_epilogue import OUTPUT_COLUMNS, store_fc1_row
@@ -57,8 +58,8 @@ def fc1_kernel(
     output_multiplier: cutlass.Pointer,
     c: cutlass.Pointer,
     c_scales: cutlass.Pointer,
-    chosen: cutlass.Pointer,
-    rows: cutlass.Pointer,
+    chosen: cutlass.Pointer | None,
+    rows: cutlass.Pointer | None,
     slots: cutlass.Pointer,
     tokens_total: Int32,
     experts: Int32,
@@ -66,6 +67,11 @@ def fc1_kernel(
     intermediate: Int32,
     token_tiles: Int32,
     waits_first: Int32,
+    ids: cutlass.Pointer | None,
+    id_bytes: Int32 | None,
+    first_expert: Int32 | None,
+    elsewhere: Int32 | None,
+    top_k: Int32 | None,
     grouped: cutlass.Constexpr,
     config: cutlass.Constexpr,
 ):
@@ -82,14 +88,16 @@ def fc1_kernel(
     k_blocks = common.k_blocks_of(hidden)
     row_blocks = Int32(Uint32(intermediate) // OUTPUT_COLUMNS)  # of one expert
     row_bytes = Int64(k_blocks) * superblock
-    listed = Int32(chosen.toint() != 0)
+    listed = Int32(1) if cutlass.const_expr(config.routes) else Int32(chosen.toint() != 0)
     if waits_first != 0:
         pr.griddepcontrol("wait")  # the list may come from the launch before
     pr.griddepcontrol("launch_dependents")
-    if cutlass.const_expr(grouped):
+    if cutlass.const_expr(grouped and not config.routes):
         common.prefetch_lines(chosen, tid, (tokens_total + 1) * 16)  # the lists lie in memory where nobody has made them just now
         common.prefetch_lines(rows, tid, tokens_total * 4)
-    units = common.load_global_s32_or(chosen, listed, experts) * row_blocks * token_tiles
+    units = Int32(0)
+    if cutlass.const_expr(not config.routes):
+        units = common.load_global_s32_or(chosen, listed, experts) * row_blocks * token_tiles
 
     all_rings, all_barriers = common.shared_memory(config)
     ring = all_rings.subview(warp * (stages * superblock))
@@ -100,6 +108,10 @@ def fc1_kernel(
             pr.mbarrier_init(barriers.subview(i), 1)
         pr.fence_mbarrier_init()
     cute.arch.sync_warp()
+    if cutlass.const_expr(config.routes):
+        choice = (ids, id_bytes, first_expert, elsewhere, None, None)
+        tiles, chosen, rows = lists.sort_choice(config.tile_m, False, choice, tokens_total, top_k, experts, lane)[:3]
+        units = tiles * row_blocks
 
     # the CTA's span of all units' K blocks, laid end to end
     span = reduction.span_of(Uint32(worker), Uint32(ctas), Uint32(units), Uint32(k_blocks), SMALLEST_SPAN)
@@ -112,7 +124,7 @@ def fc1_kernel(
     next_k = Int32(Uint32(k + warp) % Uint32(k_blocks))
     step_units = Int32(common.WARPS // Uint32(k_blocks))
     step_k = Int32(common.WARPS % Uint32(k_blocks))
-    next_row = b + Int64(weight_row(grouped, chosen, listed, Int32(to_fetch > 0), next_unit, row_blocks, token_tiles)) * row_bytes
+    next_row = b + Int64(weight_row(config, grouped, chosen, listed, Int32(to_fetch > 0), next_unit, row_blocks, token_tiles)) * row_bytes
     for i in cutlass.range_constexpr(stages):
         if to_fetch > 0:
             if lane == 0:
@@ -125,13 +137,15 @@ def fc1_kernel(
                 next_k -= k_blocks
                 next_unit += 1
             if next_unit != before:
-                next_row = b + Int64(weight_row(grouped, chosen, listed, Int32(to_fetch > 0), next_unit, row_blocks, token_tiles)) * row_bytes
+                next_row = b + Int64(weight_row(config, grouped, chosen, listed, Int32(to_fetch > 0), next_unit, row_blocks, token_tiles)) * row_bytes
 
     if (to_fetch > 0) & (lane == 0):
         common.prefetch_superblock(next_row + Int64(next_k) * superblock)  # the memory is idle until the launch before ends
 
     # the span's first unit and the one after: words of both, tokens of the first
-    chosen_lane = chosen + common.lane_zero(lane) if cutlass.const_expr(config.tile_m < 32) else chosen  # at 32 tokens registers end
+    chosen_lane = chosen
+    if cutlass.const_expr(config.tile_m < 32 and not config.routes):  # at 32 tokens registers end
+        chosen_lane = chosen + common.lane_zero(lane)
     words = unit_words(config, grouped, chosen_lane, listed, Int32(remaining > 0), unit, row_blocks, token_tiles, tokens_total)
     after = unit_words(config, grouped, chosen_lane, listed, Int32(remaining > k_blocks - k), unit + 1, row_blocks, token_tiles, tokens_total)
     tokens, exists = tokens_of(config, grouped, rows, words, g)
@@ -201,7 +215,7 @@ def fc1_kernel(
                             next_unit += 1
                         if next_unit != before:
                             exists_next = Int32(to_fetch > 0)
-                            next_row = b + Int64(weight_row(grouped, chosen, listed, exists_next, next_unit, row_blocks, token_tiles)) * row_bytes
+                            next_row = b + Int64(weight_row(config, grouped, chosen, listed, exists_next, next_unit, row_blocks, token_tiles)) * row_bytes
                     stage += 1
                     if stage == stages:
                         stage = Int32(0)
@@ -261,6 +275,8 @@ def unit_words(
     config: common.Config, grouped: bool, chosen: Any, listed: Any, is_there: Any, unit: Any, row_blocks: Any, token_tiles: Any, tokens_total: Any
 ) -> list[Any]:
     """[expert, first row, end of its rows] of a unit; some where ``is_there`` is 0: nothing is read then."""
+    if config.routes:
+        return lists.tile_words(chosen, Int32(Uint32(unit) // Uint32(row_blocks)), is_there)
     if grouped:
         tile = chosen + (Int64(Uint32(unit) // Uint32(row_blocks)) + 1) * 16  # the head of the list is as long as a tile
         words = [Int32(each) for each in common.load_global_v4_if(tile, is_there)]
@@ -280,17 +296,22 @@ def tokens_of(config: common.Config, grouped: bool, rows: Any, words: list[Any],
     if not grouped:
         return common.lane_tokens(config, first_row, g, end)
     places, exists = common.lane_tokens(config, Int32(0), g, end)
+    if config.routes:
+        return lists.tokens_of(rows, first_row, places, exists), exists
     return [common.load_global_s32_or(rows + Int64(first_row + p) * 4, e, Int32(0)) for p, e in zip(places, exists, strict=True)], exists
 
 
-def weight_row(grouped: bool, chosen: Any, listed: Any, exists: Any, unit: Any, row_blocks: Any, token_tiles: Any) -> Any:
+def weight_row(config: common.Config, grouped: bool, chosen: Any, listed: Any, exists: Any, unit: Any, row_blocks: Any, token_tiles: Any) -> Any:
     """The superblock row of the packed weights that a unit reads; some row where ``exists`` is 0.
 
     Args:
         chosen: tiles of ``route`` (``grouped``), or the list of active experts where ``listed`` is not 0.
     """
     if grouped:
-        expert = common.load_global_s32_or(chosen + (Int64(unit // row_blocks) + 1) * 16, exists, Int32(0))
+        if config.routes:
+            expert = lists.expert_of_tile(chosen, unit // row_blocks)
+        else:
+            expert = common.load_global_s32_or(chosen + (Int64(unit // row_blocks) + 1) * 16, exists, Int32(0))
         return expert * row_blocks + unit % row_blocks
     row = unit // token_tiles
     return common.listed_expert(chosen, listed & exists, row // row_blocks) * row_blocks + row % row_blocks
@@ -343,6 +364,11 @@ def fc1_host(
         intermediate,
         token_tiles,
         listed * (1 - early_list),
+        None,
+        None,
+        None,
+        None,
+        None,
         False,
         config,
     ).launch(

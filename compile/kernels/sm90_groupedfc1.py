@@ -18,12 +18,13 @@ from cutlass import Int32, Uint8
 
 from densemoe.compile.kernels import Expected, sm90_fc1
 from densemoe.compile.kernels import sm90_common as common
+from densemoe.compile.kernels import sm90_lists as lists
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels.host import pointer
 from densemoe.compile.kernels.sm90_epilogue import OUTPUT_COLUMNS
 from densemoe.compile.kernels.sm90_fc1 import fc1_kernel
 from densemoe.runtime.recipe import Parameter, Recipe, pointer_or_null
-from densemoe.runtime.variant import Variant
+from densemoe.runtime.variant import ROUTES, Variant
 
 OP = "groupedfc1"
 ARCHITECTURES = ("sm_90a",)
@@ -42,10 +43,16 @@ def groupedfc1_host(
     tiles: cute.Pointer,
     rows: cute.Pointer,
     slots: cute.Pointer,
+    ids: cute.Pointer,
     pairs: Int32,
     hidden: Int32,
     intermediate: Int32,
     early_list: Int32,
+    experts: Int32,
+    id_bytes: Int32,
+    first_expert: Int32,
+    elsewhere: Int32,
+    top_k: Int32,
     sm_count: Int32,
     symbol: cutlass.Constexpr[str],
     config: cutlass.Constexpr,
@@ -64,15 +71,20 @@ def groupedfc1_host(
         output_multiplier.raw_ptr(),
         c.raw_ptr(),
         c_scales.raw_ptr(),
-        tiles.raw_ptr(),
-        rows.raw_ptr(),
+        None if config.routes else tiles.raw_ptr(),
+        None if config.routes else rows.raw_ptr(),
         slots.raw_ptr(),
         pairs,
-        Int32(0),
+        experts if config.routes else Int32(0),
         hidden,
         intermediate,
         Int32(1),
         1 - early_list,
+        ids.raw_ptr() if config.routes else None,
+        id_bytes if config.routes else None,
+        first_expert if config.routes else None,
+        elsewhere if config.routes else None,
+        top_k if config.routes else None,
         True,
         config,
     ).launch(
@@ -92,12 +104,18 @@ def config_of(variant: Variant) -> common.Config:
 
 def check(variant: Variant) -> None:
     """Raises VariantError where this kernel cannot be ``variant``."""
-    common.check_tile(variant, common.GROUPED_TILES_M)
+    common.check_tile(variant, common.GROUPED_TILES_M, options=(ROUTES,))
+    if variant.option(ROUTES):
+        lists.check(variant)
 
 
 def recipe(variant: Variant) -> Recipe:
     """How the kernel of ``variant`` is launched."""
     config = config_of(variant)
+    listed: tuple[Parameter, ...] = (Parameter("chosen", "pointer", "tiles"), Parameter("rows", "pointer", "rows"))
+    choice: tuple[Parameter, ...] = ()
+    if config.routes:
+        listed, choice = (), (*lists.CHOICE, Parameter("top_k", "u32", "top_k"))
     return Recipe(
         parameters=(
             Parameter("a", "pointer", "a"),
@@ -108,15 +126,15 @@ def recipe(variant: Variant) -> Recipe:
             pointer_or_null("output_multiplier", "output_multiplier", config.rounded),
             Parameter("c", "pointer", "c"),
             pointer_or_null("c_scales", "c.scales", False),
-            Parameter("chosen", "pointer", "tiles"),
-            Parameter("rows", "pointer", "rows"),
+            *listed,
             Parameter("slots", "pointer", "workspace.slots"),
             Parameter("tokens_total", "u32", "M * top_k"),  # rows of all tiles: how long the lists may be
-            Parameter("experts", "u32", "0"),
+            Parameter("experts", "u32", "E" if config.routes else "0"),
             Parameter("hidden", "u32", "H"),
             Parameter("intermediate", "u32", "I"),
             Parameter("token_tiles", "u32", "1"),
             Parameter("waits_first", "u32", "1 - early_list"),
+            *choice,
         ),
         let=(
             ("blocks", f"M * top_k * (I // {OUTPUT_COLUMNS}) * ceil_div(H, {common.SUPERBLOCK_K})"),
@@ -140,16 +158,19 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
         *(pointer(Uint8, 16) for _ in range(3)),
         pointer(Uint8, 4),
         pointer(Uint8, 16),
+        pointer(Uint8, 4),
     )
-    words = tuple(Int32(value) for value in (16, 256, 128, 0, 132))
+    words = tuple(Int32(value) for value in (16, 256, 128, 0, 8, 4, 0, 0, 2, 132))
     return groupedfc1_host, (*pointers, *words, variant.symbol.removesuffix("_0"), config_of(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: ten pointers and five words (without the stream)."""
-    parameters = recipe(variant).parameters
-    pointers = [addresses[each.value] if each.kind == "pointer" else 0 for each in (*parameters[:4], *parameters[5:11])]
-    return [*pointers, names["M"] * names["top_k"], *(names[name] for name in ("H", "I", "early_list", "sm_count"))]
+    """What the exported host function is called with: eleven pointers and ten words (without the stream)."""
+    roles = {each.name: addresses[each.value] for each in recipe(variant).parameters if each.kind == "pointer"}
+    wanted = ("a", "a_scales", "b", "alpha", "output_multiplier", "c", "c_scales", "chosen", "rows", "slots", "ids")
+    pairs = names["M"] * names["top_k"]
+    words = ("H", "I", "early_list", "E", "id_bytes", "first_expert", "elsewhere", "top_k", "sm_count")
+    return [*(roles.get(name, 0) for name in wanted), pairs, *(names[name] for name in words)]
 
 
 def expected(variant: Variant) -> Expected:

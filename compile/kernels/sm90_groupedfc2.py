@@ -25,18 +25,20 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint8, Uint32
+from cutlass import Float32, Int32, Int64, Uint8, Uint32
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import Expected, sm90_fc2
 from densemoe.compile.kernels import sm90_common as common
 from densemoe.compile.kernels import sm90_conversion as conversion
+from densemoe.compile.kernels import sm90_lists as lists
 from densemoe.compile.kernels import sm90_ordered as ordered
 from densemoe.compile.kernels import sm90_reduction as reduction
 from densemoe.compile.kernels import sm90_workspace as workspace
 from densemoe.compile.kernels.host import pointer
+from densemoe.runtime.errors import VariantError
 from densemoe.runtime.recipe import Parameter, Recipe, pointer_or_null
-from densemoe.runtime.variant import DETERMINISTIC, Variant
+from densemoe.runtime.variant import DETERMINISTIC, ROUTES, Variant
 
 OP = "groupedfc2"
 ARCHITECTURES = ("sm_90a",)
@@ -53,11 +55,11 @@ def groupedfc2_kernel(
     a: cutlass.Pointer,
     a_scales: cutlass.Pointer,
     b: cutlass.Pointer,
-    row_alpha: cutlass.Pointer,
+    row_alpha: cutlass.Pointer | None,
     c: cutlass.Pointer,
     partials: cutlass.Pointer,
     counters: cutlass.Pointer,
-    tiles: cutlass.Pointer,
+    tiles: cutlass.Pointer | None,
     rows: cutlass.Pointer | None,
     places: cutlass.Pointer | None,
     slots: cutlass.Pointer | None,
@@ -68,16 +70,24 @@ def groupedfc2_kernel(
     group_rows: Int32,
     adding: Int32,
     waits_first: Int32,
+    ids: cutlass.Pointer | None,
+    id_bytes: Int32 | None,
+    first_expert: Int32 | None,
+    elsewhere: Int32 | None,
+    router: cutlass.Pointer | None,
+    w2_alpha: cutlass.Pointer | None,
+    experts: Int32 | None,
     config: cutlass.Constexpr,
 ):
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
     row_blocks = Int32(Uint32(hidden) // common.SUPERBLOCK_ROWS)
+    choice = (ids, id_bytes, first_expert, elsewhere, router, w2_alpha)
     if bid < adding:
         tile_count, span, of_group = add_items(
             config, a, a_scales, b, row_alpha, partials, tiles, rows, slots, tokens_total, top_k, hidden, intermediate, group_rows, adding,
-            waits_first, tid, bid,
+            waits_first, choice, experts, tid, bid,
         )  # fmt: skip
         if cutlass.const_expr(config.ordered):  # noqa: SIM114 - as one condition both branches would be compiled
             group = Int32(Uint32(span[0]) // Uint32(of_group))
@@ -92,27 +102,29 @@ def groupedfc2_kernel(
                 config.c_dtype, c, partials, tickets, conversion.shared_word(), span, tile_count, row_blocks, k_blocks, group_rows, tokens_total, tid
             )  # fmt: skip
     else:
-        pr.griddepcontrol("launch_dependents")
-        pr.griddepcontrol("wait")
-        k_blocks = common.k_blocks_of(intermediate)
-        of_group = common.load_global_s32_or(tiles, Int32(1), Int32(0)) * group_rows * k_blocks
-        if cutlass.const_expr(config.ordered):
-            ordered.convert(
-                ORDERED_AT_ONCE, common.WARPS, config.c_dtype, c, partials, places, counters, of_group, group_rows,
-                bid - adding, ctas - adding, tokens_total, top_k, row_blocks, tid,
-            )  # fmt: skip
-        else:
-            at_once = CONVERTED_AT_ONCE[config.tile_m]
-            conversion.convert(
-                at_once, common.WARPS, config.c_dtype, c, partials, counters, of_group, group_rows, bid - adding, ctas - adding, tokens_total,
-                row_blocks, tid,
-            )  # fmt: skip
+        if cutlass.const_expr(not config.routes):  # of so few tokens whoever completes a row block converts it
+            pr.griddepcontrol("launch_dependents")
+            pr.griddepcontrol("wait")
+            k_blocks = common.k_blocks_of(intermediate)
+            tile_count = common.load_global_s32_or(tiles, Int32(1), Int32(0))
+            of_group = tile_count * group_rows * k_blocks
+            if cutlass.const_expr(config.ordered):
+                ordered.convert(
+                    ORDERED_AT_ONCE, common.WARPS, config.c_dtype, c, partials, places, counters, of_group, group_rows,
+                    bid - adding, ctas - adding, tokens_total, top_k, row_blocks, tid,
+                )  # fmt: skip
+            else:
+                at_once = CONVERTED_AT_ONCE[config.tile_m]
+                conversion.convert(
+                    at_once, common.WARPS, config.c_dtype, c, partials, counters, of_group, group_rows, bid - adding, ctas - adding, tokens_total,
+                    row_blocks, tid,
+                )  # fmt: skip
 
 
 @cute.jit
 def add_items(
     config: cutlass.Constexpr, a, a_scales, b, row_alpha, partials, tiles, rows, slots, tokens_total, top_k, hidden, intermediate, group_rows, adding,
-    waits_first, tid, bid,
+    waits_first, choice, experts, tid, bid,
 ):  # fmt: skip
     """A CTA's spans of all items, added to the workspace, or stored there; arguments as the kernel's.
 
@@ -132,7 +144,8 @@ def add_items(
     all_rings, all_barriers = common.shared_memory(config)
     ring = all_rings.subview(warp * (stages * superblock))
     barriers = all_barriers.subview(warp * stages)
-    staged = workspace.staged_rows(workspace.MMA_ROWS, common.WARPS) + warp * workspace.staged_bytes(workspace.MMA_ROWS)
+    room = workspace.staged_rows(workspace.MMA_ROWS, common.WARPS)
+    staged = room + warp * workspace.staged_bytes(workspace.MMA_ROWS)
     if lane == 0:
         for i in cutlass.range_constexpr(stages):
             pr.mbarrier_init(barriers.subview(i), 1)
@@ -142,7 +155,10 @@ def add_items(
     if waits_first != 0:
         pr.griddepcontrol("wait")  # the lists, which say what weights are read, may come from the launch before
     pr.griddepcontrol("launch_dependents")
-    tile_count = common.load_global_s32_or(tiles, Int32(1), Int32(0))
+    if cutlass.const_expr(config.routes):
+        tile_count, tiles, rows, *row_alpha = lists.sort_choice(config.tile_m, True, choice, tokens_total * top_k, top_k, experts, lane)
+    else:
+        tile_count = common.load_global_s32_or(tiles, Int32(1), Int32(0))
 
     # the warp's span of all items' blocks, laid end to end: neighbours in the packed weights but where the tile changes
     workers = Uint32(adding) * common.WARPS  # CTAs behind them have no blocks
@@ -158,10 +174,12 @@ def add_items(
     row = item - (group * tile_count + tile) * group_rows  # in its group
     of_tile = group_rows * k_blocks  # blocks of a tile in a group
     to_fetch = left
-    lane_tiles = tiles + common.lane_zero(lane)  # what is loaded by it stays in lanes' registers
-    words = tile_words(lane_tiles, tile, Int32(left > 0))
+    lane_tiles = tiles
+    if cutlass.const_expr(not config.routes):
+        lane_tiles = tiles + common.lane_zero(lane)  # what is loaded by it stays in lanes' registers
+    words = tile_words(config, lane_tiles, tile, Int32(left > 0))
     fetch_left = of_tile - row * k_blocks - k  # blocks of the span that this tile has at most
-    words_after = tile_words(lane_tiles, tile_behind(tile, tile_count), Int32(left > fetch_left))
+    words_after = tile_words(config, lane_tiles, tile_behind(tile, tile_count), Int32(left > fetch_left))
 
     # what the ring fetches next, and the expert of the tile behind it
     fetch_tile = tile
@@ -180,7 +198,7 @@ def add_items(
                 fetch_tile = tile_behind(fetch_tile, tile_count)
                 fetch_group += Int32(fetch_tile == 0)
                 source = b + Int64(expert_ahead) * expert_bytes + Int64(fetch_group * of_tile) * superblock
-                expert_ahead = tile_words(lane_tiles, tile_behind(fetch_tile, tile_count), Int32(to_fetch > of_tile))[0]
+                expert_ahead = tile_words(config, lane_tiles, tile_behind(fetch_tile, tile_count), Int32(to_fetch > of_tile))[0]
     scale, token = row_of(config, rows, row_alpha, words, lane)
     first_row = words[1]
     count = words[2]
@@ -205,7 +223,7 @@ def add_items(
         own_group = group
         tile = tile_behind(tile, tile_count)
         group += Int32(tile == 0)
-        words_next = tile_words(lane_tiles, tile_behind(tile, tile_count), Int32(left > of_tile))
+        words_next = tile_words(config, lane_tiles, tile_behind(tile, tile_count), Int32(left > of_tile))
         scale_after, token_after = row_of(config, rows, row_alpha, words_after, lane)
         while in_tile > 0:
             for copy in cutlass.range_constexpr(unroll(config)):  # loaded activations need not move from one set of registers to the other
@@ -240,7 +258,7 @@ def add_items(
                             fetch_tile = tile_behind(fetch_tile, tile_count)
                             fetch_group += Int32(fetch_tile == 0)
                             source = b + Int64(expert_ahead) * expert_bytes + Int64(fetch_group * of_tile) * superblock
-                            expert_ahead = tile_words(lane_tiles, tile_behind(fetch_tile, tile_count), Int32(to_fetch > of_tile))[0]
+                            expert_ahead = tile_words(config, lane_tiles, tile_behind(fetch_tile, tile_count), Int32(to_fetch > of_tile))[0]
                     stage += 1
                     if stage == stages:
                         stage = Int32(0)
@@ -289,11 +307,15 @@ def row_of(config: common.Config, rows: Any, row_alpha: Any, words: list[Any], l
     """(scale, token) of row ``lane`` of a tile; a row that is stored as its own needs no token."""
     if config.ordered:
         return common.load_global_f32_if(row_alpha + Int64(words[1] + lane) * 4, Int32(lane < words[2])), Int32(0)
+    if config.routes:
+        return lists.row_of(rows, *row_alpha, words, lane)
     return workspace.row_of(rows, row_alpha, words, lane)
 
 
-def tile_words(tiles: Any, index: Any, exists: Any) -> list[Any]:
+def tile_words(config: common.Config, tiles: Any, index: Any, exists: Any) -> list[Any]:
     """[expert, first row, rows] of a tile of ``route``, zeros where there is none; the head of the list is as long as a tile."""
+    if config.routes:
+        return lists.tile_words(tiles, index, exists)
     return [Int32(each) for each in common.load_global_v4_if(tiles + (Int64(index) + 1) * 16, exists)[:3]]
 
 
@@ -347,11 +369,18 @@ def groupedfc2_host(
     tiles: cute.Pointer,
     rows: cute.Pointer,
     slots: cute.Pointer,
+    ids: cute.Pointer,
+    router: cute.Pointer,
+    w2_alpha: cute.Pointer,
     tokens_total: Int32,
     top_k: Int32,
     hidden: Int32,
     intermediate: Int32,
     early_list: Int32,
+    experts: Int32,
+    id_bytes: Int32,
+    first_expert: Int32,
+    elsewhere: Int32,
     sm_count: Int32,
     symbol: cutlass.Constexpr[str],
     config: cutlass.Constexpr,
@@ -370,21 +399,28 @@ def groupedfc2_host(
         a.raw_ptr(),
         a_scales.raw_ptr(),
         b.raw_ptr(),
-        row_alpha.raw_ptr(),
+        None if config.routes else row_alpha.raw_ptr(),
         c.raw_ptr(),
         partials.raw_ptr(),
         counters.raw_ptr(),
-        tiles.raw_ptr(),
-        None if ordered_form else rows.raw_ptr(),
+        None if config.routes else tiles.raw_ptr(),
+        None if ordered_form or config.routes else rows.raw_ptr(),
         rows.raw_ptr() if ordered_form else None,
         slots.raw_ptr() if ordered_form else None,
         tokens_total,
-        top_k if ordered_form else None,
+        top_k if ordered_form or config.routes else None,
         hidden,
         intermediate,
         rows_of_group(tokens_total, row_blocks, beyond),
         adding,
         1 - early_list,
+        ids.raw_ptr() if config.routes else None,
+        id_bytes if config.routes else None,
+        first_expert if config.routes else None,
+        elsewhere if config.routes else None,
+        router.raw_ptr() if config.routes else None,
+        w2_alpha.raw_ptr() if config.routes else None,
+        experts if config.routes else None,
         config,
     ).launch(
         grid=(adding + converting, 1, 1),
@@ -408,7 +444,11 @@ def finished_up_to(config: common.Config) -> int:
 
 def check(variant: Variant) -> None:
     """Raises VariantError where this kernel cannot be ``variant``."""
-    common.check_tile(variant, common.GROUPED_TILES_M, options=(DETERMINISTIC,))
+    common.check_tile(variant, common.GROUPED_TILES_M, options=(DETERMINISTIC, ROUTES))
+    if variant.option(DETERMINISTIC) and variant.option(ROUTES):
+        raise VariantError(f"options {DETERMINISTIC} and {ROUTES} of {variant.key}: what adds in one order reads the places of `route`; use one")
+    if variant.option(ROUTES):
+        lists.check(variant)
 
 
 def recipe(variant: Variant) -> Recipe:
@@ -421,22 +461,32 @@ def recipe(variant: Variant) -> Recipe:
         workspaces = ordered.workspaces(f"adding * {common.WARPS * ordered.slot_bytes(config)}")
         converting = ordered.converting(ORDERED_AT_ONCE, common.WARPS, config.resident_ctas)
         own = (*ordered.POINTERS, Parameter("tokens_total", "u32", "M"), Parameter("top_k", "u32", "top_k"))
+    listed: tuple[Parameter, ...] = (Parameter("tiles", "pointer", "tiles"),)
+    choice: tuple[Parameter, ...] = ()
+    scales: tuple[Parameter, ...] = (Parameter("row_alpha", "pointer", "row_alpha"),)
+    # the rings, rows on their way, the mask of `finish_rows`
+    smem = common.shared_memory_bytes(config) + common.WARPS * workspace.staged_bytes(workspace.MMA_ROWS) + (0 if config.ordered else 4)
+    if config.routes:
+        own, listed, scales = (Parameter("tokens_total", "u32", "M"), Parameter("top_k", "u32", "top_k")), (), ()
+        choice = (*lists.CHOICE, *lists.SCALES, Parameter("experts", "u32", "E"))
+        smem = max(smem, reduction.shared_memory_bytes(config))  # FC1's: its CTAs fill an SM only where each finds the place of one that ended
     return Recipe(
         parameters=(
             Parameter("a", "pointer", "a"),
             pointer_or_null("a_scales", "a.scales", False),
             Parameter("b", "pointer", "b"),
-            Parameter("row_alpha", "pointer", "row_alpha"),
+            *scales,
             Parameter("c", "pointer", "c"),
             Parameter("partials", "pointer", workspaces[0].role),
             Parameter("counters", "pointer", "workspace.counters"),
-            Parameter("tiles", "pointer", "tiles"),
+            *listed,
             *own,
             Parameter("hidden", "u32", "H"),
             Parameter("intermediate", "u32", "I"),
             Parameter("group_rows", "u32", group_rows_of(finished_up_to(config))),
             Parameter("adding", "u32", "adding"),
             Parameter("waits_first", "u32", "1 - early_list"),
+            *choice,
         ),
         let=(
             ("row_blocks", f"H // {common.SUPERBLOCK_ROWS}"),
@@ -445,8 +495,7 @@ def recipe(variant: Variant) -> Recipe:
         ),
         grid=(f"adding + {converting}", 1, 1),
         block=(common.WARPS * 32, 1, 1),
-        # the rings, rows on their way, the mask of `finish_rows`
-        dynamic_smem=common.shared_memory_bytes(config) + common.WARPS * workspace.staged_bytes(workspace.MMA_ROWS) + (0 if config.ordered else 4),
+        dynamic_smem=smem,
         workspaces=workspaces,
         settings=(("early_list", (0, 1)),),
         programmatic_launch=True,
@@ -462,17 +511,19 @@ def compile_arguments(variant: Variant) -> tuple[Any, tuple[Any, ...]]:
         *(pointer(Uint8, 16) for _ in range(4)),
         pointer(Uint8, 4),
         pointer(Uint8, 16),
+        *(pointer(Uint8, 4) for _ in range(3)),
     )
-    words = tuple(Int32(value) for value in (8, 2, 256, 128, 0, 132))
+    words = tuple(Int32(value) for value in (8, 2, 256, 128, 0, 8, 4, 0, 0, 132))
     return groupedfc2_host, (*pointers, *words, variant.symbol.removesuffix("_0"), config_of(variant), cuda.CUstream(0))
 
 
 def oracle_arguments(variant: Variant, names: Mapping[str, int], addresses: Mapping[str, int]) -> list[int]:
-    """What the exported host function is called with: ten pointers and six words (without the stream)."""
-    own = [addresses[each.value] if each.kind == "pointer" else 0 for each in recipe(variant).parameters[:10]]
-    if not config_of(variant).ordered:
-        own[-1] = 0  # slots
-    return [*own, *(names[name] for name in ("M", "top_k", "H", "I", "early_list", "sm_count"))]
+    """What the exported host function is called with: thirteen pointers and ten words (without the stream)."""
+    roles = {each.name: addresses[each.value] for each in recipe(variant).parameters if each.kind == "pointer"}
+    rows = "places" if config_of(variant).ordered else "rows"
+    wanted = ("a", "a_scales", "b", "row_alpha", "c", "partials", "counters", "tiles", rows, "slots", "ids", "router", "w2_alpha")
+    words = ("M", "top_k", "H", "I", "early_list", "E", "id_bytes", "first_expert", "elsewhere", "sm_count")
+    return [*(roles.get(name, 0) for name in wanted), *(names[name] for name in words)]
 
 
 def expected(variant: Variant) -> Expected:
