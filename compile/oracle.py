@@ -30,7 +30,7 @@ from densemoe.runtime.errors import AuditError, ToolchainError
 from densemoe.runtime.plan import OPTIONAL_ROLES, PackedLaunch, pack
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import Recipe
-from densemoe.runtime.variant import DETERMINISTIC, GROUPED_OPS, Variant
+from densemoe.runtime.variant import DETERMINISTIC, GROUPED_OPS, ROUTES, Variant
 
 __all__ = [
     "Comparison",
@@ -285,6 +285,11 @@ def shapes(variant: Variant) -> tuple[Problem, ...]:
             return Problem(
                 "route", m, experts, hidden if x_dtype else 0, 0, variant.a_dtype, variant.c_dtype,
                 top_k=chosen, first_expert=m, elsewhere=switch, group_tile=16, x_dtype=x_dtype, deterministic=switch,
+            )  # fmt: skip
+        if variant.op in GROUPED_OPS and variant.option(ROUTES):
+            return Problem(
+                variant.op, min(m, 16), experts, hidden, intermediate, variant.a_dtype, variant.c_dtype,
+                top_k=min(experts, 2), group_tile=variant.tile_m, first_expert=m, elsewhere=switch, routes=True, id_dtype="i64" if switch else "i32",
             )  # fmt: skip
         if variant.op in GROUPED_OPS:
             return Problem(

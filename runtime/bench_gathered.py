@@ -109,12 +109,12 @@ class GatheredData:
         roles = problem.tensors()
         shared = {role: pointer for role, pointer in shared.items() if role in roles}  # activations are there in more than one form
         for rotation in range(count or made.rotation_count(m)):
-            routes = self.routes(m, tile, rotation)
+            made_of = self.routes(m, tile, rotation)
             if not rotation:
-                self._routes[tile] = routes
-            used = len(np.unique(routes.experts))
+                self._routes[tile] = made_of
+            used = len(np.unique(made_of.experts))
             if routed is None:
-                own = {role: self._routed.put(array) for role, array in routes.given(problem).items()}
+                own = {role: self._routed.put(array) for role, array in made_of.given(problem).items()}
             else:
                 own = {role: pointer for role, pointer in routed.items() if role in roles}
             bound.append({**shared, **own, "b": made.weights.copy(rotation * used // shape.experts)})

@@ -19,7 +19,7 @@ from densemoe.runtime.bench_gathered import GatheredLayer
 from densemoe.runtime.bench_report import GATHERED, ORDERED, OURS, WHOLE, WITH_PREPARE
 from densemoe.runtime.bench_timing import Launch
 from densemoe.runtime.errors import SelectionError
-from densemoe.runtime.grouping import group_tile
+from densemoe.runtime.grouping import group_tile, sorts_itself
 from densemoe.runtime.plan import Plan
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.rules import LARGEST_ROUTED
@@ -150,10 +150,14 @@ class LayerBench(Bench):
         if gathered is None:
             return []
         tiles, ordered = self._tiles(of, dtypes), self._tiles(of, dtypes, True)
-        wanted = group_tile(load_table(self.arch).get("grouping"), tiles, m, shape.top_k, shape.experts)
+        grouping, sorting = load_table(self.arch).get("grouping"), self._routing_tiles(of, one, dtypes, m)
+        wanted = group_tile(grouping, tiles, m, shape.top_k, shape.experts)
+        chosen = (wanted, False, False)
+        if sorts_itself(grouping, sorting, m, shape.top_k):
+            chosen = (sorts_itself(grouping, sorting, m, shape.top_k), False, True)
         found = []
         forms = [(tile, False, False) for tile in sorted(tiles) if tile == wanted or worth_a_tile(shape, m, tile)]
-        forms += [(tile, False, True) for tile in sorted(self._routing_tiles(of, one, dtypes, m)) if worth_a_tile(shape, m, tile)]
+        forms += [(tile, False, True) for tile in sorted(sorting) if worth_a_tile(shape, m, tile)]
         for tile, deterministic, routes in (*forms, *((each, True, False) for each in ordered & {wanted})):
             own = gathered.bind(m, tile, count, deterministic, routes)
             steps: list[Plan] = []
@@ -181,7 +185,7 @@ class LayerBench(Bench):
                 continue
             launches = [tuner._launches(plan, each) for plan, each in zip(steps, own, strict=True)]
             point.columns[name] = (_alternate(launches), len(launches))
-            if tile == wanted and not deterministic and not routes and not of.name:
+            if (tile, deterministic, routes) == chosen and not of.name:
                 point.same[WHOLE] = name
         return found
 

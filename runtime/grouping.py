@@ -4,6 +4,9 @@ The first form (``fc1``, ``fc2`` with a list of active experts) adds experts up 
 tokens fit one tile. The second (``route``, ``groupedfc1``, ``groupedfc2``) reads and decodes an expert's weights once for up to ``group_tile`` of its
 own tokens, whatever M is, and adds up through memory.
 
+Of few pairs (a token's choice of one expert) the second form's GEMMs sort the router's choice themselves, which spares a bf16 layer the launch of
+``route``.
+
 The bounds are data: the part ``grouping`` of an architecture's selection table (docs/selection.md).
 """
 
@@ -12,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-__all__ = ["group_tile"]
+__all__ = ["group_tile", "sorts_itself"]
 
 
 def group_tile(grouping: Mapping[str, Any] | None, tiles: Collection[int], m: int, top_k: int, experts: int) -> int:
@@ -29,3 +32,16 @@ def group_tile(grouping: Mapping[str, Any] | None, tiles: Collection[int], m: in
     share = m * top_k / experts
     wanted = next(int(each["tile_m"]) for each in grouping["tiles"] if share <= each.get("share_to", share))
     return min(tiles, key=lambda tile: (abs(tile - wanted), tile))
+
+
+def sorts_itself(grouping: Mapping[str, Any] | None, tiles: Collection[int], m: int, top_k: int) -> int:
+    """Rows of a tile of the grouped form whose GEMMs sort the router's choice themselves, or 0 where another form is taken.
+
+    Args:
+        grouping: of the selection table: ``sorts_to``, the most pairs of this form, which comes before all others; absent: never.
+        tiles: what the device's set has such variants for.
+        m: tokens; top_k: experts of each.
+    """
+    if grouping is None or m * top_k > grouping.get("sorts_to", 0):
+        return 0
+    return min(tiles, default=0)

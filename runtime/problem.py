@@ -102,7 +102,7 @@ class Problem:
         top_k: ``prepare``, ``route`` and the grouped ops: experts of a token, 1 to 32. Of FC1 and FC2 with a list of active experts, where it is
             known: at most ``M·k`` are then listed, and FC1 of sm_90a has no CTAs for more; else 0.
         first_expert: ``prepare``, ``route`` and what ``routes``: id of this rank's first expert.
-        elsewhere: ``prepare``, ``route`` and what ``routes``: ids outside this rank's experts belong to other ranks; else such an id makes its token NaN.
+        elsewhere: of the same: ids outside this rank's experts belong to other ranks; else such an id makes its token NaN.
         group_tile: ``route`` and the grouped ops: most rows of a tile; the kernels' tile_m.
         x_dtype: ``prepare`` and ``route``: one of ``X_FORMS``: the activations that it brings as bf16, with ``hidden`` columns; "": none, and H is 0.
         x_rounded: ``prepare`` and ``route``: it rounds them to NVFP4 (contract section 2); f16 and f32 always.
@@ -190,7 +190,7 @@ class Problem:
                 " router's choice themselves, where they may add in any order"
             )
         if self.id_dtype not in (A_DTYPES_OF["route"] if self.routes else ("",)):
-            raise ProblemError(f"id_dtype={self.id_dtype!r} with routes={self.routes}: {' or '.join(A_DTYPES_OF['route'])} exactly where the op routes")
+            raise ProblemError(f"id_dtype={self.id_dtype!r} with routes={self.routes}: {' or '.join(A_DTYPES_OF['route'])} where True, else none")
         if self.c_in_k64_order and self.c_dtype not in _BETWEEN:
             raise ProblemError(
                 f"c_dtype={self.c_dtype!r} for {self.op} over tiles of {self.group_tile} rows: use {' or '.join(_BETWEEN)}, what FC2 reads"

@@ -24,7 +24,7 @@ __all__ = ["EARLY", "SM_COUNT", "early_roles", "encode_tensor_map", "launch_of",
 SM_COUNT = 4
 #: Weights: they are there before the first launch.
 EARLY: Final = ("b", "b.codes", "b.scales")
-#: What ``prepare`` and ``route`` write, or the router: the setting ``early_list`` says that it was complete before the launch before the kernel's began.
+#: What ``prepare``, ``route`` or the router write: ``early_list`` says that it was complete before the launch before the kernel's began.
 _LISTS: Final = ("active_experts", "tiles", "rows", "row_alpha", "ids", "router", "w2_alpha")
 _TYPES = {
     "u8": DataType.UINT8,

@@ -215,7 +215,8 @@ def fc1_kernel(
                             next_unit += 1
                         if next_unit != before:
                             exists_next = Int32(to_fetch > 0)
-                            next_row = b + Int64(weight_row(config, grouped, chosen, listed, exists_next, next_unit, row_blocks, token_tiles)) * row_bytes
+                            weights = weight_row(config, grouped, chosen, listed, exists_next, next_unit, row_blocks, token_tiles)
+                            next_row = b + Int64(weights) * row_bytes
                     stage += 1
                     if stage == stages:
                         stage = Int32(0)

@@ -25,7 +25,7 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint8, Uint32
+from cutlass import Int32, Int64, Uint8, Uint32
 from cutlass.experimental import primitives as pr
 
 from densemoe.compile.kernels import Expected, sm90_fc2
@@ -156,6 +156,7 @@ def add_items(
         pr.griddepcontrol("wait")  # the lists, which say what weights are read, may come from the launch before
     pr.griddepcontrol("launch_dependents")
     if cutlass.const_expr(config.routes):
+        cutlass.Array(Uint8, filling(config), space=cutlass.AddressSpace.smem, alignment=4)
         tile_count, tiles, rows, *row_alpha = lists.sort_choice(config.tile_m, True, choice, tokens_total * top_k, top_k, experts, lane)
     else:
         tile_count = common.load_global_s32_or(tiles, Int32(1), Int32(0))
@@ -442,6 +443,17 @@ def finished_up_to(config: common.Config) -> int:
     return 0 if config.ordered else conversion.LARGEST_FINISHED
 
 
+def used_smem(config: common.Config) -> int:
+    """Bytes of shared memory: the rings, rows on their way, the mask of ``finish_rows``."""
+    return common.shared_memory_bytes(config) + common.WARPS * workspace.staged_bytes(workspace.MMA_ROWS) + (0 if config.ordered else 4)
+
+
+def filling(config: common.Config) -> int:
+    """Bytes of shared memory that nobody uses, where the next layer's FC1 comes behind this launch: CTAs as large as its own leave places that they
+    fit into; smaller ones leave holes, with which an SM held three of four (docs/tried.md)."""
+    return reduction.shared_memory_bytes(config) - used_smem(config)
+
+
 def check(variant: Variant) -> None:
     """Raises VariantError where this kernel cannot be ``variant``."""
     common.check_tile(variant, common.GROUPED_TILES_M, options=(DETERMINISTIC, ROUTES))
@@ -464,12 +476,11 @@ def recipe(variant: Variant) -> Recipe:
     listed: tuple[Parameter, ...] = (Parameter("tiles", "pointer", "tiles"),)
     choice: tuple[Parameter, ...] = ()
     scales: tuple[Parameter, ...] = (Parameter("row_alpha", "pointer", "row_alpha"),)
-    # the rings, rows on their way, the mask of `finish_rows`
-    smem = common.shared_memory_bytes(config) + common.WARPS * workspace.staged_bytes(workspace.MMA_ROWS) + (0 if config.ordered else 4)
+    smem = used_smem(config)
     if config.routes:
         own, listed, scales = (Parameter("tokens_total", "u32", "M"), Parameter("top_k", "u32", "top_k")), (), ()
         choice = (*lists.CHOICE, *lists.SCALES, Parameter("experts", "u32", "E"))
-        smem = max(smem, reduction.shared_memory_bytes(config))  # FC1's: its CTAs fill an SM only where each finds the place of one that ended
+        smem = smem + filling(config)
     return Recipe(
         parameters=(
             Parameter("a", "pointer", "a"),

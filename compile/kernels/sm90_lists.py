@@ -130,7 +130,7 @@ def sort_choice(tile_m: cutlass.Constexpr, scales: cutlass.Constexpr, choice, pa
         pairs: ``M`` · ``top_k``; experts: here.
 
     Returns:
-        How many tiles there are; the word of tile ``lane``; token of row ``lane``; its weight and its expert's scale, whose product is the row's scale
+        How many tiles there are; the word of tile ``lane``; token of row ``lane``; its weight and its expert's scale, whose product is the row's
         (loads that nobody has waited for).
     """
     ids, id_bytes, first_expert, elsewhere, router, w2_alpha = choice

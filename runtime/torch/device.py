@@ -244,13 +244,22 @@ def _moe_problems(
     elsewhere: bool,
     deterministic: bool,
 ) -> tuple[Problem, ...]:
-    """[quantise], prepare or route, FC1, FC2 of checked arguments. Where GEMMs read NVFP4 decoded, prepare or route quantises."""
+    """[quantise], prepare or route, FC1, FC2 of checked arguments; FC1 and FC2 alone where they sort the router's choice themselves. Where GEMMs read
+    NVFP4 decoded, prepare or route quantises."""
     x, ids, router, w1, w1_alpha, w2, w2_alpha, input_multiplier, output_multiplier, x_scales, alpha_max = tensors
     first, second = check_moe(
         x, ids, router, w1, w1_alpha, w2, w2_alpha, hidden, intermediate, c_dtype, input_multiplier, output_multiplier, x_scales, alpha_max
     )
     m, experts = first.m, first.experts
     id_dtype, top_k = "i32" if ids.dtype == torch.int32 else "i64", int(ids.shape[1])
+    plain = first.a_dtype == first.c_dtype == "bf16" and input_multiplier is None and alpha_max is None
+    if plain and not deterministic:
+        tile = rt.sorting_tile(ordinal, first, second, top_k)
+        if tile:
+            sorting: dict[str, Any] = {
+                "top_k": top_k, "group_tile": tile, "routes": True, "id_dtype": id_dtype, "first_expert": first_expert, "elsewhere": elsewhere,
+            }  # fmt: skip
+            return tuple(replace(each, op=f"grouped{each.op}", **sorting) for each in (first, second))
     tile = rt.group_tile(ordinal, first, second, top_k, deterministic) if alpha_max is None else 0
     ordered = deterministic and tile > 0  # the form over all tokens always gives the same bits
     decoded = tile > 0 or rt.reads_decoded(ordinal)
@@ -304,12 +313,10 @@ def _make_moe(
     given = [each is not None for each in tensors]
     uses, size = _moe_uses(problems, given)
     _, _, _, w1, _, w2, *_ = tensors
-    default = {"alpha_divisor": rt.one(ordinal)} if problems[-3].op == "prepare" and not given[10] else None
     launches = [
-        *(Launch(each) for each in problems[:-3]),
-        Launch(problems[-3], fixed=default),
+        *(Launch(each, fixed={"alpha_divisor": rt.one(ordinal)} if each.op == "prepare" and not given[10] else None) for each in problems[:-2]),
         Launch(problems[-2], layout, w1.numel()),
-        # FC1 begins its dependents only after it has waited for prepare or route, so FC2 may read their list before it waits for FC1
+        # FC1 begins its dependents only after it has waited for what came before, so FC2 may read the list or the choice before it waits for FC1
         Launch(problems[-1], layout, w2.numel(), {"early_list": 1}),
     ]
     sources = [_source(name, uses[name], problems, {"w1": w1.numel(), "w2": w2.numel()}.get(name, 0)) for name in _NAMES]
@@ -336,7 +343,7 @@ def _source(name: str, uses: list[tuple[int, str, int]], problems: tuple[Problem
 def _moe_uses(problems: tuple[Problem, ...], given: list[bool]) -> tuple[Mapping[str, list[tuple[int, str, int]]], int]:
     """(launch, role, offset) of each kernel that reads or writes a tensor of the layer, and the bytes of scratch."""
     quantises, quantised_between, quantised_outside, fused = given[7:]
-    choice, first, second = (len(problems) - back for back in (3, 2, 1))
+    first, second = (len(problems) - back for back in (2, 1))
     uses: dict[str, list[tuple[int, str, int]]] = {name: [] for name in _NAMES}
     end = 0
 
@@ -349,13 +356,19 @@ def _moe_uses(problems: tuple[Problem, ...], given: list[bool]) -> tuple[Mapping
     def use(name: str, *at: tuple[int, str]) -> None:
         uses[name] += [(launch, role, 0) for launch, role in at]
 
-    use("ids", (choice, "ids"))
-    use("router weights", (choice, "router"))
     use("w1", (first, "b"))
     use("w1_alpha", (first, "alpha"))
     use("w2", (second, "b"))
-    use("w2_alpha", (choice, "w2_alpha"))
     use("c", (second, "c"))
+    choice = second if problems[second].routes else first - 1  # the launch that is told the router's weights
+    use("router weights", (choice, "router"))
+    use("w2_alpha", (choice, "w2_alpha"))
+    if problems[second].routes:
+        use("ids", (first, "ids"), (second, "ids"))
+        use("x", (first, "a"))
+        scratch(first, "c", (second, "a"))
+        return uses, end
+    use("ids", (choice, "ids"))
     if problems[choice].op == "route":
         scratch(choice, "tiles", (first, "tiles"), (second, "tiles"))
         if problems[choice].deterministic:

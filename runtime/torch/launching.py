@@ -28,13 +28,13 @@ from typing import Any, Final
 import torch
 
 from densemoe.runtime.errors import DriverError, PlanError, ProblemError
-from densemoe.runtime.grouping import group_tile
+from densemoe.runtime.grouping import group_tile, sorts_itself
 from densemoe.runtime.loader import Loader
 from densemoe.runtime.plan import Plan, packed_weight_bytes
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.recipe import evaluate
 from densemoe.runtime.select import load_table
-from densemoe.runtime.variant import DETERMINISTIC, GROUPED_OPS, ROUNDED
+from densemoe.runtime.variant import DETERMINISTIC, GROUPED_OPS, ROUNDED, ROUTES
 
 __all__ = ["Entry", "Launch", "Runtime", "Shortcut", "Source", "check_aligned", "runtime", "use_runtime"]
 
@@ -257,11 +257,13 @@ class _Layers:
     Attributes:
         grouping: the part of the selection's table; None where it has none.
         grouped: of the grouped kernels op, output dtype, whether FC2 adds in one order and rows of a tile; none where the set cannot sort.
+        sorting: those that sort the router's choice themselves: op, output dtype and rows of a tile.
         decoded: ``Runtime.reads_decoded``.
     """
 
     grouping: Mapping[str, Any] | None
     grouped: frozenset[tuple[str, str, bool, int]]
+    sorting: frozenset[tuple[str, str, int]]
     decoded: bool
 
 
@@ -499,6 +501,17 @@ class Runtime:
         tiles = [self._tiles(ordinal, each.op, each.c_dtype, deterministic) for each in (first, second)]
         return group_tile(self._layers(ordinal).grouping, tiles[0] & tiles[1], first.m, top_k, first.experts)
 
+    def sorting_tile(self, ordinal: int, first: Problem, second: Problem, top_k: int) -> int:
+        """Rows of a tile of the grouped form of a bf16 layer whose GEMMs sort the router's choice themselves (``grouping.sorts_itself``), 0 where its
+        form is another.
+
+        Args:
+            first, second: FC1 and FC2 of the form over all tokens.
+        """
+        layers = self._layers(ordinal)
+        tiles = [{tile for op, c_dtype, tile in layers.sorting if (op, c_dtype) == (f"grouped{each.op}", each.c_dtype)} for each in (first, second)]
+        return sorts_itself(layers.grouping, tiles[0] & tiles[1], first.m, top_k)
+
     def reads_decoded(self, ordinal: int) -> bool:
         """Whether a layer's GEMMs over all tokens read NVFP4 activations as bf16: where the set has an FC1 that writes what FC2 then reads."""
         return self._layers(ordinal).decoded
@@ -516,11 +529,12 @@ class Runtime:
             grouped = {
                 (each.op, each.c_dtype, bool(each.option(DETERMINISTIC)), each.tile_m)
                 for each in variants
-                if each.op in GROUPED_OPS and routes
+                if each.op in GROUPED_OPS and routes and not each.option(ROUTES)
             }
+            sorting = frozenset((each.op, each.c_dtype, each.tile_m) for each in variants if each.option(ROUTES))
             table = load_table(self.loader.manifest(ordinal).arch)
             decoded = any(each.option(ROUNDED) for each in variants)
-            found = self._of_layers[ordinal] = _Layers(table.get("grouping"), frozenset(grouped), decoded)
+            found = self._of_layers[ordinal] = _Layers(table.get("grouping"), frozenset(grouped), sorting, decoded)
         return found
 
 
