@@ -225,7 +225,8 @@ def build(measured: Sequence[Measurement], provenance: Mapping[str, Any], before
 
     Args:
         provenance: ``bench_device.describe`` with ``read_bytes_per_second``.
-        before: the table that stands: its rules serve ops and dtypes that were not measured, its ``grouping`` where either form was not.
+        before: the table that stands: its rules serve ops and dtypes that were not measured, its ``grouping`` where either form was not, and
+            what of it is chosen by whole layers (``sorts_to``).
     """
     keys: list[list[Any]] = []
     index: dict[Candidate, int] = {}
@@ -237,7 +238,10 @@ def build(measured: Sequence[Measurement], provenance: Mapping[str, Any], before
         return index[candidate]
 
     samples = {(group_of(each.case), each.case.m, each.candidate): each.sample for each in measured}
-    grouping = grouping_of(layer_points(measured)) or before.get("grouping")
+    stands = before.get("grouping")
+    grouping = grouping_of(layer_points(measured)) or stands
+    if grouping is not None and stands is not None:
+        grouping = {**{name: value for name, value in stands.items() if name == "sorts_to"}, **grouping}
     fits = fit(measured, provenance["sm_count"], _read(provenance))
     shapes: dict[str, list[list[Any]]] = {}
     for group, times in sorted(_times(measured).items()):

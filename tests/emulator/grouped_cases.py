@@ -20,9 +20,9 @@ from densemoe.runtime.layout import from_k64_order, k64_order
 from densemoe.runtime.nvfp4 import bf16_values
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.rules import can_implement
-from densemoe.runtime.variant import DETERMINISTIC, Variant
+from densemoe.runtime.variant import DETERMINISTIC, ROUTES, Variant
 
-NUMPY: dict[str, Any] = {"u8": np.uint8, "bf16": np.uint16, "f16": np.float16, "f32": np.float32, "i32": np.int32}
+NUMPY: dict[str, Any] = {"u8": np.uint8, "bf16": np.uint16, "f16": np.float16, "f32": np.float32, "i32": np.int32, "i64": np.int64}
 LARGEST = 448.0 * 6.0  # of a scale and a code
 
 
@@ -52,11 +52,17 @@ def launch(
 def run(
     key: str, m: int, experts: int, top_k: int, hidden: int, intermediate: int, kind: str, *, ids: Any = None, launches: int = 1, **options: Any
 ) -> tuple[bounds.Report, Report]:
-    """One grouped GEMM on the reference's routes, judged in every row that they have."""
+    """One grouped GEMM on the reference's routes, or on the router's choice, judged in every row that they have.
+
+    Args:
+        options: of ``launch``, but ``first_expert``, ``elsewhere`` and ``id_dtype`` of a problem that has the router's choice.
+    """
     variant = Variant.parse(key)
+    own = {name: options.pop(name, otherwise) for name, otherwise in (("first_expert", 0), ("elsewhere", False), ("id_dtype", "i32"))}
+    choice = {**own, "routes": True} if variant.option(ROUTES) else {}
     problem = Problem(
         variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype,
-        top_k=top_k, group_tile=variant.tile_m, deterministic=bool(variant.option(DETERMINISTIC)),
+        top_k=top_k, group_tile=variant.tile_m, deterministic=bool(variant.option(DETERMINISTIC)), **choice,
     )  # fmt: skip
     rng = np.random.default_rng([m, experts, hidden, intermediate])
     fc1 = variant.op == "groupedfc1"
@@ -68,8 +74,14 @@ def run(
     a = bf16_values(first).astype(np.float64)
     chosen = np.stack([rng.permutation(experts)[:top_k] for _ in range(m)]) if ids is None else np.asarray(ids)
     w2_alpha = np.exp2(rng.integers(-3, 3, experts)).astype(np.float32)
-    routes = reference.route(chosen, np.exp2(rng.integers(-2, 1, chosen.shape)).astype(np.float32), w2_alpha, group_tile=variant.tile_m)
+    router = np.exp2(rng.integers(-2, 1, chosen.shape)).astype(np.float32)
+    routes = reference.route(
+        chosen, router, w2_alpha, group_tile=variant.tile_m, first_expert=problem.first_expert, elsewhere=problem.elsewhere
+    )  # fmt: skip
     routes_given = routes.given(problem)
+    if problem.routes:
+        every = {"ids": chosen.astype(NUMPY[problem.id_dtype]), "router": router, "w2_alpha": w2_alpha}
+        routes_given = {role: array for role, array in every.items() if role in problem.tensors()}
     used = len(routes.rows)
     multiplier = None
     if fc1:

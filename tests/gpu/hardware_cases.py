@@ -16,7 +16,7 @@ from densemoe.runtime import data, packing, reference
 from densemoe.runtime.layout import k64_order
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.rules import can_implement
-from densemoe.runtime.variant import BRINGS, DETERMINISTIC, ROUNDED, Variant
+from densemoe.runtime.variant import BRINGS, DETERMINISTIC, ROUNDED, ROUTES, Variant
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -40,12 +40,12 @@ class Shape(NamedTuple):
         return ",".join(f"{name}={value}" for name, value in self._asdict().items())
 
 
-#: Ragged sizes over more than one tile, and even ones. FC1 and FC2 on data of rule 1: bit for bit, whatever the order of additions.
-EXACT = (Shape(21, 3, 320, 192, 2, 11), Shape(37, 5, 256, 128, 3, 12))
+#: Ragged sizes over more than one tile, and even ones; few pairs. FC1 and FC2 on data of rule 1: bit for bit, whatever the order of additions.
+EXACT = (Shape(21, 3, 320, 192, 2, 11), Shape(37, 5, 256, 128, 3, 12), Shape(11, 3, 320, 192, 2, 13))
 #: Normal data: additions are rounded, FC1 goes through ex2.approx and rcp.approx.
 GENERAL = (Shape(5, 2, 512, 192, 2, 21),)
 #: By shape: dtype of the activations that ``prepare`` and ``route`` bring, and rows of a tile of ``route``: in natural order, and in K 64 order.
-_BROUGHT = {EXACT[0].name: ("bf16", 16), EXACT[1].name: ("nvfp4", 32), GENERAL[0].name: ("bf16", 16)}
+_BROUGHT = {EXACT[0].name: ("bf16", 16), EXACT[1].name: ("nvfp4", 32), EXACT[2].name: ("bf16", 16), GENERAL[0].name: ("bf16", 16)}
 _EXACT_OPS = ("fc1", "fc2", "groupedfc1", "groupedfc2", "prepare", "route", "quantize")
 
 
@@ -112,6 +112,8 @@ def _gemm(variant: Variant, shape: Shape, kind: str, rng: np.random.Generator) -
     fields: dict[str, Any] = {"alpha_post": op == "fc1", "rounded": bool(variant.option(ROUNDED))}
     if grouped:
         fields = {"top_k": top_k, "group_tile": variant.tile_m, "deterministic": ordered}
+        if variant.option(ROUTES):
+            fields.update(routes=True, id_dtype="i32")
     problem = Problem(variant.op, m, experts, hidden, intermediate, variant.a_dtype, variant.c_dtype, **fields)
     weights = (data.fc1_weights if op == "fc1" else data.fc2_weights)(rng, experts, hidden, intermediate, kind)
     packed = packing.pack_fc1(weights.codes, weights.scales) if op == "fc1" else packing.pack_fc2(weights.codes, weights.scales, experts)
@@ -120,8 +122,10 @@ def _gemm(variant: Variant, shape: Shape, kind: str, rng: np.random.Generator) -
     arrays: Arrays = {"b": packed, **(plain if scales is None else {"a.codes": first, "a.scales": scales})}
     rows = None
     if grouped:
-        routes = reference.route(*_routing(rng, shape), group_tile=variant.tile_m)
-        arrays.update(routes.given(problem))
+        chosen = _routing(rng, shape)
+        routes = reference.route(*chosen, group_tile=variant.tile_m)
+        choice = dict(zip(("ids", "router", "w2_alpha"), chosen, strict=True))
+        arrays.update({role: array for role, array in choice.items() if role in problem.tensors()} if problem.routes else routes.given(problem))
         rows = len(routes.rows) if op == "fc1" else None
     if op == "fc1":
         arrays["alpha"] = data.fc1_alpha(weights, a_scale)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from densemoe.compile import kernels
-from densemoe.runtime.errors import ProblemError, SelectionError
-from densemoe.runtime.grouping import group_tile
+from densemoe.runtime.errors import ProblemError, SelectionError, VariantError
+from densemoe.runtime.grouping import group_tile, sorts_itself
 from densemoe.runtime.problem import Problem
 from densemoe.runtime.rules import can_implement
 from densemoe.runtime.select import load_table, select
@@ -38,6 +38,57 @@ def test_a_set_without_the_tile_takes_the_nearest() -> None:
     assert group_tile(GROUPING, (32, 128), 96, 8, 128) == 32
     assert group_tile(GROUPING, (), 4096, 8, 128) == 0
     assert group_tile(None, TILES, 4096, 8, 128) == 0
+
+
+@pytest.mark.parametrize(("m", "top_k", "expected"), [(1, 8, 8), (4, 8, 8), (5, 8, 0), (16, 2, 8), (17, 2, 0), (32, 1, 8), (0, 8, 8)])
+def test_few_pairs_are_sorted_by_what_multiplies_them(m: int, top_k: int, expected: int) -> None:
+    assert sorts_itself(GROUPING, (8,), m, top_k) == expected
+    assert sorts_itself(GROUPING, (), m, top_k) == sorts_itself(None, (8,), m, top_k) == 0
+    assert sorts_itself({name: value for name, value in GROUPING.items() if name != "sorts_to"}, (8,), m, top_k) == (8 if m == 0 else 0)
+
+
+@pytest.mark.parametrize("op", ["groupedfc1", "groupedfc2"])
+def test_who_sorts_itself_is_chosen_by_problems_that_have_the_choice_alone(op: str) -> None:
+    both = variants(*(f"{op}.sm90a.t8x64.c1x1.bf16-bf16{form}" for form in ("", ".routes")))
+    problem = Problem(op, 4, 16, 256, 128, top_k=8, group_tile=8)
+    sorting = replace(problem, routes=True, id_dtype="i64")
+    assert select(problem, both, load_table("sm_90a")).variant.options == ()
+    assert select(sorting, both, load_table("sm_90a")).variant.options == (("routes", 1),)
+    with pytest.raises(SelectionError, match="it sorts the router's choice itself"):
+        select(problem, both[1:], load_table("sm_90a"))
+    with pytest.raises(SelectionError, match="it reads what `route` sorted, the problem has the router's choice"):
+        select(sorting, both[:1], load_table("sm_90a"))
+    with pytest.raises(SelectionError, match="33 pairs: it sorts up to 32 itself"):
+        select(replace(sorting, m=33, top_k=1), both, load_table("sm_90a"))
+
+
+@pytest.mark.parametrize("id_dtype", ["i32", "i64"])
+def test_a_problem_that_routes_has_the_router_s_choice_in_place_of_lists(id_dtype: str) -> None:
+    first = Problem("groupedfc1", 3, 8, 256, 128, top_k=2, group_tile=8, routes=True, id_dtype=id_dtype)
+    second = replace(first, op="groupedfc2")
+    assert set(first.tensors()) == {"a", "b", "ids", "alpha", "c"}
+    assert set(second.tensors()) == {"a", "b", "ids", "router", "w2_alpha", "c"}
+    assert (first.tensors()["ids"].dtype, first.tensors()["ids"].shape) == (id_dtype, (3, 2))
+    assert first.names()["id_bytes"] == (4 if id_dtype == "i32" else 8)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"op": "groupedfc2", "deterministic": True}, "where they may add in any order"),
+    ({"group_tile": 32}, "the grouped ops of tiles below 32 rows"),
+    ({"op": "fc1", "top_k": 0, "group_tile": 0}, "routes=True for fc1"),
+    ({"id_dtype": ""}, "id_dtype='' with routes=True: i32 or i64 where True"),
+    ({"routes": False}, "id_dtype='i32' with routes=False"),
+])  # fmt: skip
+def test_problems_that_cannot_route_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        replace(Problem("groupedfc1", 3, 8, 256, 128, top_k=2, group_tile=8, routes=True, id_dtype="i32"), **changes)
+
+
+@pytest.mark.parametrize("key", ["groupedfc1.sm90a.t16x64.c1x1.bf16-bf16.routes", "groupedfc2.sm90a.t8x64.c1x1.bf16-bf16.deterministic.routes"])
+def test_no_other_kernel_routes(key: str) -> None:
+    variant = Variant.parse(key)
+    with pytest.raises(VariantError, match=r"tiles of 8 rows|use one"):
+        kernels.load(f"sm90_{variant.op}").check(variant)
 
 
 @pytest.mark.parametrize("tile", [16, 32])

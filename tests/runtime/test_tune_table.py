@@ -348,6 +348,7 @@ def test_the_table_takes_the_measured_form_and_family() -> None:
     table = build([*every, *wide], PROVENANCE, load_table("sm_90a"))
     jsonschema.validate(json.loads(json.dumps(table)), SCHEMA)
     assert table["grouping"]["provenance"] == "measured"
+    assert table["grouping"]["sorts_to"] == load_table("sm_90a")["grouping"]["sorts_to"]
     assert table["quality"]["forms"]["cases"] == len(MODELS) * len(TUNE_TOKENS)
     assert table["quality"]["forms_other_shapes"]["cases"] == len(MODELS) * len(TUNE_TOKENS)
     variants = [Variant.parse(key) for key, _ in table["keys"] if key.startswith("groupedfc1")]

@@ -14,13 +14,11 @@ from prebuilt import seed_with_built
 from densemoe.runtime.torch import device
 
 
-@pytest.fixture(scope="session")
-def layer_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _artifacts(root: Path, *others: str) -> Path:
     """The quick profile, and what layers of 24 and 60 tokens take besides."""
     from densemoe.compile import build, matrix
 
-    root = tmp_path_factory.mktemp("layer")
-    patterns = ("route.sm90a.*", "grouped*.t16x64.c1x1.bf16-bf16", "groupedfc1.*.t16x64.c1x1.bf16-nvfp4",
+    patterns = (*others, "route.sm90a.*", "grouped*.t16x64.c1x1.bf16-bf16", "groupedfc1.*.t16x64.c1x1.bf16-nvfp4",
                 "grouped*.t32x256.c1x1.bf16-bf16", "groupedfc1.*.t32x256.c1x1.bf16-nvfp4",
                 "fc1.sm90a.t32x64.c1x1.bf16-nvfp4.rounded", "fc2.sm90a.t32x64.c1x1.bf16-bf16",
                 "groupedfc2.*.t16x64.c1x1.bf16-bf16.deterministic", "groupedfc2.*.t32x256.c1x1.bf16-bf16.deterministic")  # fmt: skip
@@ -33,9 +31,30 @@ def layer_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def layer_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set without kernels that sort the router's choice themselves."""
+    return _artifacts(tmp_path_factory.mktemp("layer"))
+
+
+@pytest.fixture(scope="session")
+def sorting_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set with them."""
+    return _artifacts(tmp_path_factory.mktemp("sorting"), "grouped*.t8x64.c1x1.bf16-bf16.routes")
+
+
 @pytest.fixture
 def fake(layer_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    made = Fake(layer_artifacts)
+    yield from _installed(Fake(layer_artifacts), monkeypatch)
+
+
+@pytest.fixture
+def sorting(sorting_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    yield from _installed(Fake(sorting_artifacts), monkeypatch)
+
+
+def _installed(made: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    """The Runtime of the ops while a test runs."""
 
     def launcher(*prepared: Any) -> Any:
         return lambda stream: made.driver.launches.extend(((each.function, each.config), stream, bytes(each.keep[0])) for each in prepared)

@@ -33,6 +33,43 @@ def test_a_bf16_layer_is_three_launches_that_hand_memory_on(fake: Fake) -> None:
     assert len(set(pieces)) == 3
 
 
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+def test_a_bf16_layer_of_few_pairs_is_two_launches(sorting: Fake, ids: Any) -> None:
+    """Both are given the router's choice; the second call finds its entry and points it to its own tensors."""
+    for _ in range(2):
+        a = arguments(16, ids=ids)
+        out = device.moe(*a)
+        fc1, fc2 = sorting.launches()
+        assert [each[0] for each in (fc1, fc2)] == ["groupedfc1", "groupedfc2"]
+        assert {each[1] for each in (fc1, fc2)} == {77}
+        x, chosen, router, w1, w1_alpha, w2, w2_alpha = (each.data_ptr() for each in a[:7])
+        assert {role: fc1[2][role] for role in ("a", "ids", "b", "alpha")} == {"a": x, "ids": chosen, "b": w1, "alpha": w1_alpha}
+        assert {role: fc2[2][role] for role in ("ids", "router", "w2_alpha", "b")} == {"ids": chosen, "router": router, "w2_alpha": w2_alpha, "b": w2}
+        assert fc2[2]["a"] == fc1[2]["c"] != 0
+        assert fc2[2]["c"] == out.data_ptr()
+    entries = list(sorting.runtime.entries.values())
+    assert [plan.problem.id_dtype for plan in entries[0].plans] == ["i32" if ids == torch.int32 else "i64"] * 2
+    assert [plan.settings.get("early_list", 0) for plan in entries[0].plans] == [0, 1]
+
+
+def test_a_rank_s_experts_are_told_to_both_launches(sorting: Fake) -> None:
+    device.moe(*arguments(4), first_expert=8, elsewhere=True)
+    (entry,) = sorting.runtime.entries.values()
+    assert [(plan.problem.first_expert, plan.problem.elsewhere) for plan in entry.plans] == [(8, True)] * 2
+
+
+def test_other_layers_of_few_pairs_are_three_launches(sorting: Fake) -> None:
+    """NVFP4 is rounded on the way, the fused form moves alpha, one order is a matter of places; and 33 pairs are too many."""
+    for a, options in (
+        (arguments(4, quantise=True), {}),
+        (arguments(4, quantise=True, fused=True), {}),
+        (arguments(4), {"deterministic": True}),
+        (arguments(17), {}),
+    ):
+        device.moe(*a, **options)
+        assert len(sorting.launches()) == 3
+
+
 def test_the_first_call_may_open_the_loader(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """Making an entry opens the loader of the process, under the lock that making an entry holds."""
     lazy = device.Runtime(None, lambda ordinal: 77, lambda: False, lambda: 0)
