@@ -140,6 +140,45 @@ def judged(loader: Loader, kind: str, ids: Any, experts: int, hidden: int, inter
             check([report], what)
 
 
+@pytest.mark.parametrize("kind", ["exact", "integers", "normal"])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize(("m", "top_k", "experts"), [(1, 1, 1), (1, 8, 128), (3, 8, 9), (4, 8, 300), (16, 2, 3), (32, 1, 1), (32, 1, 40), (7, 3, 2)])
+def test_what_sorts_the_router_s_choice_itself(
+    loader: Loader, kind: str, wide: bool, elsewhere: bool, m: int, top_k: int, experts: int
+) -> None:
+    """FC1 and FC2 of every dtype, twice on the same workspaces; some ids are nobody's on this rank."""
+    import harness
+    from test_kernels import check
+
+    first, hidden, intermediate, rng = 5, 2048 if experts == 9 else 320, 192, np.random.default_rng([m, top_k, experts])
+    ids = rng.integers(first, first + experts, (m, top_k))
+    ids[rng.random(ids.shape) < 0.1 * (elsewhere or kind == "normal")] = first + experts + 3
+    router = np.exp2(rng.integers(-2, 1, ids.shape)).astype(np.float32)
+    w2_alpha = np.exp2(rng.integers(-3, 3, experts)).astype(np.float32)
+    routes = reference.route(ids, router, w2_alpha, group_tile=8, first_expert=first, elsewhere=elsewhere)
+    used = len(routes.rows)
+    told = {"ids": ids.astype(np.int64 if wide else np.int32), "router": router, "w2_alpha": w2_alpha}
+    for op, c_dtypes in (("fc1", ("bf16",)), ("fc2", ("bf16", "f16", "f32"))):
+        weights = harness.Weights(op, experts, hidden, intermediate, kind, seed=m)
+        for c_dtype in c_dtypes:
+            problem = Problem(
+                f"grouped{op}", m, experts, hidden, intermediate, "bf16", c_dtype, top_k=top_k, group_tile=8,
+                routes=True, id_dtype="i64" if wide else "i32", first_expert=first, elsewhere=elsewhere,
+            )  # fmt: skip
+            tensors, a, a_scale = harness.activations(problem.a_rows, problem.k, "bf16", kind, m, False)
+            tensors.update({role: torch.from_numpy(each).cuda() for role, each in told.items() if role in problem.tensors()}, b=weights.packed)
+            if op == "fc1":
+                tensors["alpha"] = harness.device_tensor(data.fc1_alpha(weights.plain, a_scale))
+                exact: Any = reference.grouped_fc1(a, weights.expert, tensors["alpha"].double(), routes)
+                got = launched(loader, problem, tensors, 2)
+                report = bounds.compare_fc1(got, exact, problem, rows=np.arange(used), exact=kind == "exact")
+            else:
+                exact = reference.grouped_fc2(a[:used], weights.expert, torch.from_numpy(routes.row_alpha).cuda().double(), routes, m)
+                report = bounds.compare_fc2(launched(loader, problem, tensors, 2), exact, problem, exact=kind == "exact")
+            check([report], (op, kind, m, top_k, experts, c_dtype, wide, elsewhere))
+
+
 @pytest.mark.parametrize("tile_n", [64, 256])
 @pytest.mark.parametrize("kind", ["exact", "integers", "normal"])
 @pytest.mark.parametrize(("m", "experts", "top_k", "hidden", "intermediate"), SHAPES)

@@ -94,6 +94,36 @@ def test_a_layer_that_quantises_has_the_bits_of_one_quantised_before(ops: Any, m
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("m", [1, 5, 16, 17])
+def test_a_bf16_layer_of_few_pairs_is_two_launches(ops: Any, m: int, wide: bool) -> None:
+    """And has what the CPU op gives, on a graph whose routing changes as well."""
+    from densemoe.runtime.torch import device
+
+    case = Layer(8, 2, 512, 256, m)
+    arguments = case.arguments("bf16")
+    if wide:
+        arguments[1] = arguments[1].long()
+    given = on_gpu(arguments)
+    torch.testing.assert_close(ops.moe(*given).cpu(), ops.moe(*arguments), **TOLERANCE)
+    newest = list(device.runtime().entries.values())[-1]
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert len(newest.plans) == (2 if m <= 16 else 3)
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        ops.moe(*given)
+    side.synchronize()
+    with torch.cuda.graph(graph, stream=side):
+        out = ops.moe(*given)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        arguments[1] = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(m)]).to(arguments[1].dtype)
+        given[1].copy_(arguments[1])
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.testing.assert_close(out.cpu(), ops.moe(*arguments), **TOLERANCE)
+
+
 @pytest.mark.parametrize("shape", data.LAYERS[:4], ids=str)
 @pytest.mark.parametrize("m", [1, 8])
 def test_the_contract_s_small_layers(ops: Any, shape: tuple[int, int, int, int], m: int) -> None:

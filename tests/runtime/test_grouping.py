@@ -66,8 +66,8 @@ def test_who_sorts_itself_is_chosen_by_problems_that_have_the_choice_alone(op: s
 def test_a_problem_that_routes_has_the_router_s_choice_in_place_of_lists(id_dtype: str) -> None:
     first = Problem("groupedfc1", 3, 8, 256, 128, top_k=2, group_tile=8, routes=True, id_dtype=id_dtype)
     second = replace(first, op="groupedfc2")
-    assert set(first.tensors()) == {"a", "b", "ids", "alpha", "c"}
-    assert set(second.tensors()) == {"a", "b", "ids", "router", "w2_alpha", "c"}
+    assert set(first.tensors()) == {"a", "ids", "alpha", "c"}
+    assert set(second.tensors()) == {"a", "ids", "router", "w2_alpha", "c"}
     assert (first.tensors()["ids"].dtype, first.tensors()["ids"].shape) == (id_dtype, (3, 2))
     assert first.names()["id_bytes"] == (4 if id_dtype == "i32" else 8)
 

@@ -49,7 +49,7 @@ def test_a_bf16_layer_of_few_pairs_is_two_launches(sorting: Fake, ids: Any) -> N
         assert fc2[2]["c"] == out.data_ptr()
     entries = list(sorting.runtime.entries.values())
     assert [plan.problem.id_dtype for plan in entries[0].plans] == ["i32" if ids == torch.int32 else "i64"] * 2
-    assert [plan.settings.get("early_list", 0) for plan in entries[0].plans] == [0, 1]
+    assert [plan._names.get("early_list", 0) for plan in entries[0].plans] == [0, 1]
 
 
 def test_a_rank_s_experts_are_told_to_both_launches(sorting: Fake) -> None:
