@@ -20,6 +20,7 @@ PAIR_TILE_M: Final = 256  # a tile of 256 tokens is a pair of CTAs
 SMALLEST_FC1_TILE_N: Final = 128  # whole pairs of 64 up and 64 gate rows
 K64_ORDER_ROWS: Final = 256  # weight rows of the kernels that read activations in K 64 order
 LARGEST_ROUTED: Final = 32  # pairs that a warp of grouped FC1 or FC2 sorts itself
+SORTED_EXPERTS: Final = 2**19  # experts of which it has a tile in one word
 LARGEST_WORD: Final = 2**31 - 1  # kernels count tiles in 32-bit words
 
 
@@ -80,6 +81,8 @@ def _reason(variant: Variant, problem: Problem) -> str:
             return "it reads what `route` sorted, the problem has the router's choice" if problem.routes else "it sorts the router's choice itself"
         if problem.routes and problem.m * problem.top_k > LARGEST_ROUTED:
             return f"{problem.m * problem.top_k} pairs: it sorts up to {LARGEST_ROUTED} itself"
+        if problem.routes and problem.experts > SORTED_EXPERTS:
+            return f"{problem.experts} experts: it sorts up to {SORTED_EXPERTS} itself"
         steps = problem.m * problem.top_k * -(-max(problem.hidden, problem.intermediate) // 64)
         return f"{steps} steps: it counts them in 32 bits; split M" if steps > LARGEST_WORD else ""
     if problem.op in ("prepare", "route") and bool(variant.option(BRINGS)) != bool(problem.x_dtype):

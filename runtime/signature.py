@@ -202,8 +202,12 @@ def _certificate_fault(certificate: Certificate, root: TrustedRoot, path: Path |
             "its signing certificate had expired, or was not valid yet, when the signature was made: it holds from"
             f" {certificate.not_valid_before_utc} to {certificate.not_valid_after_utc}"
         )
+    try:
+        issuer = certificate.issuer.rfc4514_string() or "nobody"
+    except ValueError:  # names are parsed when they are asked for
+        issuer = "someone whose name cannot be read"
     return (
-        f"its signing certificate was issued by {certificate.issuer.rfc4514_string() or 'nobody'}, which is no authority of"
+        f"its signing certificate was issued by {issuer}, which is no authority of"
         f" {path or 'the public trusted root'}: name the trusted root of its sigstore instance with --trusted-root"
     )
 

@@ -62,7 +62,7 @@ AXES: Final[dict[str, dict[str, tuple[int, ...]]]] = {
     "groupedfc1.routes": {
         "experts": (1, 4, 32, 256),
         "intermediate": (128, 256, 1408),
-        "m": (1, 2, 4, 16, 32),
+        "m": (1, 3, 4),
         "hidden": (256, 512, 2048),
         "top_k": (1, 2, 8),
         "elsewhere": (0, 1),
@@ -71,7 +71,7 @@ AXES: Final[dict[str, dict[str, tuple[int, ...]]]] = {
     "groupedfc2.routes": {
         "experts": (1, 4, 32, 256),
         "intermediate": (256, 512),
-        "m": (1, 2, 4, 16, 32),
+        "m": (1, 3, 4),
         "hidden": (256, 512, 2048),
         "top_k": (1, 2, 8),
         "elsewhere": (0, 1),
@@ -288,6 +288,8 @@ def _off_grid(variant: Variant) -> list[Case]:
         bad = [Case(6, 5, 64, 64, "normal", zeros=1, top_k=2)]  # ids that nobody has
         return [
             Case(ragged_m, 3, 320, 192, "exact", top_k=2),
+            Case(16, 8, 256, 128, "integers", top_k=2),
+            Case(32, 5, 64, 320, "exact", top_k=1),
             Case(4, 40, 64, 64, "normal", zeros=1, top_k=8, elsewhere=1),
             Case(3, 4, 64, 64, "exact", zeros=1, top_k=1, elsewhere=1, wide_ids=1),
             *(bad if variant.op == "groupedfc2" else ()),

@@ -144,8 +144,7 @@ def add_items(
     all_rings, all_barriers = common.shared_memory(config)
     ring = all_rings.subview(warp * (stages * superblock))
     barriers = all_barriers.subview(warp * stages)
-    room = workspace.staged_rows(workspace.MMA_ROWS, common.WARPS)
-    staged = room + warp * workspace.staged_bytes(workspace.MMA_ROWS)
+    staged = workspace.staged_rows(workspace.MMA_ROWS, common.WARPS) + warp * workspace.staged_bytes(workspace.MMA_ROWS)
     if lane == 0:
         for i in cutlass.range_constexpr(stages):
             pr.mbarrier_init(barriers.subview(i), 1)

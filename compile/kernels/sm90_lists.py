@@ -33,7 +33,7 @@ PAIRS: Final = LARGEST_ROUTED  # a lane each
 PAIR_BITS: Final = PAIRS.bit_length() - 1
 TILE_M: Final = 8  # of up to 32 pairs an expert seldom has more
 NO_PAIR: Final = 0x7FFFFFFF  # a key above all others
-#: A tile's word: expert · 2**12 + first row · 2**6 + rows.
+#: A tile's word: expert · 2**12 + first row · 2**6 + rows; experts are below ``rules.SORTED_EXPERTS``.
 EXPERT_SHIFT: Final = 12
 ROW_SHIFT: Final = 6
 MASK: Final = (1 << ROW_SHIFT) - 1

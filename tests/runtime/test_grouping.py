@@ -60,6 +60,8 @@ def test_who_sorts_itself_is_chosen_by_problems_that_have_the_choice_alone(op: s
         select(sorting, both[:1], load_table("sm_90a"))
     with pytest.raises(SelectionError, match="33 pairs: it sorts up to 32 itself"):
         select(replace(sorting, m=33, top_k=1), both, load_table("sm_90a"))
+    with pytest.raises(SelectionError, match="524289 experts: it sorts up to 524288 itself"):
+        select(replace(sorting, experts=2**19 + 1), both, load_table("sm_90a"))
 
 
 @pytest.mark.parametrize("id_dtype", ["i32", "i64"])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from local_trust import AT, IDENTITY, ISSUER, LocalTrust
 
@@ -213,6 +213,7 @@ def test_what_is_no_trusted_root(trust: LocalTrust, tmp_path: Path, data: bytes 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 4), st.binary(max_size=4)), min_size=1, max_size=3))
+@example([(276, 1, b"\x00G"), (276, 1, b"")])  # the issuer's name is no name
 def test_a_damaged_bundle_is_refused_or_means_the_same(tmp_path: Path, edits: list[tuple[int, int, bytes]]) -> None:
     """Whatever happens to its bytes: one kind of error, or the same statement about the same data; never other data."""
     file, bundle = FIXED / "file.txt", (FIXED / "file.txt.sigstore.json").read_bytes()
